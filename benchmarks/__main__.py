@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `python -m benchmarks NAME [--json FILE] [--quick]`."""
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+from benchmarks.table import document, machine, machine_line
+
+NAMES = ("push_fetch", "throughput", "accuracy")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one benchmark, print its tables and, with --json, write its rows."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure distbelief beside its peers.")
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions: under a minute, wider spread")
+    parser.add_argument("--data", metavar="PATH", help="accuracy only: the Free Spoken Digit recordings, folder or tar")
+    options = parser.parse_args(arguments)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.absolute().parent}; create it first")
+    if options.name == "accuracy" and options.data is None:
+        parser.error("accuracy needs --data PATH: the Free Spoken Digit recordings, a folder or a tar")
+    if options.name != "accuracy" and options.data is not None:
+        parser.error(f"{options.name} uses no recordings; leave --data out")
+
+    described = machine()
+    print(machine_line(described), flush=True)
+    benchmark = importlib.import_module(f"benchmarks.{options.name}")
+    rows = benchmark.run(options.data, options.quick) if options.name == "accuracy" else benchmark.run(options.quick)
+    if options.json is not None:
+        options.json.write_text(json.dumps(document(options.name, options.quick, described, rows), indent=1) + "\n")
+        print(f"rows written to {options.json}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One non-blocking socket: frames in, frames out, and tensors straight from and into their own memory.
+
+Nothing here waits. `receive` takes what has arrived, `flush` sends what fits; the endpoint calls them when the socket
+is ready. Small frames cost one system call each way. Bodies go by `recv_into` into memory that the owner names once
+the header is known, and by `sendmsg` from the tensors themselves.
+"""
+
+import array
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import final
+
+import torch
+
+from distbelief.channel import frames
+from distbelief.channel.authenticate import AcceptingSide, CallingSide
+from distbelief.channel.frames import Attach, Header, Kind, TensorReference
+from distbelief.channel.memory import Block
+from distbelief.channel.memory import find as find_block
+from distbelief.errors import PeerLost, ProtocolError
+
+_CHUNK = 1 << 16
+_DESCRIPTOR_SPACE = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+_ROUNDS = 64
+"""Receives per call of `receive`, so that one fast sender cannot starve the others."""
+
+Destinations = Callable[["Connection", Header, int], list[memoryview]]
+Deliver = Callable[["Connection", Header], None]
+
+
+@final
+class Connection:
+    """One peer, seen from this process."""
+
+    def __init__(
+        self, link: socket.socket, side: AcceptingSide | CallingSide, *,
+        destinations: Destinations, deliver: Deliver, body_limit: int,
+    ) -> None:  # fmt: skip
+        link.setblocking(False)
+        self.socket = link
+        self.local = link.family == socket.AF_UNIX
+        """Whether the peer is on this host and can map our memory."""
+        self._side: AcceptingSide | CallingSide | None = side
+        """The authentication under way; no frame is read or sent before it is over."""
+        self.staging: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
+        """Memory for bodies of this peer, kept from call to call: (position, length, dtype) -> tensor."""
+        self._destinations, self._deliver, self._body_limit = destinations, deliver, body_limit
+        self._inbox = bytearray()
+        self._header: Header | None = None
+        self._body: deque[memoryview] = deque()
+        self._outbox: deque[memoryview] = deque()
+        self._descriptors: deque[tuple[int, Block]] = deque()
+        self._sent_bytes = self._queued_bytes = 0
+        self._attached: set[int] = set()
+        self._peer_blocks: dict[int, Block] = {}
+        self._arrived_descriptors: deque[int] = deque()
+        self._views: dict[TensorReference, torch.Tensor] = {}
+        self._proofs = bytearray(side.challenge if isinstance(side, AcceptingSide) else b"")
+
+    # sending
+
+    def reference(self, tensor: torch.Tensor) -> TensorReference:
+        """How to name a tensor to this peer; announces its block the first time."""
+        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise TypeError(f"tensors travel as contiguous CPU memory; this one is on {tensor.device}, strided")
+        name = frames.NAMES[tensor.dtype]
+        found = find_block(tensor) if self.local else None
+        if found is None:
+            return TensorReference(name, tensor.numel())
+        block, offset = found
+        if block.identifier not in self._attached:
+            self._attached.add(block.identifier)
+            self._descriptors.append((self._queued_bytes, block))
+            self.send(frames.encode(Attach(block.identifier)), [])
+        return TensorReference(name, tensor.numel(), block.identifier, offset)
+
+    def send(self, frame: bytes, body: list[memoryview]) -> None:
+        """Queue one frame and send what fits now. The body's memory must stay untouched until it is answered."""
+        for part in (memoryview(frame), *body):
+            if len(part):
+                self._outbox.append(part)
+                self._queued_bytes += len(part)
+        self.flush()
+
+    @property
+    def sending(self) -> bool:
+        """Whether something waits for room in the socket."""
+        return bool(self._proofs) or bool(self._outbox and self._side is None)
+
+    def flush(self) -> None:
+        """Send what fits; frames only once the peer has proved itself. Raises PeerLost."""
+        while self.sending:
+            try:
+                if self._proofs:
+                    del self._proofs[: self.socket.send(self._proofs)]
+                    continue
+                sent = self._send_once()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise PeerLost(f"the peer is gone: {error.strerror or error}") from error
+            self._sent_bytes += sent
+            while sent:
+                first = self._outbox[0]
+                if sent < len(first):
+                    self._outbox[0] = first[sent:]
+                    break
+                sent -= len(first)
+                self._outbox.popleft()
+
+    def _send_once(self) -> int:
+        if not self._descriptors:
+            return self.socket.sendmsg(list(self._outbox)[:16])
+        position, block = self._descriptors[0]
+        if position > self._sent_bytes:
+            # A descriptor must ride on the first byte of its own frame: send only what comes before it.
+            return self.socket.send(self._outbox[0])
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [block.descriptor]))]
+        sent = self.socket.sendmsg([self._outbox[0]], ancillary)
+        self._descriptors.popleft()
+        return sent
+
+    # receiving
+
+    def receive(self) -> None:
+        """Take what has arrived and deliver whole frames. Raises PeerLost, ProtocolError, AuthenticationError."""
+        for _ in range(_ROUNDS):
+            try:
+                if self._body:
+                    count = self.socket.recv_into(self._body[0])
+                    self._filled(count)
+                else:
+                    count = self._receive_chunk()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise PeerLost(f"the peer is gone: {error.strerror or error}") from error
+            if count == 0:
+                raise PeerLost("the peer is gone: it closed the connection")
+            self._parse()
+            if count < _CHUNK and not self._body:
+                return
+
+    def _receive_chunk(self) -> int:
+        if not self.local:
+            data = self.socket.recv(_CHUNK)
+        else:
+            data, ancillary, _, _ = self.socket.recvmsg(_CHUNK, _DESCRIPTOR_SPACE)
+            for level, kind, content in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    self._arrived_descriptors.extend(array.array("i", content))
+        self._inbox += data
+        return len(data)
+
+    def _filled(self, count: int) -> None:
+        if count == len(self._body[0]):
+            self._body.popleft()
+        else:
+            self._body[0] = self._body[0][count:]
+
+    def _parse(self) -> None:
+        while self._header is not None or self._inbox:
+            if self._side is not None:
+                wanted = self._side.wanted_bytes
+                if len(self._inbox) < wanted:
+                    return
+                reply, over = self._side.take(bytes(self._inbox[:wanted]))
+                del self._inbox[:wanted]
+                self._proofs += reply
+                if over:
+                    self._side = None
+                self.flush()
+                continue
+            if self._header is None and not self._parse_header():
+                return
+            while self._body and self._inbox:
+                part = self._inbox[: len(self._body[0])]
+                self._body[0][: len(part)] = part
+                del self._inbox[: len(part)]
+                self._filled(len(part))
+            if self._body:
+                return
+            header, self._header = self._header, None
+            if isinstance(header, Attach):
+                self._attach(header.block)
+            elif header is not None:
+                self._deliver(self, header)
+
+    def _parse_header(self) -> bool:
+        prefix_bytes = frames.PREFIX.size
+        if len(self._inbox) < prefix_bytes:
+            return False
+        kind, header_bytes, body_bytes = frames.decode_prefix(self._inbox[:prefix_bytes], self._body_limit)
+        if len(self._inbox) < prefix_bytes + header_bytes:
+            return False
+        header = frames.decode_header(kind, self._inbox[prefix_bytes : prefix_bytes + header_bytes])
+        del self._inbox[: prefix_bytes + header_bytes]
+        self._header = header
+        if kind is not Kind.ATTACH:
+            self._body.extend(part for part in self._destinations(self, header, body_bytes) if len(part))
+        elif body_bytes or not self.local:
+            raise ProtocolError("a peer that does not share our memory offered a block")
+        return True
+
+    def _attach(self, identifier: int) -> None:
+        if not self._arrived_descriptors:
+            raise ProtocolError(f"shared-memory block {identifier} was announced without its descriptor")
+        self._peer_blocks[identifier] = Block.attach(identifier, self._arrived_descriptors.popleft())
+
+    # the peer's tensors
+
+    def view(self, reference: TensorReference) -> torch.Tensor:
+        """The peer's shared memory as a tensor of this process. Raises ProtocolError."""
+        found = self._views.get(reference)
+        if found is None:
+            block = self._peer_blocks.get(reference.block)
+            if block is None or reference.dtype not in frames.DTYPES:
+                raise ProtocolError(f"a peer named memory that it has not shared: {reference}")
+            found = block.tensor(reference.offset_bytes, reference.length, frames.DTYPES[reference.dtype])
+            self._views[reference] = found
+        return found
+
+    def stage(self, position: int, reference: TensorReference) -> torch.Tensor:
+        """Memory of this process for a tensor that travels in a body. Raises ProtocolError when it is too large."""
+        dtype = frames.DTYPES.get(reference.dtype)
+        if dtype is None or not 0 <= reference.length * dtype.itemsize <= self._body_limit:
+            raise ProtocolError(f"a peer announced a tensor out of bounds: {reference}")
+        key = (position, reference.length, dtype)
+        if key not in self.staging:
+            self.staging[key] = torch.empty(reference.length, dtype=dtype)
+        return self.staging[key]
+
+    def close(self) -> None:
+        """Close the socket and descriptors that were never mapped."""
+        self.socket.close()
+        while self._arrived_descriptors:
+            os.close(self._arrived_descriptors.popleft())

@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All connections of one process, and the role that answers on them.
+
+An endpoint does its work when its owner waits: `poll` takes what has arrived, lets the role answer, and completes
+futures. So a role's methods and its own activity never run at the same time and need no locks. A role that only calls
+and must go on computing while a slow link carries its tensors asks for `background`: then a thread polls.
+"""
+
+import contextlib
+import selectors
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, final
+
+import msgspec
+import torch
+
+from distbelief import errors
+from distbelief.channel import frames
+from distbelief.channel.authenticate import AcceptingSide, CallingSide
+from distbelief.channel.base import Future, Remote, Signature, exported_methods, signature_of
+from distbelief.channel.connection import Connection
+from distbelief.channel.frames import Answer, Call, Failure, Header
+from distbelief.errors import ChannelError, DeadlineExceeded, Fenced, PeerLost, ProtocolError, RemoteError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Address = str | tuple[str, int]
+"""An abstract Unix socket name beginning with a zero byte, or (host, port) for TCP."""
+
+CONNECT_SECONDS = 5.0
+SOCKET_BUFFER_BYTES = 4 << 20
+_RAISED_AS_IS = {kind.__name__: kind for kind in (Fenced, errors.NotReady, errors.CheckpointError, ProtocolError)}
+_encode_value = msgspec.msgpack.Encoder().encode
+
+
+@final
+class PendingCall:
+    """A future whose answer is on its way over a connection."""
+
+    def __init__(self, endpoint: "Endpoint", signature: Signature, tensors: list[torch.Tensor], seconds: float) -> None:
+        self.signature = signature
+        self.tensors = tensors
+        """The call's tensors, kept alive and untouched until it is done."""
+        self.connection: Connection | None = None
+        self._endpoint = endpoint
+        self._seconds, self._deadline = seconds, time.monotonic() + seconds
+        self._value: Any = None
+        self._error: Exception | None = None
+        self._settled = False
+
+    def settle(self, value: Any = None, error: Exception | None = None) -> None:
+        """Complete the future."""
+        self._value, self._error, self._settled = value, error, True
+        self.tensors = []
+
+    def done(self) -> bool:
+        """Whether the answer is here, taking in what has arrived."""
+        if not self._settled:
+            self._endpoint.take_in(0.0)
+            if not self._settled and time.monotonic() > self._deadline:
+                self._endpoint.give_up(self, f"{self.signature.name} was not answered within {self._seconds:g} s")
+        return self._settled
+
+    def result(self) -> Any:
+        """Wait for the answer."""
+        while not self._settled:
+            self._endpoint.take_in(min(0.5, max(0.0, self._deadline - time.monotonic())))
+            self.done()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+@final
+class Endpoint:
+    """The sockets of one process.
+
+    `role` answers calls that arrive; `listener` is bound already. `body_limit` bounds, in bytes, what one frame may
+    make this process allocate.
+    """
+
+    def __init__(
+        self, key: bytes, *, role: object = None, listener: socket.socket | None = None, body_limit: int = 1 << 40
+    ) -> None:
+        self._key, self._body_limit = key, body_limit
+        self.answer_with(role)
+        self._selector = selectors.DefaultSelector()
+        self._connections: set[Connection] = set()
+        self._pending: dict[tuple[Connection, int], PendingCall] = {}
+        self._deferred: list[tuple[Connection, Call, list[torch.Tensor], Future[Any]]] = []
+        self._number = 0
+        self._lock = threading.RLock()
+        self._answered = threading.Condition(self._lock)
+        self._answering = False
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._waker, self._wakee = socket.socketpair()
+        self._waker.setblocking(False)
+        self.watch(self._wakee, lambda: self._wakee.recv(4096))
+        self._listener = listener
+        if listener is not None:
+            listener.setblocking(False)
+            self.watch(listener, self._accept)
+
+    def answer_with(self, role: object) -> None:
+        """Let the exported methods of `role` answer calls from now on."""
+        self._role, self._methods = role, exported_methods(type(role))
+
+    def background(self) -> None:
+        """Poll in a thread from now on. Only for a process whose role exports nothing."""
+        self._thread = threading.Thread(target=self._poll_until_closed, name="distbelief-channel", daemon=True)
+        self._thread.start()
+
+    def watch(self, source: Any, callback: Callable[[], object]) -> None:
+        """Call `callback` from `poll` whenever `source` (a socket or descriptor) is readable."""
+        self._selector.register(source, selectors.EVENT_READ, callback)
+
+    def unwatch(self, source: Any) -> None:
+        """Stop watching."""
+        self._selector.unregister(source)
+
+    def wake(self) -> None:
+        """Make a waiting `poll` return; may be called from any thread."""
+        with contextlib.suppress(BlockingIOError):
+            self._waker.send(b"w")
+
+    def take_in(self, seconds: float) -> None:
+        """Wait up to `seconds` for something to happen, and let it happen."""
+        if self._answering and seconds > 0:
+            raise RuntimeError("an exported method must not wait for a future; return it or let the activity wait")
+        if self._thread is not None and threading.current_thread() is not self._thread:
+            with self._answered:
+                if seconds > 0:
+                    self._answered.wait(min(seconds, 0.05))
+            return
+        self.poll(seconds)
+
+    def poll(self, seconds: float) -> None:
+        """One round: wait for sockets, receive, answer, send."""
+        ready = self._selector.select(seconds)
+        with self._lock:
+            for key, events in ready:
+                if isinstance(key.data, Connection):
+                    self._serve(key.data, events)
+                else:
+                    key.data()
+            if self._deferred:
+                self._answer_deferred()
+            self._answered.notify_all()
+
+    def _poll_until_closed(self) -> None:
+        torch.set_num_threads(1)
+        while not self._closed:
+            self.poll(0.2)
+
+    # calling
+
+    def connect(self, address: Address) -> Connection:
+        """A connection; both sides prove themselves before the first call goes out. Raises PeerLost."""
+        link = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            link.settimeout(CONNECT_SECONDS)
+            link.connect(address)
+        except OSError as error:
+            link.close()
+            raise PeerLost(f"nothing answers at {address!r}: {error}") from error
+        return self._adopt(link, CallingSide(self._key))
+
+    def start(
+        self, connection: Connection, signature: Signature, fields: bytes, tensors: list[torch.Tensor], seconds: float
+    ) -> PendingCall:
+        """Send a call; the future is done when the answer has come or `seconds` have passed."""
+        pending = PendingCall(self, signature, tensors, seconds)
+        with self._lock:
+            if connection not in self._connections:
+                pending.settle(error=PeerLost("the connection to the peer broke"))
+                return pending
+            self._number += 1
+            references = [connection.reference(tensor) for tensor in tensors]
+            body = [
+                frames.bytes_of(tensor)
+                for tensor, reference, written in zip(tensors, references, signature.outputs, strict=True)
+                if not written and not reference.block
+            ]
+            pending.connection = connection
+            self._pending[connection, self._number] = pending
+            frame = frames.encode(Call(self._number, signature.name, fields, references), sum(map(len, body)))
+            self._guarded(connection, lambda: connection.send(frame, body))
+        return pending
+
+    def give_up(self, pending: PendingCall, reason: str) -> None:
+        """End a call whose deadline has passed. Its connection is closed: a late answer must not write our memory."""
+        with self._lock:
+            pending.settle(error=DeadlineExceeded(reason))
+            if pending.connection in self._connections:
+                self._drop(pending.connection, PeerLost("the connection was closed after a missed deadline"))
+
+    # sockets
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        with contextlib.suppress(BlockingIOError):
+            link, _ = self._listener.accept()
+            connection = self._adopt(link, AcceptingSide(self._key))
+            self._guarded(connection, connection.flush)
+
+    def _adopt(self, link: socket.socket, side: AcceptingSide | CallingSide) -> Connection:
+        if link.family != socket.AF_UNIX:
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            link.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        connection = Connection(
+            link, side, destinations=self._destinations, deliver=self._deliver, body_limit=self._body_limit
+        )
+        with self._lock:
+            self._connections.add(connection)
+            self._selector.register(link, selectors.EVENT_READ, connection)
+        return connection
+
+    def _serve(self, connection: Connection, events: int) -> None:
+        if connection not in self._connections:
+            return
+        if events & selectors.EVENT_WRITE:
+            self._guarded(connection, connection.flush)
+        if events & selectors.EVENT_READ and connection in self._connections:
+            self._guarded(connection, connection.receive)
+
+    def _guarded(self, connection: Connection, action: Callable[[], None]) -> None:
+        """Do I/O on one connection; what goes wrong ends that connection and nothing else."""
+        try:
+            action()
+        except ChannelError as error:
+            self._drop(connection, error)
+            return
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.sending else 0)
+        if connection in self._connections and self._selector.get_key(connection.socket).events != wanted:
+            self._selector.modify(connection.socket, wanted, connection)
+
+    def _drop(self, connection: Connection, error: ChannelError) -> None:
+        if connection not in self._connections:
+            return
+        self._connections.discard(connection)
+        self._selector.unregister(connection.socket)
+        connection.close()
+        self._deferred = [item for item in self._deferred if item[0] is not connection]
+        for key in [key for key in self._pending if key[0] is connection]:
+            self._pending.pop(key).settle(error=error)
+
+    # frames
+
+    def _destinations(self, connection: Connection, header: Header, body_bytes: int) -> list[memoryview]:
+        """Where the body of a frame belongs. Raises ProtocolError when it is not as long as announced."""
+        parts: list[memoryview] = []
+        if isinstance(header, Call):
+            method = self._methods.get(header.method)
+            outputs = signature_of(method).outputs if method else ()
+            for position, (reference, written) in enumerate(zip(header.tensors, outputs, strict=False)):
+                if not reference.block and not written:
+                    parts.append(frames.bytes_of(connection.stage(position, reference)))
+        elif isinstance(header, Answer):
+            pending = self._pending.get((connection, header.number))
+            if pending is not None and body_bytes:
+                parts = [
+                    frames.bytes_of(tensor)
+                    for tensor, written in zip(pending.tensors, pending.signature.outputs, strict=True)
+                    if written and not connection.reference(tensor).block
+                ]
+        if sum(map(len, parts)) != body_bytes:
+            raise ProtocolError(f"a frame carries {body_bytes} bytes of tensors, its header says {sum(map(len, parts))}")
+        return parts
+
+    def _deliver(self, connection: Connection, header: Header) -> None:
+        if isinstance(header, Call):
+            self._answer(connection, header)
+            return
+        assert not isinstance(header, frames.Attach)
+        pending = self._pending.pop((connection, header.number), None)
+        if pending is None:
+            return
+        if isinstance(header, Failure):
+            kind = _RAISED_AS_IS.get(header.kind)
+            pending.settle(error=kind(header.message) if kind else RemoteError(header.message))
+            return
+        try:
+            pending.settle(pending.signature.answer_decoder.decode(header.value))
+        except msgspec.MsgspecError as error:
+            pending.settle(error=ProtocolError(f"answer to {pending.signature.name}: {error}"))
+
+    def _answer(self, connection: Connection, call: Call) -> None:
+        tensors: list[torch.Tensor] = []
+        try:
+            method = self._methods.get(call.method)
+            if method is None:
+                raise ProtocolError(f"{type(self._role).__name__} exports no method {call.method!r}")
+            signature = signature_of(method)
+            tensors = [
+                connection.view(reference) if reference.block else connection.stage(position, reference)
+                for position, reference in enumerate(call.tensors)
+            ]
+            arguments = signature.join(call.fields, tensors)
+            self._answering = True
+            try:
+                value = method(self._role, *arguments)
+            finally:
+                self._answering = False
+        except Exception as error:
+            self._fail(connection, call, error)
+            return
+        if isinstance(value, BackgroundWork):
+            self._deferred.append((connection, call, tensors, value))
+        else:
+            self._send_answer(connection, call, value, tensors, signature.outputs)
+
+    def _send_answer(
+        self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor], outputs: tuple[bool, ...]
+    ) -> None:
+        body = [
+            frames.bytes_of(tensor)
+            for tensor, reference, written in zip(tensors, call.tensors, outputs, strict=True)
+            if written and not reference.block
+        ]
+        frame = frames.encode(Answer(call.number, _encode_value(value)), sum(map(len, body)))
+        self._guarded(connection, lambda: connection.send(frame, body))
+
+    def _fail(self, connection: Connection, call: Call, error: Exception) -> None:
+        known = type(error).__name__ in _RAISED_AS_IS
+        message = str(error) if known else "".join(traceback.format_exception(error))
+        frame = frames.encode(Failure(call.number, type(error).__name__, message))
+        self._guarded(connection, lambda: connection.send(frame, []))
+
+    def _answer_deferred(self) -> None:
+        waiting, self._deferred = self._deferred, []
+        for connection, call, tensors, work in waiting:
+            if not work.done():
+                self._deferred.append((connection, call, tensors, work))
+                continue
+            try:
+                self._send_answer(
+                    connection, call, work.result(), tensors, signature_of(self._methods[call.method]).outputs
+                )
+            except Exception as error:
+                self._fail(connection, call, error)
+
+    def close(self) -> None:
+        """Close every socket; pending calls fail with PeerLost."""
+        self._closed = True
+        if self._thread is not None:
+            self.wake()
+            self._thread.join()
+        with self._lock:
+            for connection in list(self._connections):
+                self._drop(connection, PeerLost("this side closed the connection"))
+            self._selector.close()
+            for own in (self._waker, self._wakee, self._listener):
+                if own is not None:
+                    own.close()
+
+
+@final
+class BackgroundWork:
+    """A future of work that a thread does beside the role; an exported method may return it as its answer."""
+
+    def __init__(self, work: Callable[[], Any], endpoint: Endpoint) -> None:
+        self._outcome: Any = None
+        self._error: Exception | None = None
+        self._endpoint = endpoint
+        self._finished = threading.Event()
+        threading.Thread(target=self._run, args=(work,), name="distbelief-background", daemon=True).start()
+
+    def _run(self, work: Callable[[], Any]) -> None:
+        try:
+            self._outcome = work()
+        except Exception as error:
+            self._error = error
+        self._finished.set()
+        self._endpoint.wake()
+
+    def done(self) -> bool:
+        """Whether the work has ended."""
+        return self._finished.is_set()
+
+    def result(self) -> Any:
+        """Wait for the outcome; raises what the work raised."""
+        while not self._finished.is_set():
+            self._endpoint.take_in(0.1)
+        if self._error is not None:
+            raise self._error
+        return self._outcome
+
+
+@final
+@dataclass(eq=False)
+class Peer(Remote[R]):
+    """A role at an address. Connects on the first call and again after the connection broke."""
+
+    endpoint: Endpoint
+    address: Address
+    deadline_seconds: float = 60.0
+    _connection: Connection | None = None
+
+    def start(self, signature: Signature, fields: bytes, tensors: list[torch.Tensor]) -> Future[Any]:
+        """Send a call over the connection of this peer, making one if there is none."""
+        connection = self._connection
+        if connection is None or connection.socket.fileno() < 0:
+            try:
+                self._connection = connection = self.endpoint.connect(self.address)
+            except ChannelError as error:
+                failed = PendingCall(self.endpoint, signature, [], 0.0)
+                failed.settle(error=error)
+                return failed
+        return self.endpoint.start(connection, signature, fields, tensors, self.deadline_seconds)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes on a socket: a fixed prefix, a typed header, then the tensors that do not lie in shared memory.
+
+    prefix  magic "DBf1" | kind u8 | 3 zero bytes | header length u32 | body length u64
+    header  msgpack, at most 16 MiB: Call, Answer, Failure or Attach
+    body    the tensors in the order of the header, each contiguous, little-endian
+
+Lengths are checked against bounds before anything is allocated.
+"""
+
+import struct
+from enum import IntEnum
+
+import msgspec
+import torch
+
+from distbelief.errors import ProtocolError
+
+MAGIC = b"DBf1"
+PREFIX = struct.Struct("<4sB3xIQ")
+HEADER_LIMIT = 16 << 20
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    CALL = 1
+    ANSWER = 2
+    FAILURE = 3
+    ATTACH = 4
+
+
+class TensorReference(msgspec.Struct, array_like=True, frozen=True):
+    """One tensor argument: where it lies (block 0: in the body, or to be sent back in the answer's body)."""
+
+    dtype: str
+    length: int
+    block: int = 0
+    offset_bytes: int = 0
+
+
+class Call(msgspec.Struct, array_like=True, frozen=True):
+    """Header of a call."""
+
+    number: int
+    method: str
+    fields: bytes
+    tensors: list[TensorReference] = []
+
+
+class Answer(msgspec.Struct, array_like=True, frozen=True):
+    """Header of an answer; its body holds the written tensors that are not in shared memory."""
+
+    number: int
+    value: bytes
+
+
+class Failure(msgspec.Struct, array_like=True, frozen=True):
+    """Header of an answer that is an exception."""
+
+    number: int
+    kind: str
+    message: str
+
+
+class Attach(msgspec.Struct, array_like=True, frozen=True):
+    """Announces a shared-memory block; its descriptor travels with this frame."""
+
+    block: int
+
+
+Header = Call | Answer | Failure | Attach
+_types = {Kind.CALL: Call, Kind.ANSWER: Answer, Kind.FAILURE: Failure, Kind.ATTACH: Attach}
+_decoders = {kind: msgspec.msgpack.Decoder(header) for kind, header in _types.items()}
+_kinds = {header: kind for kind, header in _types.items()}
+_encoder = msgspec.msgpack.Encoder()
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool,
+)}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def encode(header: Header, body_bytes: int = 0) -> bytes:
+    """Prefix and header of one frame, to be followed by `body_bytes` of tensors."""
+    text = _encoder.encode(header)
+    if len(text) > HEADER_LIMIT:
+        raise ProtocolError(f"a header of {len(text)} bytes passes the limit of {HEADER_LIMIT}")
+    return PREFIX.pack(MAGIC, _kinds[type(header)], len(text), body_bytes) + text
+
+
+def decode_prefix(prefix: bytes | bytearray | memoryview, body_limit: int) -> tuple[Kind, int, int]:
+    """(kind, header length, body length). Raises ProtocolError on anything out of bounds."""
+    magic, kind, header_bytes, body_bytes = PREFIX.unpack(prefix)
+    if magic != MAGIC:
+        raise ProtocolError(f"a peer sent {bytes(magic)!r} where a frame should begin")
+    if kind not in _types:
+        raise ProtocolError(f"a peer sent a frame of unknown kind {kind}")
+    if header_bytes > HEADER_LIMIT or body_bytes > body_limit:
+        raise ProtocolError(
+            f"a peer announced a frame of {header_bytes} + {body_bytes} bytes; "
+            f"the limits are {HEADER_LIMIT} + {body_limit}"
+        )
+    return Kind(kind), header_bytes, body_bytes
+
+
+def decode_header(kind: Kind, text: bytes | bytearray | memoryview) -> Header:
+    """The typed header. Raises ProtocolError when it does not parse."""
+    try:
+        header: Header = _decoders[kind].decode(text)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"a peer sent a malformed {kind.name} header: {error}") from error
+    return header
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as bytes, writable, without a copy."""
+    return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())

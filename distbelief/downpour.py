@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Downpour SGD: replicas that push gradients and fetch parameters without waiting for each other (paper, section 4.1).
+
+The replica's loop below is the paper's listing (appendix). Where the paper is silent: the first fetch is awaited; a
+push is the mean over the mini-batches it accrued; buffers are swapped, never zeroed under the sender; a push that is
+still under way when the next is due makes pushes rarer, up to a bound, before it makes the replica wait.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, final
+
+import torch
+
+from distbelief.channel.base import Future
+from distbelief.coordinator import Coordinator, Granted, Refusal, Report
+from distbelief.data_shard import DataShard
+from distbelief.engine.base import COORDINATOR, Home
+from distbelief.errors import ConfigurationError, Fenced
+from distbelief.model_replica import ModelReplica
+from distbelief.parameter_server import Applied, ParameterServer, Stamp
+from distbelief.portions import Lease
+from distbelief.update_rule import UpdateRule, adagrad
+
+REPORT_SECONDS = 0.25
+BUFFERS_SECONDS = 2.0
+IDLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Downpour:
+    """Asynchronous stochastic gradient descent on sharded parameter servers."""
+
+    update_rule: UpdateRule = field(default_factory=adagrad)
+    """How a shard turns a pushed gradient into new parameters."""
+    n_fetch: int = 1
+    """A replica fetches parameters every so many mini-batches."""
+    n_push: int = 1
+    """A replica pushes its accrued gradient every so many mini-batches."""
+    fetch: Literal["overlapped", "awaited"] = "overlapped"
+    """`overlapped`: compute while the fetch is under way and adopt it at the next mini-batch. `awaited`: wait for it."""
+    accrue: Literal["mean", "sum"] = "mean"
+    """What a push holds of the gradients of its mini-batches."""
+    warmstart: int | None = None
+    """Examples that one replica trains on alone before the others are released in stages; None derives it, 0 is none."""
+    local_rate: float | None = None
+    """Rate of a local gradient step after each mini-batch, for n_fetch > 1; None for none."""
+    clip_norm: float | None = None
+    """Largest 2-norm of a pushed gradient; larger ones are scaled down."""
+    backlog: int = 4
+    """While a push is under way, accrue at most so many times n_push mini-batches before waiting for it."""
+    refusals: int = 10
+    """Stop the job after so many pushes refused for a gradient that is not finite."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_fetch", "n_push", "backlog"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(
+                    f"Downpour({name}={getattr(self, name)}) would never happen", hint=f"set {name} to 1 or more"
+                )
+        if self.warmstart is not None and self.warmstart < 0 or self.refusals < 0:
+            raise ConfigurationError(
+                f"Downpour(warmstart={self.warmstart}, refusals={self.refusals}): counts cannot be negative",
+                hint="use 0 or more, or warmstart=None to derive it",
+            )
+        for name in ("clip_norm", "local_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigurationError(f"Downpour({name}={value}) must be positive", hint=f"use {name}=None for none")
+        if self.local_rate is not None and self.n_fetch % self.n_push:
+            raise ConfigurationError(
+                f"Downpour(local_rate={self.local_rate}, n_fetch={self.n_fetch}, n_push={self.n_push}): a fetch would "
+                "discard local steps that were not pushed",
+                hint=f"make n_fetch a multiple of n_push={self.n_push}",
+            )
+
+
+@final
+@dataclass
+class Pushing:
+    """A push under way and what it settles."""
+
+    future: Future[list[Applied]]
+    portions: tuple[tuple[int, int], ...]
+
+
+@final
+class DownpourReplica:
+    """One model replica: leases, mini-batches, fetches and pushes."""
+
+    def __init__(
+        self, home: Home, index: int, model: ModelReplica, data: DataShard, server: ParameterServer, downpour: Downpour
+    ) -> None:
+        self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
+        self.rule = downpour
+        self.coordinator = home.find(COORDINATOR, Coordinator)
+        self.versions: list[int] = []
+        self.base_versions: list[int] = []
+        self.fetching: Future[list[int]] | None = None
+        self.pushing: Pushing | None = None
+        self.sequence = 0
+        self.portions: dict[int, int] = {}
+        """Lease -> position reached by what is accrued and not pushed."""
+        self.examples = 0
+        """Examples accrued and not pushed."""
+        self.report = Tally(home.now())
+        self.reporting: Future[bool] | None = None
+        self.stopping = False
+        model.local_rate = downpour.local_rate
+
+    def run(self) -> None:
+        """Train until the coordinator has no more examples or says stop (paper, appendix, "Downpour SGD client")."""
+        n_fetch, n_push = self.rule.n_fetch, self.rule.n_push
+        step = 0
+        self.load_buffers()
+        self.start_fetch()
+        self.adopt(wait=True)
+        try:
+            for lease in self.leases():
+                for position, examples, batch in self.data.mini_batches(lease):
+                    if step % n_fetch == 0 and step > 0:
+                        self.start_fetch()
+                    self.adopt(wait=self.rule.fetch == "awaited")
+                    self.compute(batch, examples, lease, position)
+                    step += 1
+                    if self.model.accrued >= n_push:
+                        self.push(wait=self.model.accrued >= n_push * self.rule.backlog)
+                    if self.stopping:
+                        break
+        except Fenced:
+            return  # this incarnation was given up as dead and has been replaced
+
+    # leases
+
+    def leases(self) -> Iterator[Lease]:
+        """Leases to work on; the next one is asked for while this one is computed."""
+        asked, idle = self.ask(), False
+        while not self.stopping:
+            answer = asked.result()
+            if answer.finished:
+                break
+            if answer.lease is None:
+                # Nothing to hand out now: others may die, so wait with everything pushed and settled.
+                self.flush()
+                self.home.sleep(IDLE_SECONDS)
+                asked, idle = self.ask(), True
+                continue
+            if idle:
+                self.adopt(wait=True)
+                self.start_fetch()
+                self.adopt(wait=True)
+            asked, idle = self.ask(), False
+            yield answer.lease
+        self.flush()
+        self.coordinator.call(Coordinator.leave, self.index, self.home.incarnation).result()
+
+    def ask(self) -> Future[Granted]:
+        """Ask for the next lease."""
+        return self.coordinator.call(Coordinator.lease, self.index, self.home.incarnation)
+
+    # the three weakly synchronised activities
+
+    def start_fetch(self) -> None:
+        """Start fetching into the spare buffer, unless a fetch is under way."""
+        if self.fetching is None:
+            self.fetching = self.server.fetch(self.model.spare)
+
+    def adopt(self, *, wait: bool) -> None:
+        """Switch to the fetched parameters, if they are here or `wait`."""
+        if self.fetching is not None and (wait or self.fetching.done()):
+            self.versions = self.fetching.result()
+            self.fetching = None
+            self.model.adopt()
+
+    def compute(self, batch: Any, examples: int, lease: Lease, position: int) -> None:
+        """Accrue the gradient of one mini-batch."""
+        if self.model.accrued == 0:
+            self.base_versions = self.versions
+        started = self.home.now()
+        loss = self.model.compute(batch)
+        self.home.spend(examples, started)
+        self.examples += examples
+        self.portions[lease.identifier] = position
+        self.report.count(loss, examples, self.home.now() - started)
+
+    def push(self, *, wait: bool) -> None:
+        """Start pushing what is accrued, once the previous push has been acknowledged."""
+        if self.pushing is not None:
+            if not wait and not self.pushing.future.done():
+                return
+            self.settle(self.pushing)
+        portions = tuple(self.portions.items())
+        gradient = self.model.take_gradient(mean=self.rule.accrue == "mean", clip_norm=self.rule.clip_norm)
+        if gradient is None:
+            reason = "the gradient is NaN or infinite"
+            self.report.refused.append(Refusal(self.report.mini_batches_ever, self.examples, reason))
+            self.report.settled.extend(portions)
+        else:
+            self.sequence += 1
+            stamps = [
+                Stamp(self.index, self.home.incarnation, self.sequence, base, self.examples, portions)
+                for base in self.base_versions
+            ]
+            self.pushing = Pushing(self.server.push(stamps, gradient), portions)
+        self.portions, self.examples = {}, 0
+        self.send_report(REPORT_SECONDS)
+
+    def settle(self, pushing: Pushing) -> None:
+        """Wait for a push and note what it settles."""
+        pushing.future.result()
+        self.pushing = None
+        self.report.settled.extend(pushing.portions)
+
+    def flush(self) -> None:
+        """Push the remainder, wait for every acknowledgement, and report."""
+        if self.model.accrued:
+            self.push(wait=True)
+        if self.pushing is not None:
+            self.settle(self.pushing)
+        self.send_buffers(0.0)
+        self.send_report(0.0)
+        self.hear()
+
+    # towards the coordinator
+
+    def send_report(self, seconds: float) -> None:
+        """Report, unless the last report is younger than `seconds` or not answered yet."""
+        now = self.home.now()
+        if now - self.report.sent < seconds or (seconds and self.reporting and not self.reporting.done()):
+            return
+        self.hear()
+        message = self.report.take(self.index, self.home.incarnation, now)
+        self.reporting = self.coordinator.call(Coordinator.report, message)
+        self.send_buffers(BUFFERS_SECONDS)
+
+    def hear(self) -> None:
+        """Take the answer to the last report: whether to stop."""
+        if self.reporting is not None:
+            self.stopping = self.reporting.result() or self.stopping
+            self.reporting = None
+
+    def send_buffers(self, seconds: float) -> None:
+        """Send BatchNorm statistics and counters, unless that was done less than `seconds` ago."""
+        if self.home.now() - self.report.buffers_sent < seconds:
+            return
+        self.report.buffers_sent = self.home.now()
+        buffers = self.model.buffers()
+        if len(buffers):
+            self.coordinator.call(Coordinator.take_buffers, self.index, buffers).result()
+
+    def load_buffers(self) -> None:
+        """Begin with the mean of the live replicas' buffers."""
+        buffers = self.model.buffers()
+        if len(buffers):
+            self.coordinator.call(Coordinator.mean_buffers, buffers).result()
+            self.model.set_buffers(buffers)
+
+
+@final
+class Tally:
+    """What a replica has to report since its last report."""
+
+    def __init__(self, now: float) -> None:
+        self.sent = self.buffers_sent = now
+        self.settled: list[tuple[int, int]] = []
+        self.refused: list[Refusal] = []
+        self.mini_batches_ever = 0
+        self._examples = 0
+        self._loss: torch.Tensor | None = None
+        self._slowest = 0.0
+
+    def count(self, loss: torch.Tensor, examples: int, seconds: float) -> None:
+        """Count one mini-batch; the loss stays on its device, so counting does not wait for it."""
+        weighted = loss.double() * examples
+        self._loss = weighted if self._loss is None else self._loss + weighted
+        self._examples += examples
+        self._slowest = max(self._slowest, seconds)
+        self.mini_batches_ever += 1
+
+    def take(self, replica: int, incarnation: int, now: float) -> Report:
+        """The report, leaving nothing."""
+        report = Report(
+            replica, incarnation, tuple(self.settled), self._examples,
+            0.0 if self._loss is None else float(self._loss), self._slowest, tuple(self.refused),
+        )  # fmt: skip
+        self.settled, self.refused, self._examples, self._loss = [], [], 0, None
+        self.sent = now
+        return report

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine seam: where roles live and die.
+
+A role is a plain class whose constructor takes its `Home` first. Its exported methods answer calls; its `run` method,
+if it has one, is its own activity and the role ends when it returns. An activity waits only for futures and for
+`Home.sleep`; while it waits, its exported methods may be called. Exported methods never wait.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from distbelief.channel.base import Future, Remote
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+COORDINATOR = "coordinator"
+
+
+class Home(Protocol):
+    """The engine as one role sees it."""
+
+    @property
+    def name(self) -> str:
+        """The role's name, such as "replica/3"."""
+
+    @property
+    def incarnation(self) -> int:
+        """How many times the role was started before."""
+
+    def now(self) -> float:
+        """Seconds on a clock that never goes back."""
+
+    def sleep(self, seconds: float) -> None:
+        """Wait; meanwhile exported methods are answered."""
+
+    def find(self, role: str, kind: type[R], deadline_seconds: float = 60.0) -> Remote[R]:
+        """A reference to another role of the job by name; the name is resolved at each call."""
+
+    def spend(self, examples: int, started: float) -> None:
+        """Say that a mini-batch of so many examples was computed since `started` (a value of `now`).
+
+        The simulated engine charges modelled time for it; a role slowed by script waits here.
+        """
+
+    def background(self, work: Callable[[], T]) -> Future[T]:
+        """Do blocking work (a file to disk) beside the role."""
+
+    def allocate(self, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """A zeroed CPU tensor of shape (length,) that calls to roles of this host hand over without a copy."""
+
+
+@dataclass(frozen=True)
+class Death:
+    """A role that ended without being told to."""
+
+    role: str
+    incarnation: int
+    reason: str
+    failure: str | None = None
+    """The traceback, when the role's own code or the user's raised; None when the process was ended from outside."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faults:
+    """Trouble by script, for tests, benchmarks and scale studies; both engines follow it."""
+
+    slow: Mapping[str, float] = field(default_factory=dict)
+    """Role -> how many times longer its computing takes."""
+    kill: tuple[tuple[float, str], ...] = ()
+    """(seconds after the start, role): end it as kill -9 would."""
+    hang: tuple[tuple[float, float, str], ...] = ()
+    """(from, until, role) in seconds after the start: stop it as kill -STOP would, and let it go on."""
+
+
+class Engine(Home, Protocol):
+    """The coordinator's view: it lives in the user's process and starts all other roles."""
+
+    def load(self, prepare: Callable[..., tuple[Any, T]], *arguments: Any) -> T:
+        """Run `prepare(*arguments)` where roles are born and keep its first result there for arguments named SHARED.
+
+        Returns the second result. Raises a DistbeliefError that it raised, and UserCodeError for anything else.
+        """
+
+    def answer(self, role: object) -> None:
+        """Let `role` answer calls to the coordinator."""
+
+    def start(self, name: str, incarnation: int, factory: Callable[..., Any], *arguments: Any) -> None:
+        """Start `factory(home, *arguments)` as the role `name`. Returns at once; calls to the role wait for it."""
+
+    def stop(self, name: str) -> None:
+        """End a role for good, as kill -9 would; it does not count as a death."""
+
+    def deaths(self) -> list[Death]:
+        """The roles that ended by themselves since this was last asked; one whose `run` returned is not among them."""
+
+    def close(self) -> None:
+        """End every role and give back everything: processes, sockets, memory."""

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process from which the local engine's processes are forked.
+
+It imports torch and the user's script once, unpickles the job once (so roles share the data set's memory until they
+write to it), and forks a role in milliseconds. It never computes: no thread exists here when it forks. Its roles get a
+SIGKILL from the kernel when it dies, and it ends when the coordinator's end of the control socket closes, however that
+happened; so nothing outlives the coordinator.
+
+Messages on the control socket are pickles between a parent and the child it started: (tag, ...) with a length prefix,
+descriptors attached. They are the only pickles in the system.
+"""
+
+import array
+import contextlib
+import ctypes
+import gc
+import mmap
+import os
+import pickle
+import selectors
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from distbelief.engine.pickles import Unpickler
+from distbelief.errors import DistbeliefError, UserCodeError
+
+LENGTH = struct.Struct("<Q")
+_PR_SET_PDEATHSIG = 1
+
+
+def send(control: socket.socket, message: Any, descriptors: tuple[int, ...] = ()) -> None:
+    """Send one message, blocking."""
+    text = pickle.dumps(message)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    control.sendmsg([LENGTH.pack(len(text))], rights)
+    control.sendall(text)
+
+
+def receive(control: socket.socket) -> tuple[Any, list[int]]:
+    """Receive one message, blocking. Raises EOFError when the other side is gone."""
+    head, descriptors, _, _ = socket.recv_fds(control, LENGTH.size, 4)
+    while 0 < len(head) < LENGTH.size:
+        head += control.recv(LENGTH.size - len(head))
+    if not head:
+        raise EOFError
+    text = bytearray(LENGTH.unpack(head)[0])
+    view = memoryview(text)
+    while len(view):
+        count = control.recv_into(view)
+        if not count:
+            raise EOFError
+        view = view[count:]
+    return pickle.loads(text), descriptors
+
+
+def run_role(build: Callable[[], Callable[[], None]], report: int) -> None:
+    """Run one role in a fresh fork; a traceback goes to the descriptor `report`. Does not return."""
+    code = 0
+    try:
+        build()()
+    except BaseException as error:
+        code = 1
+        text = "".join(traceback.format_exception(error))
+        with contextlib.suppress(OSError):
+            os.write(report, text.encode()[-60_000:])
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+class Zygote:
+    """Forks roles on request and reports how they ended."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(control, selectors.EVENT_READ)
+        self._children: dict[int, tuple[str, int, int, int]] = {}
+        """pidfd -> (role, incarnation, pid, read end of its report pipe)."""
+        self._shared: Any = None
+
+    def serve(self) -> None:
+        """Work until the coordinator is gone, then end every role."""
+        try:
+            while True:
+                for key, _ in self._selector.select():
+                    if key.fileobj is self._control:
+                        self._obey(*receive(self._control))
+                    else:
+                        self._bury(key.fd)
+        except (EOFError, OSError):
+            pass
+        finally:
+            for _, _, pid, _ in self._children.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+
+    def _obey(self, message: tuple[Any, ...], descriptors: list[int]) -> None:
+        tag = message[0]
+        if tag == "load":
+            self._load(message[1], message[2], message[3], descriptors)
+        elif tag == "start":
+            self._fork(message[1], message[2], message[3], descriptors)
+        elif tag == "kill":
+            for role, _, pid, _ in self._children.values():
+                if role == message[1]:
+                    os.kill(pid, signal.SIGKILL)
+
+    def _load(self, main: dict[str, Any], payload: bytes, sizes: list[int], descriptors: list[int]) -> None:
+        """Import the user's script, unpickle (prepare, arguments) and keep what prepare returns for the forks."""
+        try:
+            import multiprocessing.spawn
+
+            multiprocessing.spawn.prepare(main)
+            buffers: list[memoryview] = []
+            if sizes:
+                # A private mapping: roles share the pages, and a role that writes to its data set changes its own copy.
+                arena = memoryview(mmap.mmap(descriptors[0], 0, access=mmap.ACCESS_COPY))
+                offset = 0
+                for size in sizes:
+                    buffers.append(arena[offset : offset + size])
+                    offset += (size + 63) & ~63
+            prepare, arguments = Unpickler.loads(payload, buffers)
+            self._shared, description = prepare(*arguments)
+            gc.collect()
+            gc.freeze()
+            answer = ("loaded", pickle.dumps(description), None)
+        except DistbeliefError as error:
+            answer = ("loaded", None, error)
+        except BaseException as error:
+            answer = ("loaded", None, UserCodeError("".join(traceback.format_exception(error))))
+        for descriptor in descriptors:
+            os.close(descriptor)
+        send(self._control, answer)
+
+    def _fork(self, role: str, incarnation: int, payload: bytes, descriptors: list[int]) -> None:
+        read_end, write_end = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != parent:
+                os._exit(1)
+            self._control.close()
+            self._selector.close()
+            os.close(read_end)
+            run_role(lambda: Unpickler.loads(payload, shared=self._shared)(descriptors), write_end)
+        os.close(write_end)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        watch = os.pidfd_open(pid)
+        self._children[watch] = (role, incarnation, pid, read_end)
+        self._selector.register(watch, selectors.EVENT_READ)
+        send(self._control, ("started", role, incarnation, pid))
+
+    def _bury(self, watch: int) -> None:
+        role, incarnation, pid, read_end = self._children.pop(watch)
+        self._selector.unregister(watch)
+        os.close(watch)
+        _, status = os.waitpid(pid, 0)
+        os.set_blocking(read_end, False)
+        try:
+            failure = os.read(read_end, 1 << 16).decode(errors="replace")
+        except BlockingIOError:
+            failure = ""
+        os.close(read_end)
+        send(self._control, ("ended", role, incarnation, os.waitstatus_to_exitcode(status), failure))
+
+
+def main() -> None:
+    """Entry point: the control socket's descriptor is the first argument."""
+    import torch
+
+    # A fork copies no threads: nothing here may start any, so that roles can start their own.
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
+    Zygote(control).serve()

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be observed: one stream of frozen records that the terminal, the files, the summary and the tests read.
+
+The coordinator emits; nothing else does. On disk (`events.jsonl`) an event is one line
+``{"seconds": 12.3, "event": {"type": "Evaluated", ...}}`` with seconds since the job started.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+
+class Event(msgspec.Struct, frozen=True, tag_field="type", tag=True, kw_only=True):
+    """Base of all events."""
+
+
+class JobStarted(Event, frozen=True):
+    """The first event of a run; `resumed_examples` is what an earlier run had already counted."""
+
+    run: str
+    replicas: int
+    shards: int
+    parameters: int
+    examples_per_epoch: int
+    epochs: int
+    batch_size: int
+    seed: int
+    algorithm: str
+    shard_balance: float
+    """Largest shard / mean shard, in parameters."""
+    resumed_examples: int = 0
+
+
+class RoleStarted(Event, frozen=True):
+    """A role is up; incarnation 0 is its first life."""
+
+    role: str
+    incarnation: int
+
+
+class RoleLost(Event, frozen=True):
+    """A role died and will be replaced."""
+
+    role: str
+    incarnation: int
+    reason: str
+
+
+class ReplicasReleased(Event, frozen=True):
+    """Warmstart let more replicas train: the first `replicas` of them may lease now."""
+
+    replicas: int
+    examples: int
+
+
+class LeasesReturned(Event, frozen=True):
+    """A dead replica's unsettled leases went back; `repeated` of their examples had been applied already."""
+
+    replica: int
+    leases: int
+    examples: int
+    repeated: int
+
+
+class ShardRestored(Event, frozen=True):
+    """A dead shard came back from a checkpoint; `lost_updates` acknowledged pushes are gone from its span."""
+
+    shard: int
+    version: int
+    lost_updates: int
+
+
+class PushRefused(Event, frozen=True):
+    """A replica refused its own push because the gradient was not finite."""
+
+    replica: int
+    step: int
+    examples: int
+    reason: str
+
+
+class Progress(Event, frozen=True):
+    """The state of the job, about twice a second."""
+
+    epoch: int
+    """Epoch being leased now, counted from 0."""
+    examples: int
+    """Examples settled so far, over all epochs."""
+    total_examples: int
+    loss: float | None
+    """Mean training loss per example since the last progress event; None when no mini-batch finished."""
+    examples_per_second: float
+    pushes_per_second: float
+    pushes: int
+    staleness_median: float
+    staleness_p95: float
+    replicas_alive: int
+
+
+class Evaluated(Event, frozen=True):
+    """The servers' parameters, measured on the held-out data."""
+
+    examples: int
+    loss: float | None
+    metrics: dict[str, float | None]
+    """None for a value that is NaN or infinite, which JSON cannot hold."""
+    evaluation_seconds: float
+
+
+class EpochFinished(Event, frozen=True):
+    """Every lease of the epoch is settled."""
+
+    epoch: int
+    seen: int
+    repeated: int
+
+
+class CheckpointWritten(Event, frozen=True):
+    """A complete checkpoint is on disk."""
+
+    path: str
+    examples: int
+    checkpoint_seconds: float
+
+
+class CheckpointFailed(Event, frozen=True):
+    """A checkpoint could not be written; training goes on and the previous one stands."""
+
+    path: str
+    reason: str
+
+
+class CheckpointRejected(Event, frozen=True):
+    """A damaged checkpoint was passed over on loading."""
+
+    path: str
+    reason: str
+
+
+class JobStopping(Event, frozen=True):
+    """The job was asked to stop early (Ctrl-C, a limit)."""
+
+    reason: str
+
+
+class JobFinished(Event, frozen=True):
+    """The last event of a run, with the audit of the data."""
+
+    reason: str
+    seen: int
+    repeated: int
+    missing: int
+    refused: int
+    lost_updates: int
+    pushes: int
+    staleness: dict[int, int]
+    """How many pushes were applied at each staleness (versions between fetch and apply), over all shards."""
+    export_command: str
+    resume_command: str
+
+
+AnyEvent = (
+    JobStarted
+    | RoleStarted
+    | RoleLost
+    | ReplicasReleased
+    | LeasesReturned
+    | ShardRestored
+    | PushRefused
+    | Progress
+    | Evaluated
+    | EpochFinished
+    | CheckpointWritten
+    | CheckpointFailed
+    | CheckpointRejected
+    | JobStopping
+    | JobFinished
+)
+
+
+class Observation(msgspec.Struct, frozen=True):
+    """An event and when it happened, in seconds since the job started (virtual seconds on the simulated engine)."""
+
+    seconds: float
+    event: AnyEvent
+
+
+Listener = Callable[[Observation], None]
+"""Anything that wants to know; called in the coordinator's process, must return quickly and not raise."""
+
+
+def to_line(observation: Observation) -> bytes:
+    """One line of `events.jsonl`, newline included."""
+    return msgspec.json.encode(observation) + b"\n"
+
+
+def from_line(line: bytes | str) -> Observation:
+    """The inverse of `to_line`; raises msgspec.ValidationError on a line that is no event."""
+    return msgspec.json.decode(line, type=Observation)
+
+
+def staleness_quantile(counts: dict[int, int], quantile: float) -> float:
+    """The smallest staleness that at least `quantile` of the counted pushes do not exceed; 0.0 without pushes."""
+    total = sum(counts.values())
+    reached = 0
+    for staleness in sorted(counts):
+        reached += counts[staleness]
+        if reached >= quantile * total:
+            return float(staleness)
+    return 0.0
+
+
+def as_dictionary(event: Event) -> dict[str, Any]:
+    """Plain fields of an event, for writers that want a mapping."""
+    return {name: getattr(event, name) for name in event.__struct_fields__}

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Job: the value a user writes. What can be wrong with it is said here, before anything starts."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distbelief.cluster import Cluster
+from distbelief.data_shard import collect
+from distbelief.downpour import Downpour
+from distbelief.errors import ConfigurationError
+from distbelief.evaluator import Measures, Metric
+from distbelief.model_replica import Objective, Step, build
+from distbelief.parameters import Groups, Layout
+from distbelief.update_rule import check
+
+DEFAULT_WARMSTART = 0.05
+"""Share of the job's examples that one replica trains on alone; measured on the speech task, docs/decisions/."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A model to train, the data to train it on, how, and on how many processes."""
+
+    model: Callable[[], nn.Module]
+    """Builds an ordinary module; called once in each process, with torch's random numbers seeded by `seed`."""
+    data: Any
+    """A map-style data set, or a function without arguments that builds one."""
+    loss: Callable[[Any, Any], torch.Tensor] | None = None
+    """(output, target) -> mean loss over the mini-batch, for mini-batches of (input, target)."""
+    step: Step | None = None
+    """(model, mini-batch) -> mean loss, instead of `loss`, for mini-batches of any other kind."""
+    test: Any = None
+    """Held-out data, like `data`; None for no evaluation."""
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """Name -> (output, target) -> mean over the mini-batch."""
+    evaluate: Callable[[nn.Module, Any], Mapping[str, float]] | None = None
+    """(model, test set) -> metrics, instead of `loss` and `metrics` on the test set."""
+    algorithm: Downpour = field(default_factory=Downpour)
+    cluster: Cluster = field(default_factory=Cluster)
+    groups: Groups | None = None
+    """(name, parameter) -> options of the update rule that differ for it, such as {"weight_decay": 0.0}."""
+    epochs: int = 1
+    batch_size: int = 32
+    """Examples per mini-batch of one replica."""
+    seed: int = 0
+    """Of the initial parameters and of the order of the examples."""
+    run: Path | str | None = None
+    """Folder for checkpoints, events and the summary; None makes one below runs/."""
+    evaluate_every: int | None = None
+    """Examples between evaluations; None for once an epoch."""
+    checkpoint_seconds: float = 60.0
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(
+                    f"Job({name}={getattr(self, name)}): at least 1 is needed", hint=f"set {name} to 1 or more"
+                )
+        if (self.loss is None) == (self.step is None):
+            raise ConfigurationError(
+                "a job needs either loss or step" + (", both were given" if self.loss else ", neither was given"),
+                hint="give loss=(output, target) -> scalar, or step=(model, batch) -> scalar",
+            )
+        if self.evaluate_every is not None and self.evaluate_every < 1:
+            raise ConfigurationError(
+                f"Job(evaluate_every={self.evaluate_every}) would never evaluate",
+                hint="give a number of examples, or None for once an epoch",
+            )
+        if not self.checkpoint_seconds > 0:
+            raise ConfigurationError(
+                f"Job(checkpoint_seconds={self.checkpoint_seconds}) must be positive", hint="use for example 60.0"
+            )
+        if not callable(self.model):
+            raise ConfigurationError(
+                f"Job(model=...) is a {type(self.model).__name__}, which cannot be called",
+                hint="give the class or a function that builds the module, not a string or a state_dict",
+            )
+        if isinstance(self.model, nn.Module):
+            raise ConfigurationError(
+                f"Job(model=...) is a {type(self.model).__name__} that is built already",
+                hint="give the class, a function or functools.partial that builds it in each process",
+            )
+        check(self.algorithm.update_rule)
+
+    @property
+    def objective(self) -> Objective:
+        """What to minimise."""
+        return Objective(self.loss, self.step)
+
+    @property
+    def measures(self) -> Measures:
+        """What to measure on the test set."""
+        return Measures(self.loss, self.step, dict(self.metrics), self.evaluate)
+
+    def warmstart_examples(self, total_examples: int) -> int:
+        """Examples that one replica trains on alone."""
+        if self.algorithm.warmstart is not None:
+            return self.algorithm.warmstart
+        return int(DEFAULT_WARMSTART * total_examples) if self.cluster.replicas > 1 else 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose data sets exist: what roles are started with."""
+
+    job: Job
+    data: Any
+    test: Any
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the coordinator needs to know of a prepared job."""
+
+    layout: Layout
+    examples: int
+    test_examples: int
+
+
+def prepare(job: Job) -> tuple[Prepared, Facts]:
+    """Build the data sets and try one mini-batch. Raises ConfigurationError, and whatever the user's code raises."""
+    data, test = _build_data(job.data, "data"), _build_data(job.test, "test")
+    examples = len(data)
+    if job.batch_size > examples:
+        raise ConfigurationError(
+            f"a mini-batch of {job.batch_size} examples is larger than the data, which has {examples}",
+            hint=f"use batch_size={max(1, examples)} or less" if examples else "give a data set that is not empty",
+        )
+    module, layout = build(job.model, job.seed, job.groups)
+    with torch.no_grad():
+        job.objective(module.train(), collect(data, torch.arange(min(job.batch_size, examples))))
+    return Prepared(job, data, test), Facts(layout, examples, 0 if test is None else len(test))
+
+
+def _build_data(data: Any, name: str) -> Any:
+    built = data() if callable(data) and not hasattr(data, "__getitem__") else data
+    if built is None and name == "test":
+        return None
+    if not hasattr(built, "__getitem__") or not hasattr(built, "__len__"):
+        raise ConfigurationError(
+            f"Job({name}=...) is a {type(built).__name__}, which has no length or cannot be indexed",
+            hint="give a map-style data set (with __len__ and __getitem__), or a function that builds one",
+        )
+    if name == "test" and len(built) == 0:
+        raise ConfigurationError("the test set is empty", hint="give test=None for no evaluation")
+    return built

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model replica: the user's model over flat buffers, computing one gradient after another (paper, section 4.1).
+
+    host memory      parameters A | parameters B | gradient A | gradient B      (shared with the shards)
+    model            its parameters are views of A or B; a fetch fills the other one, `adopt` switches
+    gradient         each parameter's gradient is added into its place as soon as backward has made it
+
+On a CPU the model computes on the host buffers themselves. On an accelerator the model's flat vector and gradient live
+there, and the host buffers, pinned, stage them.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from distbelief.data_shard import to_device
+from distbelief.errors import ConfigurationError
+from distbelief.parameters import Groups, Layout, lay_out, trainable
+
+Step = Callable[[nn.Module, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What to minimise: `step`, or `loss` of the model's output on batches of (input, target)."""
+
+    loss: Callable[[Any, Any], torch.Tensor] | None
+    step: Step | None = None
+
+    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """The scalar loss of one mini-batch. Raises ConfigurationError when it is none."""
+        if self.step is not None:
+            value = self.step(model, batch)
+        else:
+            assert self.loss is not None
+            value = self.loss(model(batch[0]), batch[1])
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ConfigurationError(
+                f"the loss is {shape}, not a scalar", hint="return the mean over the mini-batch, for example loss.mean()"
+            )
+        return value
+
+
+def build(model: Callable[[], nn.Module], seed: int, groups: Groups | None) -> tuple[nn.Module, Layout]:
+    """The user's model with the initial values of `seed`, and where its parameters lie."""
+    torch.manual_seed(seed)
+    module = model()
+    return module, lay_out(module, groups)
+
+
+def pick_device(name: str | None, index: int) -> torch.device:
+    """The device of replica `index`: as named, else the CUDA devices in turn, else the CPU."""
+    if name is not None:
+        return torch.device(name)
+    return torch.device("cuda", index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@final
+class ModelReplica:
+    """The model of one replica and its buffers.
+
+    `allocate(length, dtype)` gives host memory that the shards can reach.
+    """
+
+    def __init__(
+        self, module: nn.Module, layout: Layout, objective: Objective, device: torch.device,
+        allocate: Callable[[int, torch.dtype], torch.Tensor],
+    ) -> None:  # fmt: skip
+        self.module, self._layout, self._objective, self._device = module.to(device).train(), layout, objective, device
+        self._host = [allocate(layout.length, layout.dtype) for _ in range(4)]
+        on_cpu = device.type == "cpu"
+        if not on_cpu:
+            for buffer in self._host:
+                _pin(buffer)
+        self._working = self._host[:2] if on_cpu else [torch.zeros_like(self._host[0], device=device)]
+        self._accruing = self._host[2:] if on_cpu else [torch.zeros_like(self._host[0], device=device)]
+        self._parameter_views = [list(layout.views(flat).values()) for flat in self._working]
+        self._gradient_views = [list(layout.views(flat).values()) for flat in self._accruing]
+        named = dict(trainable(module))
+        self._parameters = [named[piece.name] for piece in layout.pieces]
+        self._filling = 0
+        """Which gradient buffer is accrued into."""
+        self._current = 1
+        """Which parameter buffer the model uses; the other one is the spare."""
+        self._written = [False] * len(self._parameters)
+        self._mini_batches = 0
+        self.local_rate: float | None = None
+        """Rate of the local step after each mini-batch; None for none."""
+        for index, parameter in enumerate(self._parameters):
+            parameter.register_post_accumulate_grad_hook(self._accrue_hook(index))
+        self._point()
+
+    # parameters
+
+    @property
+    def spare(self) -> torch.Tensor:
+        """The host buffer, shape (n,), that a fetch may fill while the model computes."""
+        return self._host[1 - self._current]
+
+    def adopt(self) -> None:
+        """Switch the model to what a fetch has put into the spare buffer."""
+        self._current = 1 - self._current
+        if self._device.type == "cpu":
+            self._point()
+        else:
+            self._working[0].copy_(self._host[self._current], non_blocking=True)
+
+    def _point(self) -> None:
+        views = self._parameter_views[self._current if len(self._working) == 2 else 0]
+        for parameter, view in zip(self._parameters, views, strict=True):
+            parameter.data = view
+
+    # gradient
+
+    def compute(self, batch: Any) -> torch.Tensor:
+        """Add the gradient of the mean loss over one mini-batch to what is accrued; returns the detached loss."""
+        loss = self._objective(self.module, to_device(batch, self._device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._mini_batches += 1
+        if not all(self._written):
+            self._zero_what_is_missing()
+        return loss.detach()
+
+    def _accrue_hook(self, index: int) -> Callable[[torch.Tensor], None]:
+        def accrue(parameter: torch.Tensor) -> None:
+            view = self._gradient_views[self._filling if len(self._accruing) == 2 else 0][index]
+            assert parameter.grad is not None
+            if self._written[index]:
+                view.add_(parameter.grad)
+            else:
+                view.copy_(parameter.grad)
+                self._written[index] = True
+            if self.local_rate is not None:
+                # The paper's local step: parameters -= rate * gradient, as soon as backward needs this one no more.
+                parameter.data.add_(parameter.grad, alpha=-self.local_rate)
+            parameter.grad = None
+
+        return accrue
+
+    def _zero_what_is_missing(self) -> None:
+        """A parameter that had no part in the loss has gradient zero."""
+        for index, written in enumerate(self._written):
+            if not written:
+                self._gradient_views[self._filling if len(self._accruing) == 2 else 0][index].zero_()
+                self._written[index] = True
+
+    @property
+    def accrued(self) -> int:
+        """Mini-batches whose gradients are in the accruing buffer."""
+        return self._mini_batches
+
+    def take_gradient(self, *, mean: bool, clip_norm: float | None) -> torch.Tensor | None:
+        """The accrued gradient in host memory, shape (n,); accruing goes on in the other buffer.
+
+        None when it is not finite. The caller owns the memory until it takes the next gradient but one.
+        """
+        source = self._accruing[self._filling if len(self._accruing) == 2 else 0]
+        if mean and self._mini_batches > 1:
+            source.div_(self._mini_batches)
+        self._written = [False] * len(self._parameters)
+        self._mini_batches = 0
+        finite = math.isfinite(float(torch.dot(source, source)))
+        if not finite and not bool(torch.isfinite(source).all()):
+            return None
+        if clip_norm is not None:
+            norm = torch.linalg.vector_norm(source)
+            source.mul_(torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
+        host = self._host[2 + self._filling]
+        if source is not host:
+            host.copy_(source)
+        self._filling = 1 - self._filling
+        return host
+
+    # buffers
+
+    def buffers(self) -> torch.Tensor:
+        """The module's buffers (BatchNorm statistics and counters) as one float64 vector on the CPU."""
+        return flat_buffers(self.module)
+
+    def set_buffers(self, values: torch.Tensor) -> None:
+        """The inverse of `buffers`."""
+        load_buffers(self.module, values)
+
+
+def _own_buffers(module: nn.Module) -> Iterator[torch.Tensor]:
+    return (buffer for _, buffer in module.named_buffers())
+
+
+def flat_buffers(module: nn.Module) -> torch.Tensor:
+    """All buffers of a module one after another, float64 on the CPU; float64 holds counters exactly up to 2**53."""
+    parts = [buffer.detach().to("cpu", torch.float64).reshape(-1) for buffer in _own_buffers(module)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+
+
+def load_buffers(module: nn.Module, values: torch.Tensor) -> None:
+    """Write a vector made by `flat_buffers` back; counters are rounded."""
+    start = 0
+    for buffer in _own_buffers(module):
+        part = values[start : start + buffer.numel()].view(buffer.shape)
+        buffer.copy_(part if buffer.dtype.is_floating_point else part.round())
+        start += buffer.numel()
+
+
+def load_parameters(module: nn.Module, layout: Layout, flat: torch.Tensor) -> None:
+    """Copy the flat vector, shape (n,), into the module's own parameters."""
+    views = layout.views(flat)
+    with torch.no_grad():
+        for name, parameter in trainable(module):
+            parameter.copy_(views[name])
+
+
+def flat_parameters(module: nn.Module, layout: Layout) -> torch.Tensor:
+    """The module's trainable parameters as one new CPU vector of shape (n,)."""
+    named = dict(trainable(module))
+    return torch.cat([named[piece.name].detach().cpu().reshape(-1) for piece in layout.pieces])
+
+
+def _pin(buffer: torch.Tensor) -> None:
+    """Page-lock host memory that we allocated ourselves, so that copies to and from the device run at full speed."""
+    status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel() * buffer.element_size(), 0)
+    if int(status) != 0:
+        raise ConfigurationError(
+            f"CUDA could not page-lock {buffer.numel()} parameters of host memory (error {int(status)})",
+            hint="raise `ulimit -l`, or use Cluster(device='cpu')",
+        )

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters are one flat vector, cut into equal spans (paper, section 4.1: "sharded across many machines").
+
+    the flat parameter vector   0 . . . . . . . . . . . . . . . n
+    pieces (named parameters)   |-w1-|b1|----w2----|b2|----w3---|
+    shards (who stores)         |-- 0 --|-- 1 --|-- 2 --|-- 3 --|
+
+There are no keys and no name table on the wire: a shard knows its span, a replica knows where its pieces lie.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from distbelief.errors import ConfigurationError
+
+Groups = Callable[[str, nn.Parameter], Mapping[str, float]]
+"""The user's parameter groups: (name, parameter) -> options of the update rule that differ for it, {} for none."""
+
+Options = tuple[tuple[str, float], ...]
+"""Options of one parameter group in sorted order, so that equal groups compare equal."""
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """A half-open range [start, stop) of the flat parameter vector."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def overlap(self, other: "Span") -> "Span":
+        """The common range; empty (length 0) where there is none."""
+        start = max(self.start, other.start)
+        return Span(start, max(start, min(self.stop, other.stop)))
+
+    def within(self, outer: "Span") -> slice:
+        """This span as a slice of a tensor that holds `outer`."""
+        return slice(self.start - outer.start, self.stop - outer.start)
+
+
+def cut(length: int, shards: int) -> list[Span]:
+    """Cut [0, length) into `shards` consecutive spans whose lengths differ by at most one."""
+    edges = [length * shard // shards for shard in range(shards + 1)]
+    return [Span(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One named parameter of the model and where it lies in the flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    span: Span
+    options: Options = ()
+    """What the user's groups function answered for it."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A range of the flat vector whose pieces share the options of one parameter group."""
+
+    span: Span
+    options: Options
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every trainable parameter lies. Frozen parameters and buffers are left out."""
+
+    pieces: tuple[Piece, ...]
+    dtype: torch.dtype
+
+    @property
+    def length(self) -> int:
+        """Number of parameters, n."""
+        return self.pieces[-1].span.stop
+
+    def fingerprint(self) -> str:
+        """Identifies names, shapes and order; checkpoints of another model differ in it."""
+        text = ";".join(f"{piece.name}{list(piece.shape)}" for piece in self.pieces) + str(self.dtype)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def segments(self, span: Span) -> list[Segment]:
+        """The parameter groups that meet `span`: maximal runs of pieces with equal options, cut to `span`."""
+        runs: list[Segment] = []
+        for piece in self.pieces:
+            part = piece.span.overlap(span)
+            if not len(part):
+                continue
+            if runs and runs[-1].options == piece.options:
+                runs[-1] = Segment(Span(runs[-1].span.start, part.stop), piece.options)
+            else:
+                runs.append(Segment(part, piece.options))
+        return runs
+
+    def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every piece of `flat` (shape (n,)) as a view in its own shape, by name; writing to a view writes to `flat`."""
+        return {piece.name: flat[piece.span.start : piece.span.stop].view(piece.shape) for piece in self.pieces}
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that training changes, each once and under its first name, in the order of `named_parameters`."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def lay_out(model: nn.Module, groups: Groups | None = None) -> Layout:
+    """Lay the trainable parameters of `model` one after another, parameters of one group together.
+
+    Raises ConfigurationError when there are none, or when they cannot share one vector.
+    """
+    named = list(trainable(model))
+    if not named:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no trainable parameters",
+            hint="leave requires_grad on for at least one parameter",
+        )
+    _check_one_vector(named)
+    options = {name: tuple(sorted((groups(name, parameter) if groups else {}).items())) for name, parameter in named}
+    order = {group: rank for rank, group in enumerate(dict.fromkeys(options.values()))}
+    pieces, start = [], 0
+    for name, parameter in sorted(named, key=lambda item: order[options[item[0]]]):
+        span = Span(start, start + parameter.numel())
+        pieces.append(Piece(name, tuple(parameter.shape), span, options[name]))
+        start = span.stop
+    return Layout(tuple(pieces), named[0][1].dtype)
+
+
+def _check_one_vector(named: list[tuple[str, nn.Parameter]]) -> None:
+    first_name, first = named[0]
+    storages: dict[int, str] = {}
+    for name, parameter in named:
+        if parameter.dtype != first.dtype or not parameter.dtype.is_floating_point:
+            raise ConfigurationError(
+                f"parameter {name} has dtype {parameter.dtype}, {first_name} has {first.dtype}; "
+                "one flat vector holds one floating-point dtype",
+                hint="convert the model with model.float() or model.to(dtype), or freeze the odd parameter",
+            )
+        if parameter.is_sparse or isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ConfigurationError(
+                f"parameter {name} is {'sparse' if parameter.is_sparse else 'lazy (its shape is not known yet)'}",
+                hint="use dense parameters of known shape",
+            )
+        storage = parameter.untyped_storage().data_ptr()
+        if parameter.device.type != "meta" and parameter.numel() and storages.setdefault(storage, name) != name:
+            raise ConfigurationError(
+                f"parameters {storages[storage]} and {name} are different views of the same memory",
+                hint="assign the same nn.Parameter object to both modules, which is counted once",
+            )
+
+
+def changed_pieces(old: Mapping[str, tuple[int, ...]], new: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """How two models differ, a sentence per parameter; empty when they have the same names and shapes."""
+    differences = [f"{name} is missing in the model" for name in old if name not in new]
+    differences += [f"{name} is new in the model" for name in new if name not in old]
+    differences += [
+        f"{name} has shape {list(new[name])}, the checkpoint {list(old[name])}"
+        for name in old
+        if name in new and tuple(old[name]) != tuple(new[name])
+    ]
+    return differences

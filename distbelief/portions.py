@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who works on which examples: leases of a seeded epoch permutation. Pure decisions, no I/O.
+
+The epochs follow each other on one line of positions; a lease is a run of positions within one epoch. A replica holds
+a lease until every shard has acknowledged the pushes that carry it; positions settle from the lease's start onwards.
+What a dead replica had not settled goes back and is handed out first.
+
+    positions   |-------- epoch 0 --------|-------- epoch 1 --------|
+    leases      |--0--|--1--|--2--|--3--|4|--5--|--6--|...
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import msgspec
+
+MINI_BATCHES_PER_LEASE = 32
+LEASES_PER_REPLICA_AND_EPOCH = 8
+LEASES_HELD = 3
+"""A replica may hold so many leases: one in work, one whose last push is under way, one fetched ahead."""
+
+
+class Lease(msgspec.Struct, array_like=True, frozen=True):
+    """Positions [start, stop) of one epoch's permutation."""
+
+    identifier: int
+    epoch: int
+    start: int
+    stop: int
+
+    @property
+    def examples(self) -> int:
+        """Examples in the lease."""
+        return self.stop - self.start
+
+
+class LeaseState(msgspec.Struct, frozen=True):
+    """What a checkpoint keeps of the leases."""
+
+    examples_per_epoch: int
+    lease_examples: int
+    issued: int
+    unsettled: tuple[Lease, ...]
+    repeated: int
+
+
+@dataclass(frozen=True)
+class Warmstart:
+    """One replica trains first; then the others are released in stages (paper, section 4.1)."""
+
+    examples: int = 0
+    """Examples after which the second replica is released."""
+
+    def released(self, settled_examples: int, replicas: int) -> int:
+        """How many replicas may train: one until `examples`, then twice as many after each further quarter of it."""
+        if self.examples <= 0:
+            return replicas
+        if settled_examples < self.examples:
+            return 1
+        stages = 1 + (settled_examples - self.examples) // max(1, self.examples // 4)
+        return replicas if stages >= replicas.bit_length() else min(replicas, 1 << stages)
+
+
+def lease_size(examples: int, batch_size: int, replicas: int) -> int:
+    """Examples per lease: whole mini-batches, at most 32, and about 8 leases per replica and epoch."""
+    mini_batches = -(-examples // batch_size)
+    return batch_size * max(1, min(MINI_BATCHES_PER_LEASE, mini_batches // (replicas * LEASES_PER_REPLICA_AND_EPOCH)))
+
+
+@final
+class Leases:
+    """The ledger of one job: every position is unissued, held by one replica, returned, or settled."""
+
+    def __init__(self, examples_per_epoch: int, lease_examples: int, epochs: int) -> None:
+        self.examples_per_epoch, self.lease_examples, self.epochs = examples_per_epoch, lease_examples, epochs
+        self.leases_per_epoch = -(-examples_per_epoch // lease_examples)
+        self.repeated = 0
+        """Examples that some shard applied twice because a replica died between its shards' acknowledgements."""
+        self._issued = 0
+        self._returned: list[Lease] = []
+        self._held: dict[int, tuple[int, Lease]] = {}
+        """Lease identifier -> (replica, what is left of it)."""
+
+    @property
+    def total_examples(self) -> int:
+        """Examples of the whole job."""
+        return self.examples_per_epoch * self.epochs
+
+    @property
+    def settled_examples(self) -> int:
+        """Examples settled so far."""
+        left = sum(lease.examples for lease in self.unsettled())
+        epoch, index = divmod(self._issued, self.leases_per_epoch)
+        return epoch * self.examples_per_epoch + min(index * self.lease_examples, self.examples_per_epoch) - left
+
+    @property
+    def finished(self) -> bool:
+        """Whether every example of every epoch is settled."""
+        return self._issued == self.leases_per_epoch * self.epochs and not self._held and not self._returned
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the oldest lease that is not settled; `epochs` at the end."""
+        return min([lease.epoch for lease in self.unsettled()], default=self._issued // self.leases_per_epoch)
+
+    def unsettled(self) -> list[Lease]:
+        """What has been issued and is not settled."""
+        return [lease for _, lease in self._held.values()] + self._returned
+
+    def next(self, replica: int) -> Lease | None:
+        """A lease for the replica; None when there is nothing to hand out now."""
+        if sum(holder == replica for holder, _ in self._held.values()) >= LEASES_HELD:
+            return None
+        if self._returned:
+            lease = self._returned.pop(0)
+        elif self._issued < self.leases_per_epoch * self.epochs:
+            epoch, index = divmod(self._issued, self.leases_per_epoch)
+            start = index * self.lease_examples
+            lease = Lease(self._issued, epoch, start, min(start + self.lease_examples, self.examples_per_epoch))
+            self._issued += 1
+        else:
+            return None
+        self._held[lease.identifier] = (replica, lease)
+        return lease
+
+    def settle(self, replica: int, identifier: int, position: int) -> None:
+        """Every shard has acknowledged the lease's examples before `position`; late reports are ignored."""
+        holder, lease = self._held.get(identifier, (None, None))
+        if holder != replica or lease is None or position <= lease.start:
+            return
+        if position >= lease.stop:
+            del self._held[identifier]
+        else:
+            self._held[identifier] = (replica, Lease(identifier, lease.epoch, position, lease.stop))
+
+    def give_back(self, replica: int) -> list[Lease]:
+        """A replica ends cleanly: what it has not settled goes back."""
+        gone = [lease for holder, lease in self._held.values() if holder == replica]
+        for lease in gone:
+            del self._held[lease.identifier]
+        self._returned = sorted([*self._returned, *gone], key=lambda lease: lease.identifier)
+        return gone
+
+    def lose(self, replica: int, applied: Iterable[Mapping[int, int]]) -> "Loss":
+        """A replica died; `applied` tells, per shard, up to which position each of its leases was applied.
+
+        What every shard applied is settled. What only some applied is repeated.
+        """
+        shards = list(applied)
+        before = self.repeated
+        for holder, lease in list(self._held.values()):
+            if holder == replica:
+                self._settle_applied(lease, shards)
+        gone = self.give_back(replica)
+        return Loss(len(gone), sum(lease.examples for lease in gone), self.repeated - before)
+
+    def _settle_applied(self, lease: Lease, shards: list[Mapping[int, int]]) -> None:
+        reached = [max(lease.start, shard.get(lease.identifier, lease.start)) for shard in shards] or [lease.start]
+        self.repeated += max(reached) - min(reached)
+        self.settle(self._held[lease.identifier][0], lease.identifier, min(reached))
+
+    def state(self) -> LeaseState:
+        """For a checkpoint. Take it before the shards' snapshots: what is settled now is in all of them."""
+        return LeaseState(
+            self.examples_per_epoch, self.lease_examples, self._issued, tuple(self.unsettled()), self.repeated
+        )
+
+    @classmethod
+    def resumed(cls, state: LeaseState, epochs: int, applied: Iterable[Mapping[int, int]]) -> "Leases":
+        """Continue from a checkpoint; `applied` tells, per shard file, up to which position a lease is in it."""
+        leases = cls(state.examples_per_epoch, state.lease_examples, epochs)
+        leases._issued, leases.repeated = state.issued, state.repeated
+        leases._held = {lease.identifier: (-1, lease) for lease in state.unsettled}
+        leases.lose(-1, applied)
+        return leases
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a death cost."""
+
+    leases: int
+    examples: int
+    repeated: int
+
+
+@final
+@dataclass
+class Failures:
+    """Decides when replacing the dead has stopped making sense."""
+
+    limit: int = 8
+    """Deaths without a settled example in between after which the job stops."""
+    _count: int = 0
+    _settled: int = field(default=-1)
+
+    def died(self, settled_examples: int) -> bool:
+        """Count a death; True when the job should stop."""
+        if settled_examples > self._settled:
+            self._settled, self._count = settled_examples, 0
+        self._count += 1
+        return self._count > self.limit

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves on disk: `events.jsonl`, a line for each event as it happens, and `summary.json` at the end.
+
+A run may be killed at any moment. A line counts once its newline is in the file; what follows the last newline is
+half an event and is ignored on reading and cut off when the run is resumed.
+"""
+
+import contextlib
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from distbelief.errors import ConfigurationError
+from distbelief.events import Observation, from_line, to_line
+from distbelief.report.summary import Summary
+
+
+class EventFile:
+    """A listener that appends to `events.jsonl`; every event is handed to the operating system before it returns.
+
+    Opening creates the folder and keeps earlier events (a resumed run). Raises OSError when the file cannot be
+    opened; afterwards it never raises: when a line cannot be written it warns once and records no further events.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab", buffering=0)
+        _cut_half_line(self.path)
+
+    def __call__(self, observation: Observation) -> None:
+        """Append one event."""
+        if self._file.closed:
+            return
+        line = to_line(observation)
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(f"{written} of {len(line)} bytes written")
+        except OSError as problem:
+            self.close()
+            warnings.warn(f"{self.path}: {problem}; no further events are recorded", RuntimeWarning, stacklevel=2)
+
+    def close(self) -> None:
+        """Close the file; later events are ignored. May be called again."""
+        # a full disk may be reported only here, when all has been done that can be
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _cut_half_line(path: Path) -> None:
+    if not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() == b"\n":
+            return
+        file.seek(0)
+        os.truncate(path, file.read().rfind(b"\n") + 1)
+
+
+def read_events(path: Path) -> list[Observation]:
+    """All events of `events.jsonl` in the order they happened; half a line at the end is left out.
+
+    Raises ConfigurationError when there is no such file, or with the number of the first line that is no event.
+    """
+    lines = _read(Path(path)).split(b"\n")[:-1]
+    observations = []
+    for position, line in enumerate(lines, start=1):
+        try:
+            observations.append(_observation(line))
+        except msgspec.MsgspecError as problem:
+            raise ConfigurationError(
+                f"{path}, line {position} is not an event of this version: {problem}",
+                hint="remove the line, or read the run with the version of distbelief that wrote it",
+            ) from problem
+    return observations
+
+
+def _observation(line: bytes) -> Observation:
+    try:
+        return from_line(line)
+    except msgspec.ValidationError:
+        # JSON has no nan: a metric that was not finite was written as null
+        fields: dict[str, Any] = msgspec.json.decode(line)
+        metrics = fields["event"].get("metrics") if isinstance(fields, dict) and "event" in fields else None
+        if not metrics:
+            raise
+        fields["event"]["metrics"] = {name: math.nan if value is None else value for name, value in metrics.items()}
+        return msgspec.convert(fields, Observation)
+
+
+def write_summary(path: Path, summary: Summary) -> None:
+    """Write `summary.json` whole or not at all: a reader, or a crash at any moment, meets the old file or the new.
+
+    Raises OSError when it cannot be written; the old file then stands.
+    """
+    path = Path(path)
+    content = msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n"
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        # the new name is on disk only when its folder is
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_summary(path: Path) -> Summary:
+    """The inverse of `write_summary`; raises ConfigurationError when there is none or it is not a summary."""
+    try:
+        return msgspec.json.decode(_read(Path(path)), type=Summary)
+    except msgspec.MsgspecError as problem:
+        raise ConfigurationError(
+            f"{path} is not a summary of this version: {problem}",
+            hint="remove it and summarize the events.jsonl beside it",
+        ) from problem
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as problem:
+        raise ConfigurationError(
+            f"there is no file {path}", hint="give the folder of a run, which holds events.jsonl and summary.json"
+        ) from problem

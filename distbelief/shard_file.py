@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One shard on disk: an ordinary safetensors file whose vectors can be read by range, and what it says of itself.
+
+A checkpoint holds one such file per shard. Loading on another number of shards reads, from every file, the part that
+meets the new span; nothing is converted.
+"""
+
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from distbelief.errors import CheckpointError
+from distbelief.parameters import Span
+
+_READ_BYTES = 1 << 22
+
+
+class ReplicaRecord(msgspec.Struct):
+    """What a shard remembers of one replica, so that a push counts once."""
+
+    incarnation: int
+    sequence: int
+    portions: dict[int, int] = {}
+    """Lease -> position up to which its examples are applied here, for the leases of its latest pushes."""
+
+
+class ShardState(msgspec.Struct, kw_only=True):
+    """Everything a shard knows besides its vectors."""
+
+    start: int
+    stop: int
+    version: int = 0
+    """Pushes applied so far."""
+    examples: int = 0
+    """Examples whose gradients were applied so far; learning-rate schedules are functions of it."""
+    lost_updates: int = 0
+    """Acknowledged pushes that a restart from an older checkpoint lost."""
+    scalars: dict[str, float] = {}
+    """The update rule's numbers, such as Adam's step."""
+    replicas: dict[int, ReplicaRecord] = {}
+    staleness: dict[int, int] = {}
+    """Staleness -> pushes applied at it."""
+
+
+class ShardFile(msgspec.Struct, frozen=True):
+    """A shard's file in a manifest, with what proves it whole."""
+
+    name: str
+    start: int
+    stop: int
+    size_bytes: int
+    crc32: int
+
+
+def write(path: Path, vectors: dict[str, torch.Tensor], state: ShardState) -> None:
+    """Write the vectors straight from their memory. Raises OSError."""
+    metadata = {"shard": msgspec.json.encode(state).decode()}
+    try:
+        save_file({name: vector.contiguous() for name, vector in vectors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def seal(path: Path, state: ShardState) -> ShardFile:
+    """Force the file to disk and describe it. Raises OSError."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        checksum = 0
+        while chunk := file.read(_READ_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+    return ShardFile(path.name, state.start, state.stop, path.stat().st_size, checksum)
+
+
+def check(folder: Path, file: ShardFile) -> None:
+    """Raise CheckpointError unless the file is there, whole and unchanged."""
+    path = folder / file.name
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing")
+    if path.stat().st_size != file.size_bytes:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {file.size_bytes} were written")
+    found = seal(path, ShardState(start=file.start, stop=file.stop))
+    if found.crc32 != file.crc32:
+        raise CheckpointError(f"{path} was changed since it was written (checksum {found.crc32}, was {file.crc32})")
+
+
+def read_state(path: Path) -> ShardState:
+    """What the file says of itself. Raises CheckpointError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return msgspec.json.decode(file.metadata()["shard"], type=ShardState)
+    except (SafetensorError, OSError, KeyError, TypeError, msgspec.MsgspecError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def read_span(folder: Path, files: Sequence[ShardFile], span: Span) -> dict[str, torch.Tensor]:
+    """Every vector cut to `span`, each of shape (len(span),), gathered from the files that meet it."""
+    vectors: dict[str, torch.Tensor] = {}
+    for source in files:
+        held = Span(source.start, source.stop)
+        part = held.overlap(span)
+        if not len(part):
+            continue
+        with safe_open(folder / source.name, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                values = file.get_slice(name)[part.start - held.start : part.stop - held.start]
+                if name not in vectors:
+                    vectors[name] = torch.empty(len(span), dtype=values.dtype)
+                vectors[name][part.within(span)] = values
+    return vectors

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start the roles, run the algorithm, return the Result."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from distbelief import checkpoint, events
+from distbelief.checkpoint import Manifest
+from distbelief.coordinator import EVALUATOR, Coordinator, RoleSpec, Settings, replica_name
+from distbelief.data_shard import DataShard
+from distbelief.downpour import DownpourReplica
+from distbelief.engine.base import Engine, Faults, Home
+from distbelief.engine.local import LocalEngine
+from distbelief.engine.pickles import SHARED
+from distbelief.engine.simulated import Costs, SimulatedEngine
+from distbelief.errors import CheckpointError, ConfigurationError, DistbeliefError
+from distbelief.evaluator import Evaluator
+from distbelief.events import AnyEvent, Listener, Observation
+from distbelief.job import Facts, Job, Prepared, prepare
+from distbelief.model_replica import ModelReplica, build, flat_buffers, flat_parameters, load_buffers, load_parameters, pick_device
+from distbelief.parameter_server import ParameterServer, ParameterServerShard, shard_name
+from distbelief.parameters import Layout, Span, cut
+from distbelief.portions import Leases, Warmstart, lease_size
+from distbelief.report.files import EventFile, read_events, write_summary
+from distbelief.report.summary import Summary, summarize, text
+from distbelief.report.tensorboard import tensorboard_files
+from distbelief.report.terminal import Terminal
+
+FRAME_BYTES_PER_PARAMETER = 8
+FRAME_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job came to."""
+
+    model: nn.Module
+    """The trained module, on the CPU, in eval mode, with the servers' parameters and the mean of the replicas' buffers."""
+    summary: Summary
+    run: Path
+    """The run folder: checkpoints, events.jsonl, summary.json, TensorBoard files."""
+
+    @property
+    def test(self) -> dict[str, float | None]:
+        """The last measurement on the held-out data."""
+        return dict(self.summary.test)
+
+
+def replica_role(home: Home, prepared: Prepared, index: int, spans: Sequence[Span]) -> DownpourReplica:
+    """Build model replica `index` in its own process."""
+    job = prepared.job
+    torch.set_num_threads(job.cluster.threads)
+    module, layout = build(job.model, job.seed, job.groups)
+    # Draws such as dropout's differ between replicas and lives.
+    torch.manual_seed(job.seed + 1_000_003 * (index + 1) + 7_919 * home.incarnation)
+    model = ModelReplica(module, layout, job.objective, pick_device(job.cluster.device, index), home.allocate)
+    data = DataShard(prepared.data, job.batch_size, job.seed)
+    return DownpourReplica(home, index, model, data, ParameterServer(home, spans, index), job.algorithm)
+
+
+def evaluator_role(home: Home, prepared: Prepared, spans: Sequence[Span]) -> Evaluator:
+    """Build the evaluator in its own process."""
+    job = prepared.job
+    torch.set_num_threads(1)
+    module, layout = build(job.model, job.seed, job.groups)
+    return Evaluator(home, module, layout, ParameterServer(home, spans, -1), prepared.test, job.measures)
+
+
+def train(
+    job: Job,
+    *,
+    resume: Path | str | None = None,
+    faults: Faults | None = None,
+    costs: Costs | None = None,
+    listeners: Sequence[Listener] = (),
+    view: bool = True,
+) -> Result:
+    """Train `job` and return the trained model.
+
+    `resume` continues the run in that folder from its newest checkpoint. `faults` scripts deaths and slowness, `costs`
+    are the simulated engine's times. `listeners` hear every event; `view=False` prints nothing.
+
+    Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError.
+    """
+    engine = _engine(job, faults, costs)
+    with contextlib.closing(engine):
+        facts = engine.load(prepare, job)
+        spans = _spans(job, facts)
+        module, layout = build(job.model, job.seed, job.groups)
+        run = _open_run(job, resume)
+        rejected: list[AnyEvent] = []
+        restore = None
+        if resume is not None:
+            restore = checkpoint.newest(
+                run, lambda path, reason: rejected.append(events.CheckpointRejected(path=str(path), reason=reason))
+            )
+            checkpoint.check_same_model(restore[1], layout, restore[0])
+        with _reporting(run, engine, listeners, view) as emit:
+            for event in rejected:
+                emit(event)
+            coordinator = _coordinator(job, engine, facts, run, spans, module, restore, emit)
+            engine.answer(coordinator)
+            reason = "failed"
+            try:
+                with _stopping_on_signals(coordinator):
+                    emit(_job_started(job, facts, run, spans, coordinator.leases))
+                    coordinator.start(flat_parameters(module, layout), restore)
+                    reason = coordinator.run()
+            except BaseException as error:
+                reason = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+                raise
+            finally:
+                emit(coordinator.finished(reason, f"distbelief resume {run}", f"distbelief export {run} model.safetensors"))
+        # The last checkpoint is the end of the run: what is returned is what is on disk.
+        folder, manifest = checkpoint.newest(run, lambda path, reason: None)
+        load_parameters(module, layout, checkpoint.read_vector(folder, manifest))
+        load_buffers(module, checkpoint.read_buffers(folder))
+    return Result(module.eval(), summarize(read_events(run / "events.jsonl")), run)
+
+
+def _engine(job: Job, faults: Faults | None, costs: Costs | None) -> Engine:
+    if job.cluster.engine == "simulated":
+        return SimulatedEngine(job.seed, costs=costs, faults=faults)
+    shards = [shard_name(index) for index in range(job.cluster.shards)]
+    return LocalEngine(shards, transport=job.cluster.transport, faults=faults)
+
+
+def _spans(job: Job, facts: Facts) -> list[Span]:
+    length = facts.layout.length
+    if job.cluster.shards > length:
+        raise ConfigurationError(
+            f"cannot cut {length} parameters into {job.cluster.shards} shards",
+            hint=f"use Cluster(shards={length}) or fewer",
+        )
+    job.algorithm.update_rule.check([piece.options for piece in facts.layout.pieces])
+    return cut(length, job.cluster.shards)
+
+
+def _open_run(job: Job, resume: Path | str | None) -> Path:
+    """The run folder: the one to resume, or a new one. Raises ConfigurationError, CheckpointError."""
+    if resume is not None:
+        run = Path(resume)
+        if not run.is_dir():
+            raise CheckpointError(f"{run} is no run folder\nhint: give the folder that an earlier run printed")
+        return run
+    name = getattr(job.model, "__name__", getattr(getattr(job.model, "func", None), "__name__", "model")).lower()
+    run = Path(job.run) if job.run is not None else Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    if run.exists():
+        raise ConfigurationError(
+            f"the run folder {run} exists",
+            hint=f"choose another run folder, remove it, or go on from it with `distbelief resume {run}`",
+        )
+    try:
+        run.mkdir(parents=True)
+        probe = run / "probe"
+        probe.write_bytes(b"0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise ConfigurationError(
+            f"the run folder {run} cannot be written: {error}", hint="give run=... on a disk with room and permission"
+        ) from error
+    return run
+
+
+def _coordinator(
+    job: Job, engine: Engine, facts: Facts, run: Path, spans: list[Span], module: nn.Module,
+    restore: tuple[Path, Manifest] | None, emit: Callable[[AnyEvent], None],
+) -> Coordinator:  # fmt: skip
+    layout, cluster = facts.layout, job.cluster
+    if restore is None:
+        leases = Leases(facts.examples, lease_size(facts.examples, job.batch_size, cluster.replicas), job.epochs)
+        buffers, incarnation = flat_buffers(module), 0
+    else:
+        folder, manifest = restore
+        leases = _resumed_leases(job, facts, folder, manifest)
+        buffers, incarnation = checkpoint.read_buffers(folder), manifest.incarnation
+    settings = Settings(
+        run=run,
+        replicas=[RoleSpec(replica_name(i), replica_role, (SHARED, i, spans)) for i in range(cluster.replicas)],
+        shards=[
+            RoleSpec(shard_name(i), ParameterServerShard, (span, layout, job.algorithm.update_rule))
+            for i, span in enumerate(spans)
+        ],
+        evaluator=RoleSpec(EVALUATOR, evaluator_role, (SHARED, spans)) if facts.test_examples else None,
+        warmstart=Warmstart(job.warmstart_examples(leases.total_examples)),
+        checkpoint_seconds=job.checkpoint_seconds,
+        keep_checkpoints=job.keep_checkpoints,
+        evaluate_examples=job.evaluate_every or facts.examples,
+        silence_seconds=cluster.silence_seconds,
+        refusals=job.algorithm.refusals,
+        incarnation=incarnation,
+    )
+    manifest_of = partial(
+        Manifest,
+        format=checkpoint.FORMAT,
+        fingerprint=layout.fingerprint(),
+        pieces={piece.name: piece.shape for piece in layout.pieces},
+        dtype=str(layout.dtype),
+        rule=repr(job.algorithm.update_rule),
+        seed=job.seed,
+    )
+    return Coordinator(engine, settings, leases, buffers, manifest_of, emit)
+
+
+def _resumed_leases(job: Job, facts: Facts, folder: Path, manifest: Manifest) -> Leases:
+    if manifest.leases.examples_per_epoch != facts.examples or manifest.seed != job.seed:
+        raise CheckpointError(
+            f"{folder} was trained on {manifest.leases.examples_per_epoch} examples with seed {manifest.seed}, "
+            f"the job has {facts.examples} with seed {job.seed}; examples would be lost or repeated\n"
+            "hint: resume with the same data and seed"
+        )
+    applied = checkpoint.read_replica_positions(folder, manifest)
+    leases = Leases.resumed(manifest.leases, job.epochs, applied)
+    if leases.finished:
+        raise ConfigurationError(
+            f"{folder} has all {job.epochs} epochs behind it", hint="give more epochs, for example --epochs "
+            f"{job.epochs * 2}",
+        )  # fmt: skip
+    return leases
+
+
+def _job_started(job: Job, facts: Facts, run: Path, spans: list[Span], leases: Leases) -> events.JobStarted:
+    lengths = [len(span) for span in spans]
+    return events.JobStarted(
+        run=str(run), replicas=job.cluster.replicas, shards=len(spans), parameters=facts.layout.length,
+        examples_per_epoch=facts.examples, epochs=job.epochs, batch_size=job.batch_size, seed=job.seed,
+        algorithm=f"Downpour, {job.algorithm.update_rule!r}",
+        shard_balance=max(lengths) / (sum(lengths) / len(lengths)), resumed_examples=leases.settled_examples,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _reporting(
+    run: Path, engine: Engine, listeners: Sequence[Listener], view: bool
+) -> Iterator[Callable[[AnyEvent], None]]:
+    """Everything that hears events, for the time of the job; writes and prints the summary at the end."""
+    from rich.console import Console
+
+    console = Console()
+    file = EventFile(run / "events.jsonl")
+    board = tensorboard_files(run / "tensorboard")
+    started = engine.now()
+    with contextlib.ExitStack() as stack:
+        hearing: list[Listener] = [file, *listeners]
+        if board is not None:
+            hearing.append(board)
+            stack.callback(board.close)
+        if view:
+            hearing.append(stack.enter_context(Terminal(console)))
+
+        def emit(event: AnyEvent) -> None:
+            observation = Observation(engine.now() - started, event)
+            for listener in hearing:
+                listener(observation)
+
+        try:
+            yield emit
+        finally:
+            file.close()
+            summary = summarize(read_events(run / "events.jsonl"))
+            write_summary(run / "summary.json", summary)
+            if view:
+                stack.callback(lambda: console.out(text(summary), highlight=False))
+
+
+@contextlib.contextmanager
+def _stopping_on_signals(coordinator: Coordinator) -> Iterator[None]:
+    """Ctrl-C or SIGTERM once: checkpoint and stop cleanly. Ctrl-C again: stop at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if coordinator.interrupted is not None:
+            raise KeyboardInterrupt
+        coordinator.interrupted = f"stopped by {signal.Signals(number).name}"
+
+    previous: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

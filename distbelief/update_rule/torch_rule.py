@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.optim in a shard: the default rule is Adagrad, as in the paper (section 4.1), fused.
+
+    the shard's span    |------------- segment 0 -------------|---- segment 1 ----|
+    what is optimized   |------------- body ------------|rest'|----- body ---|rest'|
+
+The optimizer sees one nn.Parameter per body, a view of the shard's vector: a step is one pass, in place. A body is a
+multiple of 64 elements long and the rest of its segment is stepped in a padded copy of 64, because the fused kernels of
+torch round the last elements, which do not fill a vector register, differently (seen in SGD with momentum and Adam).
+So every element takes the same path wherever the vector is cut, and the number of shards never changes a result.
+"""
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from distbelief.errors import CheckpointError, ConfigurationError
+from distbelief.parameters import Options, Segment, Span
+from distbelief.update_rule import trial
+from distbelief.update_rule.schedule import Schedule, check_schedule
+
+_BLOCK = 64
+"""Elements; a multiple of every vector register and of the unit that the fused kernels deal out to threads."""
+
+_FUSED = (torch.optim.Adagrad, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+_FUSED_DTYPES = (torch.float32, torch.float64)
+"""Not the 16-bit ones: the fused SGD of torch 2.13 takes wrong steps in them on a CPU."""
+
+_IMPLEMENTATION = ("fused", "foreach", "differentiable", "capturable")
+_AT_BIRTH = ("initial_accumulator_value",)
+"""Options that torch reads from the constructor's arguments only, so that they cannot differ between groups."""
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class TorchRule:
+    """A torch.optim optimizer as an update rule; built by the functions of optimizers.py."""
+
+    name: str
+    optimizer: type[torch.optim.Optimizer]
+    options: tuple[tuple[str, Any], ...]
+    """Arguments of the optimizer's constructor."""
+    schedule: Schedule | None = None
+    damping: float = 0.0
+
+    def __repr__(self) -> str:
+        known = {name: parameter.default for name, parameter in inspect.signature(self.optimizer).parameters.items()}
+        given = dict(self.options)
+        shown = [f"{given.pop('lr', known.get('lr'))}"]
+        shown += [f"{name}={value}" for name, value in given.items() if name not in known or known[name] != value]
+        shown += [] if self.schedule is None else [f"schedule={self.schedule!r}"]
+        shown += [f"damping={self.damping}"] if self.damping else []
+        return f"{self.name}({', '.join(shown)})"
+
+    def check(self, groups: Iterable[Options] = ()) -> None:
+        """Raise ConfigurationError unless the optimizer works on any cut of the parameters with these values."""
+        self._check_class()
+        check_schedule(self.schedule)
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise ConfigurationError(
+                f"{self.name}(damping={self.damping}): the rate is divided by (1 + staleness) ** damping",
+                hint="use 0 for no damping, 1 to divide by the staleness",
+            )
+        plain = self._try({})
+        for group in groups:
+            override = self.overrides(group)
+            if set(self._try(override).state) != set(plain.state):
+                raise ConfigurationError(
+                    f"the parameter group {dict(group)} makes {self.name} keep other state than the other groups",
+                    hint="give the option that adds state (a momentum, amsgrad) to the update rule itself",
+                )
+
+    def bind(self, parameters: Tensor, segments: Sequence[Segment], span: Span) -> "BoundTorchRule":
+        """See UpdateRule.bind. Raises ConfigurationError for options of a segment that the optimizer does not know."""
+        return BoundTorchRule(self, parameters, segments, span)
+
+    def make(self, parameters: Iterable[Any], dtype: torch.dtype, override: Mapping[str, Any]) -> torch.optim.Optimizer:
+        """The optimizer over tensors or groups of `dtype`, with its options and `override`; fused where that works."""
+        options = {**dict(self.options), **override}
+        if self.optimizer in _FUSED and dtype in _FUSED_DTYPES and not any(name in options for name in _IMPLEMENTATION):
+            options["fused"] = True
+        return self.optimizer(parameters, **options)
+
+    def overrides(self, group: Options) -> dict[str, float]:
+        """The options of a parameter group under torch's names: `rate` is `lr`. Raises ConfigurationError."""
+        defaults = self.make([nn.Parameter(torch.zeros(1))], torch.float32, {}).defaults
+        known = sorted(
+            name
+            for name, value in defaults.items()
+            if isinstance(value, int | float) and name not in _IMPLEMENTATION + _AT_BIRTH
+        )
+        override: dict[str, float] = {}
+        for name, value in group:
+            target = "lr" if name == "rate" else name
+            if target not in known:
+                raise ConfigurationError(
+                    f"the parameter group {dict(group)} sets {name}, which {self.name} cannot set for a group",
+                    hint=f"it knows {', '.join(known)}",
+                )
+            if target in override:
+                raise ConfigurationError(f"the parameter group {dict(group)} sets the rate twice", hint="leave lr out")
+            override[target] = value
+        return override
+
+    def _check_class(self) -> None:
+        if not (isinstance(self.optimizer, type) and issubclass(self.optimizer, torch.optim.Optimizer)):
+            raise ConfigurationError(
+                f"optimizer({self.optimizer!r}) is no subclass of torch.optim.Optimizer",
+                hint="give the class, such as optimizer(torch.optim.RMSprop, lr=0.01)",
+            )
+        for refused, reason in trial.REFUSED.items():
+            if issubclass(self.optimizer, refused):
+                raise ConfigurationError(
+                    f"{self.name} cannot run in parameter server shards: {reason}",
+                    hint="use adagrad, sgd, adam, adamw, or another optimizer that treats each parameter by itself",
+                )
+        closure = inspect.signature(self.optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ConfigurationError(
+                f"{self.name}.step needs a closure that computes the loss, but a shard has no model",
+                hint="use an optimizer whose step works on gradients alone",
+            )
+
+    def _try(self, override: Mapping[str, float]) -> trial.Trial:
+        def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return self.make(parameters, parameters[0].dtype, override)
+
+        try:
+            rate = make([nn.Parameter(torch.zeros(1))]).defaults.get("lr")
+            done = trial.run(make)
+            reason = trial.whole_tensor_reason(make)
+        except Exception as error:
+            raise ConfigurationError(
+                f"{self!r}{f' with {dict(override)}' if override else ''} does not work: {error}",
+                hint=f"correct the option; help({self.optimizer.__module__}.{self.optimizer.__name__}) lists them",
+            ) from error
+        if not isinstance(rate, int | float) or not math.isfinite(rate) or rate < 0 or (rate == 0 and not override):
+            raise ConfigurationError(f"{self.name} has the rate {rate}", hint="use a number above 0, such as 0.01")
+        if not done.values.isfinite().all():
+            raise ConfigurationError(
+                f"{self!r}{f' with {dict(override)}' if override else ''} makes finite parameters infinite or NaN",
+                hint="use finite options",
+            )
+        if reason is None and done.other_state():
+            reason = f"keeps {', '.join(done.other_state())}, which is neither a number nor one number per parameter"
+        if reason is not None:
+            raise ConfigurationError(
+                f"{self.name} cannot run in parameter server shards: it {reason}, but a shard holds any cut of them",
+                hint="use an optimizer that treats each parameter by itself and draws no random numbers",
+            )
+        return done
+
+
+@final
+class BoundTorchRule:
+    """The optimizer and its state for one span; see BoundRule."""
+
+    def __init__(self, rule: TorchRule, parameters: Tensor, segments: Sequence[Segment], span: Span) -> None:
+        self._rule, self._length = rule, len(parameters)
+        self._parts: list[_Part] = []
+        groups: list[dict[str, Any]] = []
+        self._kept = trial.run(lambda some: rule.make(some, parameters.dtype, {}), dtype=parameters.dtype)
+        for segment in segments:
+            parts = _cut(parameters, segment, span, copies_gradient=self._kept.writes_gradient)
+            groups.append({"params": [part.parameter for part in parts], **rule.overrides(segment.options)})
+            self._parts += parts
+        self._optimizer = rule.make(groups, parameters.dtype, {})
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._factor = 1.0
+        self._homes: dict[str, Tensor] = {}
+        self._keeps_state_from_birth = bool(self._optimizer.state)
+
+    def apply(self, gradient: Tensor, *, reader: int, version: int, base_version: int, examples: int) -> None:
+        """One step of the optimizer; see BoundRule.apply."""
+        factor = 1.0 if self._rule.schedule is None else self._rule.schedule(examples)
+        if self._rule.damping:
+            factor /= (1.0 + max(0, version - base_version)) ** self._rule.damping
+        if factor != self._factor:
+            self._factor = factor
+            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * factor
+        for part in self._parts:
+            part.take(gradient)
+        self._optimizer.step()
+        for part in self._parts:
+            part.give_back()
+
+    def fetched(self, reader: int, version: int) -> None:
+        """Nothing to remember: the step does not depend on what was fetched."""
+
+    def forget(self, reader: int) -> None:
+        """Nothing was remembered."""
+
+    def vectors(self) -> dict[str, Tensor]:
+        """The optimizer's state under torch's names; empty before the first push where torch creates it then."""
+        for name, dtype in self._kept.vectors().items():
+            for part in self._parts:
+                value = self._optimizer.state.get(part.parameter, {}).get(name)
+                if value is None:
+                    continue
+                if name not in self._homes:
+                    self._homes[name] = torch.zeros(self._length, dtype=dtype)
+                home = self._homes[name][part.where]
+                if part.padded:
+                    home.copy_(value[: len(home)])
+                elif value.data_ptr() != home.data_ptr():
+                    home.copy_(value)
+                    self._optimizer.state[part.parameter][name] = home
+        return dict(self._homes)
+
+    def scalars(self) -> dict[str, float]:
+        """The optimizer's numbers under torch's names; those of a group get its options added where groups differ."""
+        result: dict[str, float] = {}
+        for name in self._kept.numbers():
+            values = {
+                part.group: float(self._optimizer.state[part.parameter][name])
+                for part in self._parts
+                if name in self._optimizer.state.get(part.parameter, {})
+            }
+            if values:
+                result[name] = next(iter(values.values()))
+            if len(set(values.values())) > 1:
+                result.update({name + group: value for group, value in values.items()})
+        return result
+
+    def load(self, vectors: Mapping[str, Tensor], scalars: Mapping[str, float]) -> None:
+        """See BoundRule.load; empty mappings, saved before the first push, take an optimizer back to its start."""
+        fresh = not vectors and not scalars and not self._keeps_state_from_birth
+        expected, numbers = self._kept.vectors(), self._kept.numbers()
+        if not fresh and (set(vectors) != set(expected) or not set(numbers) <= set(scalars)):
+            raise CheckpointError(
+                f"the checkpoint holds the update rule's state {sorted([*vectors, *scalars])}, "
+                f"but {self._rule!r} keeps {sorted([*expected, *numbers])}; resume with the rule of the checkpoint"
+            )
+        self._homes = {name: vector.to(expected[name], copy=True) for name, vector in vectors.items()}
+        for part in self._parts:
+            state = self._optimizer.state[part.parameter]
+            state.clear()
+            if fresh:
+                continue
+            for name, home in self._homes.items():
+                state[name] = part.own(home)
+            for name, example in numbers.items():
+                value = scalars.get(name + part.group, scalars[name])
+                state[name] = torch.full_like(example, value) if isinstance(example, Tensor) else type(example)(value)
+
+
+@final
+class _Part:
+    """What one nn.Parameter of the optimizer stands for: a body (a view) or a rest (a padded copy) of a segment."""
+
+    def __init__(self, parameters: Tensor, where: slice, group: str, *, padded: bool, copies_gradient: bool) -> None:
+        self.where, self.group, self.padded = where, group, padded
+        self._copies_gradient = copies_gradient
+        self._values = parameters[where]
+        self.parameter = nn.Parameter(self.own(parameters))
+        self._copy = self.parameter.detach()[: len(self._values)]
+        self._gradient = torch.zeros_like(self.parameter.detach()) if padded else self._values
+        self._gradient_copy = self._gradient[: len(self._values)]
+
+    def own(self, flat: Tensor) -> Tensor:
+        """This part of a vector of the span: a view of it, or a copy padded with zeros."""
+        part = flat[self.where]
+        return nn.functional.pad(part, (0, _BLOCK - len(part))) if self.padded else part
+
+    def take(self, gradient: Tensor) -> None:
+        """Hand this part of the pushed gradient to the optimizer."""
+        piece = gradient[self.where]
+        if self.padded:
+            self._copy.copy_(self._values)
+            self._gradient_copy.copy_(piece)
+            self.parameter.grad = self._gradient
+        else:
+            self.parameter.grad = piece.clone() if self._copies_gradient else piece
+
+    def give_back(self) -> None:
+        """Let go of the gradient, and bring a copy's new values into the shard's vector."""
+        self.parameter.grad = None
+        if self.padded:
+            self._values.copy_(self._copy)
+
+
+def _cut(parameters: Tensor, segment: Segment, span: Span, *, copies_gradient: bool) -> list[_Part]:
+    where = segment.span.within(span)
+    middle = where.stop - len(segment.span) % _BLOCK
+    group = f"[{', '.join(f'{name}={value}' for name, value in segment.options)}]" if segment.options else ""
+    cuts = [(slice(where.start, middle), False), (slice(middle, where.stop), True)]
+    return [
+        _Part(parameters, part, group, padded=padded, copies_gradient=copies_gradient)
+        for part, padded in cuts
+        if part.stop > part.start
+    ]

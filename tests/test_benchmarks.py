@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks' arithmetic, and that every method we compare with runs and ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import push_fetch_peers, throughput_peers
+from benchmarks.__main__ import main
+from benchmarks.processes import Baseline, Companion, CompanionFailed, forked
+from benchmarks.table import (
+    Beside,
+    Measured,
+    document,
+    duration,
+    interleave,
+    machine,
+    machine_line,
+    ratio,
+    spread,
+    standing,
+    table_text,
+    verdict,
+)
+
+
+def test_a_spread_is_the_middle_and_the_ends_of_its_samples() -> None:
+    found = spread([5.0, 1.0, 2.0, 40.0])
+    assert (found.median, found.mean, found.low, found.high, found.count) == (3.5, 12.0, 1.0, 40.0, 4)
+
+
+def test_a_ratio_compares_neighbours_of_one_round_and_not_the_medians() -> None:
+    slow_machine_from_the_third_round = Measured((1.0, 1.0, 10.0, 10.0, 10.0))
+    method = Measured((1.2, 1.2, 12.0, 12.0, 14.0))
+    found = ratio(method, slow_machine_from_the_third_round)
+    assert found is not None
+    assert found.median == pytest.approx(1.2)
+    assert [found.low, found.high] == pytest.approx([1.2, 1.4])
+    assert ratio(method, Measured((), "died")) is None
+
+
+def test_every_method_runs_once_in_each_round_and_each_is_first_in_turn() -> None:
+    order: list[str] = []
+
+    def method(name: str) -> Callable[[], float]:
+        def run() -> float:
+            order.append(name)
+            return float(len(order))
+
+        return run
+
+    measured = interleave({name: method(name) for name in "abc"}, 4)
+    assert order == list("abcbcacababc")
+    assert measured["a"].samples == (1.0, 6.0, 8.0, 10.0)
+
+
+def test_a_method_that_raises_is_left_out_with_its_reason_and_the_others_go_on() -> None:
+    calls: list[int] = []
+
+    def fails_in_the_second_round() -> float:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("no room\nsecond line")
+        return 1.0
+
+    measured = interleave({"good": lambda: 2.0, "bad": fails_in_the_second_round}, 5)
+    assert measured["bad"].failure == "OSError: no room"
+    assert measured["bad"].spread is None
+    assert len(calls) == 2
+    assert measured["good"].samples == (2.0,) * 5
+
+
+def test_no_round_begins_after_the_budget_but_one_always_runs() -> None:
+    now = iter(range(0, 1000, 10))
+    measured = interleave({"a": lambda: 1.0}, 100, budget_seconds=25.0, clock=lambda: float(next(now)))
+    assert len(measured["a"].samples) == 3
+    assert len(interleave({"a": lambda: 1.0}, 100, budget_seconds=-1.0)["a"].samples) == 1
+
+
+def test_further_rounds_are_added_to_the_first() -> None:
+    assert Measured((1.0,)).then(Measured((2.0,))) == Measured((1.0, 2.0))
+    assert Measured((1.0,)).then(Measured((), "died")).failure == "died"
+
+
+def test_a_method_timed_beside_another_is_compared_with_the_mean_of_before_and_after() -> None:
+    reference = iter([1.0, 3.0, 5.0, 5.0])
+    beside = Beside(lambda: 4.0, lambda: next(reference))
+    assert [beside(), beside()] == [4.0, 4.0]
+    assert beside.ratios == [2.0, 0.8]
+
+
+def test_a_mean_stands_within_above_or_below_a_range_or_within_the_margin_below_it() -> None:
+    plain = spread([0.88, 0.89, 0.90])
+    means = [0.91, 0.885, 0.87, 0.86]
+    found = [standing(spread([mean]), plain, margin=0.015) for mean in means]
+    assert found == ["above", "within", "within 0.015", "below"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["push_fetch", "--json", "missing_folder/rows.json"], "create it first"),
+        (["push_fetch", "--data", "recordings.tar"], "leave --data out"),
+        (["accuracy"], "needs --data PATH"),
+        (["speed"], "invalid choice"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_before_anything_runs(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_columns_of_a_table_are_aligned() -> None:
+    lines = table_text("title", ["method", "time"], [["a", "1.00 ms"], ["longer name", "9 us"]]).splitlines()
+    assert lines == [
+        "",
+        "title",
+        "method          time",
+        "-----------  -------",
+        "a            1.00 ms",
+        "longer name     9 us",
+    ]
+
+
+def test_a_duration_is_told_in_the_unit_that_suits_it() -> None:
+    assert [duration(seconds) for seconds in (42e-6, 1.5e-3, 0.0423, 2.0)] == [
+        "42 us",
+        "1.50 ms",
+        "42.3 ms",
+        "2000.0 ms",
+    ]
+
+
+def test_a_verdict_is_yes_no_or_none() -> None:
+    assert [verdict(reached) for reached in (True, False, None)] == ["yes", "NO", "-"]
+
+
+def test_the_rows_name_the_machine_and_survive_json() -> None:
+    described = machine()
+    written = document("push_fetch", True, described, [{"method": "floor", "ratio": 1.0, "failure": None}])
+    assert json.loads(json.dumps(written)) == written
+    assert written["machine"] == described
+    assert f"torch {torch.__version__}" in machine_line(described)
+    assert f"cores {described['cores']}" in machine_line(described)
+
+
+def test_a_shard_of_the_baselines_takes_the_steps_of_adagrad() -> None:
+    gradient = torch.linspace(-1.0, 1.0, 7)
+    shard = push_fetch_peers.Shard(7)
+    expected, squares = torch.zeros(7), torch.zeros(7)
+    for _ in range(3):
+        squares += gradient**2
+        expected -= 0.01 * gradient / (squares.sqrt() + 1e-10)
+        found = shard.apply(gradient)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_method_that_brings_no_parameters_back_is_refused() -> None:
+    for buffer in (torch.zeros(3), torch.tensor([-1.0, -1.0, 0.0])):
+        with pytest.raises(RuntimeError, match="must be one negative"):
+            push_fetch_peers.check_arrived(buffer)
+    push_fetch_peers.check_arrived(torch.full((3,), -0.01))
+
+
+def test_the_synthetic_speech_task_has_the_shape_of_the_real_one() -> None:
+    inputs, targets = throughput_peers.synthetic_frames(100)
+    scores = throughput_peers.acoustic_model()(inputs)
+    assert inputs.shape == (100, 440)
+    assert scores.shape == (100, 10)
+    assert set(targets.tolist()) <= set(range(10))
+    assert sum(parameter.numel() for parameter in throughput_peers.acoustic_model().parameters()) == (
+        440 * 512 + 3 * 512 * 512 + 512 * 10 + 4 * 512 + 10
+    )
+
+
+@contextmanager
+def odd() -> Iterator[Callable[[int], float]]:
+    """A baseline that answers odd numbers, refuses 2, hangs on 4 and dies on 6."""
+
+    def answer(number: int) -> float:
+        if number == 2:
+            raise ValueError("two is even")
+        if number == 4:
+            time.sleep(60)
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return float(number)
+
+    yield answer
+
+
+@contextmanager
+def with_a_child() -> Iterator[Callable[[], float]]:
+    """A baseline that forks a process and answers that process's id."""
+    with forked(_report_pid) as child:
+        pid: Any = child.recv()
+        yield lambda: float(pid)
+
+
+def _report_pid(connection) -> None:  # type: ignore[no-untyped-def]
+    connection.send(os.getpid())
+    while connection.recv() is not None:
+        pass
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("request_", "message"), [(2, "ValueError: two is even"), (4, "no answer in 1 s"), (6, "process ended with -9")]
+)
+def test_a_companion_that_fails_says_how_and_is_ended(request_: int, message: str) -> None:
+    with Companion(odd) as companion:
+        assert companion.ask(3) == 3.0
+        with pytest.raises(CompanionFailed, match=message):
+            companion.ask(request_, deadline_seconds=1.0)
+        companion.close()
+        assert companion.returncode is not None
+
+
+@pytest.mark.slow
+def test_what_a_companion_forked_ends_with_it_and_with_us() -> None:
+    with Companion(with_a_child) as companion:
+        child = int(companion.ask())
+        assert is_alive(child)
+    assert not is_alive(child)
+
+    script = (
+        "import os, signal; from benchmarks.processes import Companion\n"
+        "from tests.test_benchmarks import with_a_child\n"
+        "print(int(Companion(with_a_child).ask()), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    root = str(Path(__file__).parents[1])
+    ended = subprocess.run([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, check=False, timeout=60)
+    child = int(ended.stdout)
+    deadline = time.monotonic() + 10
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_alive(child)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "baseline",
+    [push_fetch_peers.bare_socket, push_fetch_peers.gloo, push_fetch_peers.rpc],
+    ids=lambda one: one.__name__,
+)
+def test_each_transport_pushes_and_fetches_at_two_sizes(baseline: Baseline) -> None:
+    with Companion(baseline) as companion:
+        assert 0 < companion.ask(100, 3) < 1
+        assert 0 < companion.ask(50_000, 2) < 1
+
+
+@pytest.mark.slow
+def test_ray_pushes_and_fetches_and_leaves_no_process() -> None:
+    pytest.importorskip("ray")
+    with Companion(push_fetch_peers.ray, pauses=False, object_store_bytes=100_000_000) as companion:
+        assert 0 < companion.ask(50_000, 2) < 1
+        left = companion.descendants()
+        assert left
+    assert not [pid for pid in left if is_alive(pid)]
+
+
+@pytest.mark.slow
+def test_the_plain_loop_and_data_parallel_train_and_a_slow_process_slows_both() -> None:
+    with Companion(throughput_peers.plain, frames=500) as companion:
+        assert companion.ask(32, 0.2) > 0
+    with Companion(throughput_peers.data_parallel, frames=500) as companion:
+        assert companion.ask(32, 0.5, 1.0) > 1.3 * companion.ask(32, 0.5, 4.0)

@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind: the summary, the files, what TensorBoard reads."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from distbelief import events
+from distbelief.errors import ConfigurationError
+from distbelief.events import Observation
+from distbelief.report import (
+    EventFile,
+    Summary,
+    read_events,
+    read_summary,
+    summarize,
+    tensorboard_files,
+    text,
+    write_summary,
+)
+
+
+def started(resumed_examples: int = 0) -> events.JobStarted:
+    return events.JobStarted(
+        run="runs/digits",
+        replicas=2,
+        shards=2,
+        parameters=1001,
+        examples_per_epoch=100,
+        epochs=3,
+        batch_size=10,
+        seed=0,
+        algorithm="Downpour",
+        shard_balance=1.001,
+        resumed_examples=resumed_examples,
+    )
+
+
+def progress(examples: int, loss: float | None = 0.5, **changes: float) -> events.Progress:
+    fields = {
+        "epoch": examples // 100,
+        "examples": examples,
+        "total_examples": 300,
+        "loss": loss,
+        "examples_per_second": 50.0,
+        "pushes_per_second": 5.0,
+        "pushes": examples // 10,
+        "staleness_median": 1.0,
+        "staleness_p95": 4.0,
+        "replicas_alive": 2,
+    }
+    return events.Progress(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def finished() -> events.JobFinished:
+    return events.JobFinished(
+        reason="all 3 epochs finished",
+        seen=300,
+        repeated=7,
+        missing=0,
+        refused=10,
+        lost_updates=3,
+        pushes=30,
+        # 30 pushes: the 15th smallest staleness is 1, the 29th (95 %: 28.5) is 2
+        staleness={0: 10, 1: 10, 2: 9, 9: 1},
+        export_command="distbelief export runs/digits digits.safetensors",
+        resume_command="distbelief resume runs/digits --epochs 4",
+    )
+
+
+def evaluated(examples: int, loss: float, accuracy: float) -> events.Evaluated:
+    return events.Evaluated(examples=examples, loss=loss, metrics={"accuracy": accuracy}, evaluation_seconds=0.1)
+
+
+def checkpoint(examples: int) -> events.CheckpointWritten:
+    return events.CheckpointWritten(path="runs/digits/checkpoints/1", examples=examples, checkpoint_seconds=0.2)
+
+
+LOST = events.RoleLost(role="replica/1", incarnation=0, reason="killed by signal 9")
+RESTORED = events.ShardRestored(shard=0, version=12, lost_updates=3)
+
+
+def scripted_run() -> list[Observation]:
+    return [
+        Observation(0.0, started()),
+        Observation(0.1, events.RoleStarted(role="replica/1", incarnation=0)),
+        Observation(0.1, events.ReplicasReleased(replicas=2, examples=0)),
+        Observation(1.0, progress(50, loss=0.9)),
+        Observation(1.5, LOST),
+        Observation(1.6, events.LeasesReturned(replica=1, leases=1, examples=20, repeated=7)),
+        Observation(1.7, events.RoleStarted(role="replica/1", incarnation=1)),
+        Observation(2.0, progress(100, loss=0.6)),
+        Observation(2.1, events.EpochFinished(epoch=0, seen=100, repeated=7)),
+        Observation(2.2, checkpoint(100)),
+        Observation(2.3, evaluated(100, loss=0.7, accuracy=0.75)),
+        Observation(3.0, RESTORED),
+        Observation(3.1, events.PushRefused(replica=0, step=12, examples=10, reason="not finite")),
+        Observation(3.2, events.CheckpointFailed(path="runs/digits/checkpoints/2", reason="no space left on device")),
+        Observation(3.3, events.CheckpointRejected(path="runs/digits/checkpoints/0", reason="checksum differs")),
+        Observation(4.0, progress(300, loss=0.25)),
+        Observation(4.1, progress(300, loss=None)),
+        Observation(4.2, evaluated(300, loss=0.4, accuracy=0.875)),
+        Observation(4.3, events.JobStopping(reason="Ctrl-C")),
+        Observation(4.5, finished()),
+    ]
+
+
+def killed_run() -> list[Observation]:
+    """The scripted run, killed after its first epoch."""
+    return scripted_run()[:11]
+
+
+def resumed_run() -> list[Observation]:
+    return [
+        Observation(0.0, started(resumed_examples=100)),
+        Observation(1.0, progress(200, loss=0.3)),
+        Observation(1.1, LOST),
+        Observation(1.2, events.PushRefused(replica=0, step=3, examples=10, reason="not finite")),
+        Observation(2.0, finished()),
+    ]
+
+
+# the summary
+
+
+def test_a_summary_says_what_the_events_of_a_finished_run_add_up_to() -> None:
+    summary = summarize(scripted_run())
+    assert json.loads(msgspec.json.encode(summary)) == {
+        "run": "runs/digits",
+        "reason": "all 3 epochs finished",
+        "wall_seconds": 4.5,
+        "algorithm": "Downpour",
+        "replicas": 2,
+        "shards": 2,
+        "parameters": 1001,
+        "epochs": 3,
+        "shard_balance": 1.001,
+        "examples": {"seen": 300, "repeated": 7, "missing": 0, "planned": 300},
+        "loss": 0.25,
+        "test": {"loss": 0.4, "accuracy": 0.875},
+        "staleness": {"median": 1.0, "p95": 2.0},
+        "pushes": 30,
+        "refused": 10,
+        "lost_updates": 3,
+        "checkpoints": {"written": 1, "failed": 1, "rejected": 1},
+        "faults": [
+            {"seconds": 1.5, "type": "RoleLost", "text": "replica 1 was lost: killed by signal 9"},
+            {"seconds": 3.0, "type": "ShardRestored", "text": "shard 0 was restored at version 12, 3 updates lost"},
+            {
+                "seconds": 3.2,
+                "type": "CheckpointFailed",
+                "text": "checkpoint runs/digits/checkpoints/2 could not be written: no space left on device",
+            },
+            {
+                "seconds": 3.3,
+                "type": "CheckpointRejected",
+                "text": "checkpoint runs/digits/checkpoints/0 was passed over: checksum differs",
+            },
+        ],
+        "export_command": "distbelief export runs/digits digits.safetensors",
+        "resume_command": "distbelief resume runs/digits --epochs 4",
+    }
+
+
+def test_the_summary_of_a_killed_run_is_what_had_been_observed_until_then() -> None:
+    summary = summarize(killed_run())
+    assert summary.reason == "killed: no end was recorded"
+    assert (summary.examples.seen, summary.examples.repeated, summary.examples.missing) == (100, 7, 200)
+    assert (summary.staleness.median, summary.staleness.p95, summary.pushes) == (1.0, 4.0, 10)
+    assert (summary.wall_seconds, summary.loss, summary.test["accuracy"]) == (2.3, 0.6, 0.75)
+    assert summary.resume_command == "distbelief resume runs/digits"
+    assert summary.export_command == "distbelief export runs/digits model.safetensors"
+
+
+def test_a_run_killed_before_its_first_checkpoint_offers_no_command_that_would_fail() -> None:
+    summary = summarize(killed_run()[:4])
+    assert (summary.resume_command, summary.export_command) == ("", "")
+    assert "no checkpoint was written" in text(summary)
+    assert summarize([]).reason == "killed: no end was recorded"
+
+
+def test_the_summary_of_a_resumed_run_goes_on_where_the_killed_one_stopped() -> None:
+    summary = summarize(killed_run() + resumed_run())
+    assert summary.reason == "all 3 epochs finished"
+    assert summary.wall_seconds == pytest.approx(2.3 + 2.0)
+    assert [fault.seconds for fault in summary.faults] == pytest.approx([1.5, 2.3 + 1.1])
+    assert (summary.examples.seen, summary.refused) == (300, 10)
+    assert summary.test == {"loss": 0.7, "accuracy": 0.75}
+    assert summary.checkpoints.written == 1
+
+
+def test_a_finished_run_that_was_resumed_and_killed_counts_as_killed() -> None:
+    summary = summarize(scripted_run() + resumed_run()[:2])
+    assert summary.reason == "killed: no end was recorded"
+    assert (summary.examples.seen, summary.examples.missing) == (200, 100)
+
+
+def test_resuming_rolls_the_examples_seen_back_to_the_checkpoint() -> None:
+    assert summarize([*scripted_run()[:16], resumed_run()[0]]).examples.seen == 100
+
+
+def test_values_that_are_not_finite_are_none_in_the_summary_and_said_in_its_text() -> None:
+    diverged = [
+        Observation(0.0, started()),
+        Observation(1.0, progress(50, loss=math.nan)),
+        Observation(2.0, evaluated(50, loss=math.inf, accuracy=math.nan)),
+    ]
+    summary = summarize(diverged)
+    assert summary.loss is None
+    assert summary.test == {"loss": None, "accuracy": None}
+    assert "accuracy not finite" in text(summary)
+
+
+def test_the_text_of_a_summary_holds_every_number_and_both_commands() -> None:
+    page = text(summarize(scripted_run()))
+    for part in (
+        "runs/digits",
+        "all 3 epochs finished (4.5 s)",
+        "300 of 300 seen, 7 repeated, 0 missing, 10 refused",
+        "30 applied, 3 lost",
+        "median 1, 95 % of pushes at most 2",
+        "largest / mean 1.001",
+        "loss 0.4, accuracy 0.875",
+        "1 written, 1 failed, 1 damaged",
+        "replica 1 was lost: killed by signal 9",
+        "distbelief export runs/digits digits.safetensors",
+        "distbelief resume runs/digits --epochs 4",
+    ):
+        assert part in page
+    assert max(len(line) for line in page.splitlines()) <= 80
+
+
+def test_a_summary_with_many_faults_prints_the_first_and_counts_all() -> None:
+    page = text(summarize([Observation(0.0, started())] + [Observation(1.0, LOST)] * 50))
+    assert "50 roles lost" in page
+    assert page.count("was lost") == 20
+    assert "and 30 more in summary.json" in page
+
+
+# the files
+
+
+def test_a_summary_is_the_same_after_a_round_trip_through_its_file(tmp_path: Path) -> None:
+    summary = summarize(scripted_run())
+    write_summary(tmp_path / "summary.json", Summary())
+    write_summary(tmp_path / "summary.json", summary)
+    assert read_summary(tmp_path / "summary.json") == summary
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_summary_that_cannot_be_written_leaves_the_old_one_standing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "summary.json"
+    write_summary(path, summarize(scripted_run()))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_summary(path, Summary())
+    assert read_summary(path) == summarize(scripted_run())
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_events_read_back_are_the_events_written_each_on_disk_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "events.jsonl"
+    file = EventFile(path)
+    for position, observation in enumerate(scripted_run(), start=1):
+        file(observation)
+        assert len(read_events(path)) == position
+    file.close()
+    file.close()
+    assert read_events(path) == scripted_run()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_half_a_last_line_is_left_out_and_cut_off_on_resuming(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "events.jsonl"
+    record(path, killed_run())
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert read_events(path) == killed_run()[:-1]
+    record(path, resumed_run())
+    assert read_events(path) == killed_run()[:-1] + resumed_run()
+
+
+def record(path: Path, observations: list[Observation]) -> None:
+    file = EventFile(path)
+    for observation in observations:
+        file(observation)
+    file.close()
+
+
+def test_a_metric_that_was_not_finite_is_read_back_as_nan(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    record(path, [Observation(1.0, evaluated(50, loss=0.5, accuracy=math.nan))])
+    (observation,) = read_events(path)
+    assert isinstance(observation.event, events.Evaluated)
+    accuracy = observation.event.metrics["accuracy"]
+    assert accuracy is None or math.isnan(accuracy)
+    assert summarize([observation]).test == {"loss": 0.5, "accuracy": None}
+
+
+def test_a_line_that_is_no_event_is_refused_with_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    record(path, killed_run()[:2])
+    path.write_bytes(path.read_bytes() + b'{"seconds": 1, "event": {"type": "Party"}}\n')
+    with pytest.raises(ConfigurationError, match=r"line 3 is not an event.*\n?.*hint: "):
+        read_events(path)
+
+
+def test_files_that_are_missing_or_damaged_are_refused_with_their_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"there is no file .*events\.jsonl"):
+        read_events(tmp_path / "events.jsonl")
+    (tmp_path / "summary.json").write_text('{"run": ')
+    with pytest.raises(ConfigurationError, match=r"summary\.json is not a summary"):
+        read_summary(tmp_path / "summary.json")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_is_said_once_and_does_not_stop_the_run() -> None:
+    file = EventFile(Path("/dev/full"))
+    with pytest.warns(RuntimeWarning, match="no further events are recorded") as said:
+        list(map(file, scripted_run()))
+    assert len(said) == 1
+
+
+# TensorBoard
+
+
+def read_board(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+    return EventAccumulator(str(folder)).Reload()
+
+
+def write_board(folder: Path, observations: list[Observation]) -> None:
+    listener = tensorboard_files(folder)
+    assert listener is not None
+    for observation in observations:
+        listener(observation)
+    listener.close()
+
+
+def test_tensorboard_reads_back_every_number_at_its_examples(tmp_path: Path) -> None:
+    write_board(tmp_path, scripted_run())
+    board = read_board(tmp_path)
+    read = {tag: [(scalar.step, scalar.value) for scalar in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    assert [step for step, _ in read["loss"]] == [50, 100, 300]
+    assert [value for _, value in read["loss"]] == pytest.approx([0.9, 0.6, 0.25])
+    assert [step for step, _ in read["test/accuracy"]] == [100, 300]
+    assert [value for _, value in read["test/accuracy"]] == [0.75, 0.875]
+    assert [value for _, value in read["test/loss"]] == pytest.approx([0.7, 0.4])
+    steps = [50, 100, 300, 300]
+    for tag, value in (
+        ("examples_per_second", 50.0),
+        ("pushes_per_second", 5.0),
+        ("staleness/median", 1.0),
+        ("staleness/p95", 4.0),
+        ("replicas_alive", 2.0),
+    ):
+        assert read[tag] == [(step, value) for step in steps]
+    (histogram,) = board.Histograms("staleness")
+    assert histogram.step == 300
+    assert (histogram.histogram_value.min, histogram.histogram_value.max) == (0.0, 9.0)
+    assert histogram.histogram_value.num == 30
+    assert histogram.histogram_value.sum == 10 * 1 + 9 * 2 + 9
+
+
+def test_tensorboard_hides_what_resuming_undid(tmp_path: Path) -> None:
+    write_board(tmp_path, [*killed_run(), Observation(2.5, progress(150, loss=9.0))])
+    write_board(tmp_path, resumed_run())
+    assert [scalar.step for scalar in read_board(tmp_path).Scalars("loss")] == [50, 200]
+
+
+def test_without_tensorboard_there_is_no_listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert tensorboard_files(tmp_path) is None
+
+
+def test_importing_the_reports_imports_nothing_optional_and_no_terminal_library() -> None:
+    script = (
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        "import distbelief.events\n"
+        "before = set(sys.modules)\n"
+        "import distbelief.report\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new & {'rich', 'matplotlib', 'tensorboard', 'numpy'}))\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", script, *sys.path], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the update rules as values: what is refused before anything starts, schedules, pickling, printing."""
+
+import pickle
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn, optim
+
+from distbelief import update_rule as rules
+from distbelief.errors import ConfigurationError
+from distbelief.parameters import Segment, Span
+
+
+class Descent(optim.Optimizer):
+    """Elementwise: plain steps against the gradient."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter -= group["lr"] * parameter.grad
+
+
+class ClipsByNorm(Descent):
+    """Not elementwise: what one parameter does depends on all the others."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        nn.utils.clip_grad_norm_([parameter for group in self.param_groups for parameter in group["params"]], 1.0)
+        super().step()
+
+
+class CentresRows(Descent):
+    """Not elementwise on matrices only."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.dim() > 1:
+                    parameter.grad -= parameter.grad.mean(dim=1, keepdim=True)
+        super().step()
+
+
+class NeedsClosure(Descent):
+    """Its step cannot be taken without the loss."""
+
+    def step(self, closure: Any) -> None:  # type: ignore[override]
+        closure()
+
+
+class KeepsNorms(Descent):
+    """Elementwise steps, but state that is neither a number nor one number per parameter."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["ends"] = parameter.detach().view(-1)[[0, -1, 0]].clone()
+
+
+def test_schedules_pass_through_their_corners_and_travel_by_pickle() -> None:
+    rise_and_fall = rules.warmup(100, start=0.5, then=rules.cosine_decay(400, end=0.1))
+    assert rise_and_fall(0) == pytest.approx(0.5)
+    assert rise_and_fall(200) == pytest.approx(0.55)
+    assert rise_and_fall(400) == rise_and_fall(10**9) == pytest.approx(0.1)
+    assert rules.linear_decay(10)(10) == 0.0
+    assert pickle.loads(pickle.dumps(rise_and_fall)) == rise_and_fall
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (rules.adagrad(-0.1), "Invalid learning rate"),
+        (rules.adagrad(0.0), "rate 0.0"),
+        (rules.sgd(float("nan")), "nan"),
+        (rules.sgd(0.1, momentum=float("nan")), "infinite or NaN"),
+        (rules.sgd(0.1, nesterov=True), "Nesterov"),
+        (rules.adam(betas=(1.0, 0.9)), "Invalid beta"),
+        (rules.adagrad(0.1, damping=-1.0), "damping=-1.0"),
+        (rules.adagrad(0.1, schedule=lambda examples: 1.0), "cannot be sent"),
+        (rules.adagrad(0.1, schedule=cast(Any, len)), "object of type 'int' has no len"),
+        (rules.optimizer(optim.RMSprop, speed=3), "speed"),
+        (rules.optimizer(optim.LBFGS), "line search"),
+        (rules.optimizer(optim.Muon), "matrices"),
+        (rules.optimizer(optim.Adafactor), "norm of a whole tensor"),
+        (rules.optimizer(optim.SparseAdam), "sparse"),
+        (rules.optimizer(ClipsByNorm), "when its parameters are cut in two"),
+        (rules.optimizer(CentresRows), "for a matrix"),
+        (rules.optimizer(NeedsClosure), "closure"),
+        (rules.optimizer(KeepsNorms), "keeps ends"),
+        (rules.optimizer(cast(Any, nn.Linear)), "no subclass"),
+        (rules.adaptive_revision(0.0), "rate=0.0"),
+        (rules.adaptive_revision(0.1, c=0.0), "c=0.0"),
+        (rules.adagrad, "no update rule"),
+        (optim.Adam, "no update rule"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_door(rule: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        rules.check(rule)
+
+
+@pytest.mark.parametrize("rule", [rules.adagrad(), rules.sgd(0.1, momentum=0.9), rules.adaptive_revision(0.1)])
+def test_an_option_of_a_group_that_the_rule_does_not_know_is_refused_with_the_known_ones(rule: Any) -> None:
+    for name in ("speed", "initial_accumulator_value", "fused"):
+        with pytest.raises(ConfigurationError, match=rf"sets {name}.*\n.*knows .*c, rate|knows .*weight_decay"):
+            rules.check(rule, [(), ((name, 0.1),)])
+        with pytest.raises(ConfigurationError, match=f"sets {name}"):
+            rule.bind(torch.zeros(3), [Segment(Span(0, 3), ((name, 0.1),))], Span(0, 3))
+
+
+def test_groups_that_are_out_of_range_or_keep_other_state_are_refused() -> None:
+    rules.check(rules.sgd(0.1), [(("lr", 0.0),), (("weight_decay", 0.5),)])
+    for group, message in (((("lr", -1.0),), "learning rate"), ((("momentum", 0.9),), "other state")):
+        with pytest.raises(ConfigurationError, match=message):
+            rules.check(rules.sgd(0.1), [group])
+    with pytest.raises(ConfigurationError, match="twice"):
+        rules.check(rules.sgd(0.1), [(("lr", 0.1), ("rate", 0.2))])
+    with pytest.raises(ConfigurationError, match="c -1"):
+        rules.check(rules.adaptive_revision(0.1), [(("c", -1.0),)])
+
+
+def test_rules_are_equal_after_pickling_and_print_what_differs_from_torch() -> None:
+    rule = rules.adagrad(0.05, weight_decay=0.1, damping=0.5, schedule=rules.linear_decay(10))
+    assert pickle.loads(pickle.dumps(rule)) == rule
+    schedule = "Decay(to_examples=10, end=0.0, shape='linear')"
+    assert repr(rule) == f"adagrad(0.05, weight_decay=0.1, schedule={schedule}, damping=0.5)"
+    assert repr(rules.optimizer(optim.RMSprop, momentum=0.9)) == "RMSprop(0.01, momentum=0.9)"
+    assert repr(rules.adaptive_revision(0.1, c=0.5)) == "adaptive_revision(0.1, c=0.5)"
