@@ -10,6 +10,7 @@
 """
 
 
+from distbelief.cli import main
 from distbelief.cluster import Cluster
 from distbelief.downpour import Downpour
 from distbelief.engine.base import Faults

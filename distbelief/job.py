@@ -86,8 +86,6 @@ class Job:
                 f"Job(model=...) is a {type(self.model).__name__} that is built already",
                 hint="give the class, a function or functools.partial that builds it in each process",
             )
-        check(self.algorithm.update_rule)
-
     @property
     def objective(self) -> Objective:
         """What to minimise."""
@@ -133,6 +131,7 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
             hint=f"use batch_size={max(1, examples)} or less" if examples else "give a data set that is not empty",
         )
     module, layout = build(job.model, job.seed, job.groups)
+    check(job.algorithm.update_rule, [piece.options for piece in layout.pieces])
     with torch.no_grad():
         job.objective(module.train(), collect(data, torch.arange(min(job.batch_size, examples))))
     return Prepared(job, data, test), Facts(layout, examples, 0 if test is None else len(test))

@@ -27,7 +27,9 @@ from distbelief.engine.simulated import Costs, SimulatedEngine
 from distbelief.errors import CheckpointError, ConfigurationError, DistbeliefError
 from distbelief.evaluator import Evaluator
 from distbelief.events import AnyEvent, Listener, Observation
+from distbelief.export import write_template
 from distbelief.job import Facts, Job, Prepared, prepare
+from distbelief.launch import Launch, of_main
 from distbelief.model_replica import ModelReplica, build, flat_buffers, flat_parameters, load_buffers, load_parameters, pick_device
 from distbelief.parameter_server import ParameterServer, ParameterServerShard, shard_name
 from distbelief.parameters import Layout, Span, cut
@@ -85,11 +87,13 @@ def train(
     costs: Costs | None = None,
     listeners: Sequence[Listener] = (),
     view: bool = True,
+    launch: Launch | None = None,
 ) -> Result:
     """Train `job` and return the trained model.
 
     `resume` continues the run in that folder from its newest checkpoint. `faults` scripts deaths and slowness, `costs`
-    are the simulated engine's times. `listeners` hear every event; `view=False` prints nothing.
+    are the simulated engine's times. `listeners` hear every event; `view=False` prints nothing. `launch` is how to start
+    the job again, kept for `distbelief resume`; by default the running script.
 
     Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError.
     """
@@ -99,6 +103,8 @@ def train(
         spans = _spans(job, facts)
         module, layout = build(job.model, job.seed, job.groups)
         run = _open_run(job, resume)
+        (launch or of_main()).write(run)
+        write_template(run, module, layout)
         rejected: list[AnyEvent] = []
         restore = None
         if resume is not None:
@@ -143,7 +149,6 @@ def _spans(job: Job, facts: Facts) -> list[Span]:
             f"cannot cut {length} parameters into {job.cluster.shards} shards",
             hint=f"use Cluster(shards={length}) or fewer",
         )
-    job.algorithm.update_rule.check([piece.options for piece in facts.layout.pieces])
     return cut(length, job.cluster.shards)
 
 

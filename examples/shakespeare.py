@@ -61,7 +61,7 @@ def bits_per_byte(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten()) / math.log(2)
 
 
-def job(text: str | None = None, length: int = 128, width: int = 128, layers: int = 3) -> db.Job:
+def job(text: str | None = None, length: int = 128, width: int = 128, layers: int = 2) -> db.Job:
     if text is None or not Path(text).is_file():
         raise ConfigurationError(f"no text file at --text {text}", hint=str(__doc__))
     return db.Job(

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: builds the same values as a script would.
+
+    distbelief train FILE.py [--width 512] [--cluster.replicas 4] [--algorithm.n-push 2] [--epochs 3]
+    distbelief resume RUN [--cluster.shards 3]
+    distbelief export RUN model.safetensors
+    distbelief show RUN
+"""
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import tyro
+
+from distbelief import launch
+from distbelief.cluster import Cluster
+from distbelief.downpour import Downpour
+from distbelief.errors import ConfigurationError, DistbeliefError
+from distbelief.export import export
+from distbelief.job import Job
+from distbelief.launch import Launch
+from distbelief.report.files import read_events, read_summary
+from distbelief.report.plots import write_plots
+from distbelief.report.summary import text
+from distbelief.train import train
+
+NOT_OPTIONS = {"model", "data", "loss", "step", "test", "metrics", "evaluate", "groups", "update_rule"}
+"""Fields that hold code or data and cannot be written on a command line."""
+
+
+def command() -> None:
+    """Entry point of `distbelief`."""
+    verbs: dict[str, Callable[[list[str]], None]] = {
+        "train": _train, "resume": _resume, "export": _export, "show": _show,
+    }  # fmt: skip
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] not in verbs:
+        print(textwrap.dedent(str(__doc__)).strip())
+        sys.exit(0 if arguments in (["-h"], ["--help"]) else 2)
+    _run(lambda: verbs[arguments[0]](arguments[1:]))
+
+
+def main(make_job: Callable[..., Job]) -> None:
+    """The command line of a script: `make_job`'s parameters and the job's fields are the options.
+
+    `make_job` is a function of the script with typed keyword parameters that all have defaults.
+    """
+    script = str(Path(inspect.getfile(make_job)).resolve())
+    _run(lambda: _launch(make_job, Launch(script), sys.argv[1:], f"python {sys.argv[0]}", None))
+
+
+def _run(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except DistbeliefError as error:
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _train(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigurationError("distbelief train needs a file", hint="distbelief train FILE.py [options]")
+    path = Path(arguments[0])
+    _launch(launch.job_of(path), Launch(str(path.resolve())), arguments[1:], f"distbelief train {path}", None)
+
+
+def _resume(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigurationError("distbelief resume needs a run folder", hint="distbelief resume RUN [options]")
+    run = Path(arguments[0])
+    before = launch.read(run)
+    if before.script is None:
+        raise ConfigurationError(
+            f"{run} was started in an interactive session", hint=f"call distbelief.train(job, resume={str(run)!r})"
+        )
+    _launch(launch.job_of(Path(before.script)), before, arguments[1:], f"distbelief resume {run}", run)
+
+
+def _export(arguments: list[str]) -> None:
+    if len(arguments) != 2:
+        raise ConfigurationError("distbelief export takes two paths", hint="distbelief export RUN model.safetensors")
+    numbers = export(Path(arguments[0]), Path(arguments[1]))
+    print(f"{arguments[1]}: {numbers:,} numbers; load it with model.load_state_dict(safetensors.torch.load_file(...))")
+
+
+def _show(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise ConfigurationError("distbelief show takes a run folder", hint="distbelief show RUN")
+    run = Path(arguments[0])
+    print(text(read_summary(run / "summary.json")))
+    for path in write_plots(read_events(run / "events.jsonl"), run / "plots"):
+        print(f"plot          {path}")
+
+
+def _launch(make_job: Callable[..., Job], before: Launch, arguments: Sequence[str], program: str, run: Path | None) -> None:
+    """Parse the options of the script and of the job together, build the job and train it."""
+    hints = get_type_hints(make_job, include_extras=True)
+    own = [
+        (name, hints[name], dataclasses.field(default=before.options.get(name, parameter.default)))
+        for name, parameter in inspect.signature(make_job).parameters.items()
+    ]
+    options_type = dataclasses.make_dataclass("Options", [*own, *_override_fields(Job)], kw_only=True)
+    options = tyro.cli(options_type, args=list(arguments), prog=program, description=inspect.getdoc(make_job) or "")
+    given = {name: getattr(options, name) for name, _, _ in own}
+    overrides = before.overrides | _given(options, [name for name, _, _ in own])
+    job = _override(make_job(**given), overrides)
+    train(job, resume=run, launch=Launch(before.script, given, overrides))
+
+
+def _override_fields(value: type) -> list[tuple[str, Any, Any]]:
+    """A dataclass's fields as options that are None unless given; nested dataclasses are followed."""
+    hints, documentation = get_type_hints(value), _field_documentation(value)
+    fields: list[tuple[str, Any, Any]] = []
+    for item in dataclasses.fields(value):
+        if item.name in NOT_OPTIONS:
+            continue
+        hint = Path if item.name == "run" else hints[item.name]
+        if hint in (Cluster, Downpour):
+            nested = dataclasses.make_dataclass(hint.__name__, _override_fields(hint), kw_only=True)
+            fields.append((item.name, nested, dataclasses.field(default_factory=nested)))
+            continue
+        about = tyro.conf.arg(help=documentation.get(item.name, ""), help_behavior_hint="(default: as in the file)")
+        fields.append((item.name, Annotated[hint | None, about], dataclasses.field(default=None)))
+    return fields
+
+
+def _field_documentation(value: type) -> dict[str, str]:
+    """The strings below the fields of a dataclass."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(value))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+            found[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    return found
+
+
+def _given(options: Any, skip: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of every override on the command line."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(options):
+        value = getattr(options, item.name)
+        if item.name in skip and not prefix:
+            continue
+        if dataclasses.is_dataclass(value):
+            found |= _given(value, (), f"{prefix}{item.name}.")
+        elif value is not None:
+            found[f"{prefix}{item.name}"] = value
+    return found
+
+
+def _override(job: Job, overrides: dict[str, Any]) -> Job:
+    """The job with the dotted fields replaced."""
+    flat = {name: value for name, value in overrides.items() if "." not in name}
+    for part in {name.partition(".")[0] for name in overrides if "." in name}:
+        inner = {name.partition(".")[2]: value for name, value in overrides.items() if name.startswith(f"{part}.")}
+        flat[part] = dataclasses.replace(getattr(job, part), **inner)
+    return dataclasses.replace(job, **flat)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run was started, so that `distbelief resume RUN` can start it again: the script, its options, the overrides."""
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+
+from distbelief.errors import CheckpointError, ConfigurationError
+from distbelief.job import Job
+
+LAUNCH = "launch.json"
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """The command behind a run."""
+
+    script: str | None = None
+    """Path of the script that defines `job`; None when it was an interactive session."""
+    options: dict[str, Any] = {}
+    """Arguments of the script's `job` function."""
+    overrides: dict[str, Any] = {}
+    """Dotted field of the job -> value given on the command line."""
+
+    def write(self, run: Path) -> None:
+        """Keep it in the run folder. Raises OSError."""
+        (run / LAUNCH).write_bytes(msgspec.json.format(msgspec.json.encode(self, enc_hook=str), indent=1))
+
+
+def read(run: Path) -> Launch:
+    """How the run was started. Raises CheckpointError."""
+    try:
+        return msgspec.json.decode((run / LAUNCH).read_bytes(), type=Launch)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CheckpointError(f"{run} does not say how it was started: {error}") from error
+
+
+def of_main() -> Launch:
+    """The script that is running."""
+    path = getattr(sys.modules.get("__main__"), "__file__", None)
+    return Launch(str(Path(path).resolve()) if path else None)
+
+
+def job_of(path: Path) -> Callable[..., Job]:
+    """The `job` of a script, as a function. Raises ConfigurationError."""
+    if not path.is_file():
+        raise ConfigurationError(f"there is no file {path}", hint="give the path of a Python file that defines job")
+    found = getattr(_load(path), "job", None)
+    if isinstance(found, Job):
+        job = found
+        return lambda: job
+    if not inspect.isfunction(found):
+        raise ConfigurationError(
+            f"{path} defines no job" if found is None else f"{path}: job is a {type(found).__name__}",
+            hint="define `job = distbelief.Job(...)`, or a function `def job(...) -> distbelief.Job`",
+        )
+    return found
+
+
+def _load(path: Path) -> ModuleType:
+    """Import a file under its own name, so that other processes find its functions by that name."""
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
