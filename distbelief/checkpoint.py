@@ -13,18 +13,20 @@ checkpoint never claims an example whose gradient it does not hold.
 
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from distbelief import shard_file
 from distbelief.errors import CheckpointError
 from distbelief.parameters import Layout, Span, changed_pieces
 from distbelief.portions import LeaseState
-from distbelief.shard_file import ShardFile
+from distbelief.shard_file import ShardFile, ShardState
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -45,12 +47,21 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     examples: int
     leases: LeaseState
     shards: list[ShardFile]
+    buffers: ShardFile | None = None
+    """Filled in by `commit`."""
+
+
+class Sealed(msgspec.Struct, frozen=True):
+    """The file of a manifest: its text, and the checksum that proves it unchanged."""
+
+    crc32: int
+    manifest: msgspec.Raw
 
 
 def folders(run: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first, complete or not."""
-    found = (run / "checkpoints").glob("[0-9]*")
-    return sorted((folder for folder in found if folder.is_dir()), reverse=True)
+    found = (run / "checkpoints").glob("*")
+    return sorted((folder for folder in found if folder.name.isdecimal() and folder.is_dir()), reverse=True)
 
 
 def next_folder(run: Path) -> Path:
@@ -63,12 +74,13 @@ def next_folder(run: Path) -> Path:
 
 def commit(folder: Path, manifest: Manifest, buffers: torch.Tensor) -> None:
     """Make the folder a checkpoint: buffers, then the manifest, forced to disk in that order. Raises OSError."""
-    save_file({"buffers": buffers}, folder / BUFFERS)
-    with (folder / BUFFERS).open("rb") as file:
-        os.fsync(file.fileno())
+    whole = ShardState(start=0, stop=len(buffers))
+    shard_file.write(folder / BUFFERS, {"buffers": buffers}, whole)
+    manifest = msgspec.structs.replace(manifest, buffers=shard_file.seal(folder / BUFFERS, whole))
+    text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
     part = folder / (MANIFEST + ".part")
     with part.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+        file.write(msgspec.json.encode(Sealed(zlib.crc32(text), msgspec.Raw(text))))
         file.flush()
         os.fsync(file.fileno())
     part.rename(folder / MANIFEST)
@@ -95,14 +107,17 @@ def keep_newest(run: Path, count: int) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest, with every file checked. Raises CheckpointError."""
     try:
-        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+        sealed = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Sealed)
+        if zlib.crc32(sealed.manifest) != sealed.crc32:
+            raise CheckpointError(f"{folder / MANIFEST} was changed since it was written")
+        manifest = msgspec.json.decode(sealed.manifest, type=Manifest)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} was not completed") from error
     except (OSError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
     if manifest.format != FORMAT:
         raise CheckpointError(f"{folder} has format {manifest.format}, this version reads {FORMAT}")
-    for file in manifest.shards:
+    for file in (*manifest.shards, *([manifest.buffers] if manifest.buffers else [])):
         shard_file.check(folder, file)
     return manifest
 
@@ -137,8 +152,11 @@ def read_vector(folder: Path, manifest: Manifest) -> torch.Tensor:
 
 
 def read_buffers(folder: Path) -> torch.Tensor:
-    """The buffers as `flat_buffers` makes them, float64."""
-    return load_file(folder / BUFFERS)["buffers"]
+    """The buffers as `flat_buffers` makes them, float64. Raises CheckpointError."""
+    try:
+        return load_file(folder / BUFFERS)["buffers"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(f"{folder / BUFFERS} cannot be read: {error}") from error
 
 
 def read_replica_positions(folder: Path, manifest: Manifest) -> Iterator[dict[int, int]]:

@@ -29,7 +29,8 @@ from distbelief.errors import (
     TrainingFailed,
     UserCodeError,
 )
-from distbelief.parameter_server import All, Insistent, ParameterServerShard, ShardStatus
+from distbelief.parameter_server import All, Insistent, ParameterServer, ParameterServerShard, ShardStatus
+from distbelief.parameters import Span
 from distbelief.portions import Failures, Lease, Leases, Warmstart
 
 T = TypeVar("T")
@@ -133,7 +134,7 @@ class Coordinator:
 
     def __init__(
         self, engine: Engine, settings: Settings, leases: Leases, buffers: torch.Tensor,
-        manifest: Callable[..., Manifest], emit: Callable[[events.AnyEvent], None],
+        manifest: Callable[..., Manifest], emit: Callable[[events.AnyEvent], None], dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.engine, self.settings, self.leases, self.emit = engine, settings, leases, emit
         self.interrupted: str | None = None
@@ -155,10 +156,12 @@ class Coordinator:
         self._epoch = leases.epoch
         self._evaluation_due = leases.settled_examples + settings.evaluate_examples
         self._evaluation: int | None = None
+        self._evaluated: int | None = None
         self._evaluation_left = settings.evaluator is None
         self._stopping = False
         self._checkpoint_at = now + settings.checkpoint_seconds
-        self.last_checkpoint: Path | None = None
+        spans: list[Span] = [spec.arguments[0] for spec in settings.shards]
+        self._spans, self._final = spans, engine.allocate(spans[-1].stop, dtype)
 
     def _specs(self) -> list[RoleSpec]:
         own = self.settings
@@ -167,9 +170,10 @@ class Coordinator:
     # what replicas may ask
 
     @exported
-    def lease(self, replica: int, incarnation: int) -> Granted:
-        """Examples to work on. Raises Fenced for an incarnation that was replaced."""
+    def lease(self, replica: int, incarnation: int, settled: tuple[tuple[int, int], ...]) -> Granted:
+        """Examples to work on; `settled` as in a Report. Raises Fenced for an incarnation that was replaced."""
         self._hear(replica, incarnation)
+        self._settle(replica, settled)
         if self._stopping or self.leases.finished:
             return Granted(None, True)
         if replica >= self._released:
@@ -181,13 +185,11 @@ class Coordinator:
         """Take a replica's report; the answer is whether it should stop. Raises Fenced."""
         record = self._hear(report.replica, report.incarnation)
         record.slowest_seconds = max(record.slowest_seconds, report.slowest_seconds)
-        for identifier, position in report.settled:
-            self.leases.settle(report.replica, identifier, position)
         self._counters.loss_sum += report.loss_sum
         self._counters.loss_examples += report.examples
         for refusal in report.refused:
             self._refuse(report.replica, refusal)
-        self._after_settling()
+        self._settle(report.replica, report.settled)
         return self._stopping
 
     @exported
@@ -218,7 +220,7 @@ class Coordinator:
     @exported
     def evaluated(self, examples: int, loss: float | None, metrics: dict[str, float], seconds: float) -> None:
         """What the evaluator measured."""
-        self._evaluation = None
+        self._evaluation, self._evaluated = None, examples
         self._evaluation_due = max(self._evaluation_due, self.leases.settled_examples) + (
             self.settings.evaluate_examples - self.leases.settled_examples % self.settings.evaluate_examples
         )
@@ -236,12 +238,10 @@ class Coordinator:
             folder, manifest = restore
             self._wait(All([shard.call(ParameterServerShard.restore, str(folder), manifest.shards)
                             for shard in self._shards]))  # fmt: skip
-            self.last_checkpoint = folder
             return
         assert initial is not None
-        spans = [spec.arguments[0] for spec in self.settings.shards]
         self._wait(All([shard.call(ParameterServerShard.initialise, initial[span.start : span.stop])
-                        for shard, span in zip(self._shards, spans, strict=True)]))  # fmt: skip
+                        for shard, span in zip(self._shards, self._spans, strict=True)]))  # fmt: skip
         if not self.checkpoint():
             raise TrainingFailed(f"the first checkpoint could not be written below {self.settings.run}")
 
@@ -300,13 +300,16 @@ class Coordinator:
                         self._end(replica_name(index), record.incarnation, "did not leave in time")
                 until = math.inf
         if not self._evaluation_left:
-            self._evaluation = self.leases.settled_examples
+            if self._evaluation is None and self._evaluated != self.leases.settled_examples:
+                self._evaluation = self.leases.settled_examples
             while self._evaluation is not None:
                 self._tick()
             self._evaluation_left = True
         answers = [Insistent(self.engine, partial(shard.call, ParameterServerShard.status)) for shard in self._shards]
         self._statuses.update(enumerate(self._wait(All(answers))))
         self.checkpoint()
+        server = ParameterServer(self.engine, self._spans, -1)
+        self._wait(server.fetch(self._final))
 
     # life and death
 
@@ -405,7 +408,7 @@ class Coordinator:
                 replica=replica, step=refusal.step, examples=refusal.examples, reason=refusal.reason
             )
         )
-        if counters.refused_pushes > self.settings.refusals:
+        if counters.refused_pushes > self.settings.refusals and self._failure is None:
             self._failure = TrainingFailed(
                 f"{counters.refused_pushes} pushes were refused, the limit is {self.settings.refusals}; the last by "
                 f"replica {replica} at its step {refusal.step}: {refusal.reason}\n"
@@ -413,6 +416,12 @@ class Coordinator:
             )
 
     # progress
+
+    def _settle(self, replica: int, settled: tuple[tuple[int, int], ...]) -> None:
+        for identifier, position in settled:
+            self.leases.settle(replica, identifier, position)
+        if settled:
+            self._after_settling()
 
     def _after_settling(self) -> None:
         settled = self.leases.settled_examples
@@ -480,6 +489,10 @@ class Coordinator:
             pushes=self.pushes, staleness=self.staleness, resume_command=resume, export_command=export,
         )  # fmt: skip
 
+    def parameters(self) -> torch.Tensor:
+        """The shards' parameters after `run`, shape (n,)."""
+        return self._final
+
     def buffers(self) -> torch.Tensor:
         """The mean of the live replicas' buffers; the initial ones before any has reported."""
         reported = [record.buffers for record in self._replicas if record.buffers is not None]
@@ -511,7 +524,6 @@ class Coordinator:
             return False
         finally:
             self._checkpoint_at = self.engine.now() + self.settings.checkpoint_seconds
-        self.last_checkpoint = folder
         seconds = self.engine.now() - started
         self.emit(events.CheckpointWritten(path=str(folder), examples=settled, checkpoint_seconds=seconds))
         return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One replica's examples: the mini-batches of a lease, in the order that the seed gives the epoch (paper, section 4.1)."""
+"""One replica's examples: a lease's mini-batches, in the order that the seed gives the epoch (paper, section 4.1)."""
 
 from collections.abc import Iterator
 from typing import Any, final
@@ -31,11 +31,13 @@ def collect(dataset: Any, indices: torch.Tensor) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The mini-batch on `device`; tuples, lists and dicts of tensors are followed."""
+    """The mini-batch on `device`; tuples, named tuples, lists and dicts of tensors are followed."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, tuple | list):
         return type(batch)(to_device(value, device) for value in batch)
     return batch

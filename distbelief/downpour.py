@@ -156,7 +156,8 @@ class DownpourReplica:
 
     def ask(self) -> Future[Granted]:
         """Ask for the next lease."""
-        return self.coordinator.call(Coordinator.lease, self.index, self.home.incarnation)
+        settled, self.report.settled = tuple(self.report.settled), []
+        return self.coordinator.call(Coordinator.lease, self.index, self.home.incarnation, settled)
 
     # the three weakly synchronised activities
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distbelief import checkpoint
-from distbelief.channel.frames import DTYPES, NAMES
-from distbelief.errors import CheckpointError
+from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.parameters import Layout, trainable
 
 STATE = "state.json"
@@ -39,14 +39,17 @@ def write_template(run: Path, module: nn.Module, layout: Layout) -> None:
     start = 0
     for _, buffer in module.named_buffers():
         sources[id(buffer)] = ("buffers", start)
-        start += buffer.numel()
+        start += buffer.numel() * (2 if buffer.is_complex() else 1)
     entries, frozen = {}, {}
     for key, value in module.state_dict(keep_vars=True).items():
         source, offset = sources.get(id(value), ("frozen", 0))
-        entries[key] = Entry(source, offset, tuple(value.shape), NAMES[value.dtype])
+        entries[key] = Entry(source, offset, tuple(value.shape), str(value.dtype).removeprefix("torch."))
         if source == "frozen":
             frozen[key] = value.detach().clone().contiguous()
-    save_file(frozen, run / FROZEN)
+    try:
+        save_file(frozen, run / FROZEN)
+    except SafetensorError as error:
+        raise OSError(f"{run / FROZEN}: {error}") from error
     (run / STATE).write_bytes(msgspec.json.encode(entries))
 
 
@@ -60,22 +63,35 @@ def state_dict(run: Path) -> dict[str, torch.Tensor]:
     try:
         entries = msgspec.json.decode((run / STATE).read_bytes(), type=dict[str, Entry])
         frozen = load_file(run / FROZEN)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, SafetensorError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{run} does not say how its model is made: {error}") from error
-    state = {}
-    for key, entry in entries.items():
-        if entry.source == "frozen":
-            state[key] = frozen[key]
-            continue
-        length = torch.Size(entry.shape).numel()
-        part = sources[entry.source][entry.start : entry.start + length].view(entry.shape)
-        dtype = DTYPES[entry.dtype]
-        state[key] = (part if dtype.is_floating_point else part.round()).to(dtype).clone()
-    return state
+    return {
+        key: frozen[key] if entry.source == "frozen" else _value(entry, sources[entry.source])
+        for key, entry in entries.items()
+    }
+
+
+def _value(entry: Entry, flat: torch.Tensor) -> torch.Tensor:
+    """A new tensor with the values that the flat vector has for the entry."""
+    dtype: torch.dtype = getattr(torch, entry.dtype)
+    length = torch.Size(entry.shape).numel()
+    if dtype.is_complex:
+        parts = flat[entry.start : entry.start + 2 * length].view(*entry.shape, 2)
+        return torch.view_as_complex(parts).to(dtype, copy=True)
+    part = flat[entry.start : entry.start + length].view(entry.shape)
+    return (part if dtype.is_floating_point else part.round()).to(dtype, copy=True)
 
 
 def export(run: Path, path: Path) -> int:
-    """Write the newest checkpoint's state_dict as safetensors; returns the number of parameters and buffers in it."""
+    """Write the newest checkpoint's state_dict as safetensors; returns the number of parameters and buffers in it.
+
+    Raises CheckpointError, and ConfigurationError when `path` cannot be written.
+    """
     state = state_dict(run)
-    save_file(state, path)
+    try:
+        save_file(state, path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be written: {error}", hint="give a file in a folder that exists and has room"
+        ) from error
     return sum(value.numel() for value in state.values())

@@ -86,6 +86,7 @@ class Job:
                 f"Job(model=...) is a {type(self.model).__name__} that is built already",
                 hint="give the class, a function or functools.partial that builds it in each process",
             )
+
     @property
     def objective(self) -> Objective:
         """What to minimise."""
@@ -138,7 +139,8 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
 
 
 def _build_data(data: Any, name: str) -> Any:
-    built = data() if callable(data) and not hasattr(data, "__getitem__") else data
+    builds = callable(data) and (isinstance(data, type) or not hasattr(data, "__getitem__"))
+    built = data() if builds else data
     if built is None and name == "test":
         return None
     if not hasattr(built, "__getitem__") or not hasattr(built, "__len__"):

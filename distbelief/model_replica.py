@@ -41,7 +41,8 @@ class Objective:
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ConfigurationError(
-                f"the loss is {shape}, not a scalar", hint="return the mean over the mini-batch, for example loss.mean()"
+                f"the loss is {shape}, not a scalar",
+                hint="return the mean over the mini-batch, for example loss.mean()",
             )
         return value
 
@@ -92,7 +93,7 @@ class ModelReplica:
         self.local_rate: float | None = None
         """Rate of the local step after each mini-batch; None for none."""
         for index, parameter in enumerate(self._parameters):
-            parameter.register_post_accumulate_grad_hook(self._accrue_hook(index))
+            parameter.register_post_accumulate_grad_hook(self._accrue_hook(index))  # type: ignore[no-untyped-call]
         self._point()
 
     # parameters
@@ -130,14 +131,15 @@ class ModelReplica:
         def accrue(parameter: torch.Tensor) -> None:
             view = self._gradient_views[self._filling if len(self._accruing) == 2 else 0][index]
             assert parameter.grad is not None
+            gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
             if self._written[index]:
-                view.add_(parameter.grad)
+                view.add_(gradient)
             else:
-                view.copy_(parameter.grad)
+                view.copy_(gradient)
                 self._written[index] = True
             if self.local_rate is not None:
                 # The paper's local step: parameters -= rate * gradient, as soon as backward needs this one no more.
-                parameter.data.add_(parameter.grad, alpha=-self.local_rate)
+                parameter.data.add_(gradient, alpha=-self.local_rate)
             parameter.grad = None
 
         return accrue
@@ -157,14 +159,14 @@ class ModelReplica:
     def take_gradient(self, *, mean: bool, clip_norm: float | None) -> torch.Tensor | None:
         """The accrued gradient in host memory, shape (n,); accruing goes on in the other buffer.
 
-        None when it is not finite. The caller owns the memory until it takes the next gradient but one.
+        None when it is not finite. The caller owns the memory until it takes the next gradient.
         """
         source = self._accruing[self._filling if len(self._accruing) == 2 else 0]
         if mean and self._mini_batches > 1:
             source.div_(self._mini_batches)
         self._written = [False] * len(self._parameters)
         self._mini_batches = 0
-        finite = math.isfinite(float(torch.dot(source, source)))
+        finite = math.isfinite(float(source.sum()))  # one pass; a sum that overflowed is looked at again below
         if not finite and not bool(torch.isfinite(source).all()):
             return None
         if clip_norm is not None:
@@ -188,7 +190,8 @@ class ModelReplica:
 
 
 def _own_buffers(module: nn.Module) -> Iterator[torch.Tensor]:
-    return (buffer for _, buffer in module.named_buffers())
+    """Every buffer, a complex one (rotary frequencies) as its real and imaginary parts."""
+    return (torch.view_as_real(buffer) if buffer.is_complex() else buffer for _, buffer in module.named_buffers())
 
 
 def flat_buffers(module: nn.Module) -> torch.Tensor:
@@ -222,7 +225,8 @@ def flat_parameters(module: nn.Module, layout: Layout) -> torch.Tensor:
 
 def _pin(buffer: torch.Tensor) -> None:
     """Page-lock host memory that we allocated ourselves, so that copies to and from the device run at full speed."""
-    status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel() * buffer.element_size(), 0)
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    status = runtime.cudaHostRegister(buffer.data_ptr(), buffer.numel() * buffer.element_size(), 0)
     if int(status) != 0:
         raise ConfigurationError(
             f"CUDA could not page-lock {buffer.numel()} parameters of host memory (error {int(status)})",

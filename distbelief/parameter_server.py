@@ -33,7 +33,7 @@ T = TypeVar("T")
 RETRY_SECONDS = 0.1
 PATIENCE_SECONDS = 300.0
 """How long a replica waits for a shard that is being replaced before it ends with an error."""
-LEASES_REMEMBERED = 8
+LEASES_REMEMBERED = 64
 
 
 def shard_name(index: int) -> str:
@@ -107,7 +107,8 @@ class ParameterServerShard:
         """Apply a gradient of shape (len(span),) once, however often it is sent. Raises Fenced, NotReady."""
         self._check_ready()
         record = self._state.replicas.get(stamp.replica)
-        if stamp.incarnation < self._fenced.get(stamp.replica, 0):
+        known = 0 if record is None else record.incarnation
+        if stamp.incarnation < max(known, self._fenced.get(stamp.replica, 0)):
             raise Fenced(f"replica {stamp.replica} incarnation {stamp.incarnation} has been replaced")
         if record is None or record.incarnation < stamp.incarnation:
             record = self._state.replicas[stamp.replica] = ReplicaRecord(stamp.incarnation, 0)
@@ -193,7 +194,7 @@ class ParameterServerShard:
             lost_updates=newest.lost_updates, replicas=newest.replicas if same_cut else {},
             staleness=newest.staleness,
         )  # fmt: skip
-        self._restored, self._ready = same_cut, True
+        self._restored = self._ready = True
         return self._state.version
 
 
@@ -253,7 +254,8 @@ class All(Generic[T]):
 
     def done(self) -> bool:
         """Whether all are done."""
-        return all([future.done() for future in self._futures])
+        # Each is asked, since asking makes a lost call again.
+        return all([future.done() for future in self._futures])  # noqa: C419
 
     def result(self) -> list[T]:
         """Wait for all; raises the first error."""

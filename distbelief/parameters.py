@@ -11,6 +11,7 @@ There are no keys and no name table on the wire: a shard knows its span, a repli
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ class Span:
 def cut(length: int, shards: int) -> list[Span]:
     """Cut [0, length) into `shards` consecutive spans whose lengths differ by at most one."""
     edges = [length * shard // shards for shard in range(shards + 1)]
-    return [Span(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [Span(start, stop) for start, stop in pairwise(edges)]
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Layout:
         return runs
 
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Every piece of `flat` (shape (n,)) as a view in its own shape, by name; writing to a view writes to `flat`."""
+        """Every piece of `flat`, shape (n,), as a view in its own shape, by name; writing to one writes to `flat`."""
         return {piece.name: flat[piece.span.start : piece.span.stop].view(piece.shape) for piece in self.pieces}
 
 

@@ -17,8 +17,6 @@ import msgspec
 
 MINI_BATCHES_PER_LEASE = 32
 LEASES_PER_REPLICA_AND_EPOCH = 8
-LEASES_HELD = 3
-"""A replica may hold so many leases: one in work, one whose last push is under way, one fetched ahead."""
 
 
 class Lease(msgspec.Struct, array_like=True, frozen=True):
@@ -62,10 +60,10 @@ class Warmstart:
         return replicas if stages >= replicas.bit_length() else min(replicas, 1 << stages)
 
 
-def lease_size(examples: int, batch_size: int, replicas: int) -> int:
-    """Examples per lease: whole mini-batches, at most 32, and about 8 leases per replica and epoch."""
-    mini_batches = -(-examples // batch_size)
-    return batch_size * max(1, min(MINI_BATCHES_PER_LEASE, mini_batches // (replicas * LEASES_PER_REPLICA_AND_EPOCH)))
+def lease_size(examples: int, batch_size: int, replicas: int, n_push: int = 1) -> int:
+    """Examples per lease: whole mini-batches, at most 32, about 8 leases per replica and epoch, no less than a push."""
+    mini_batches = -(-examples // batch_size) // (replicas * LEASES_PER_REPLICA_AND_EPOCH)
+    return batch_size * max(1, n_push, min(MINI_BATCHES_PER_LEASE, mini_batches))
 
 
 @final
@@ -97,7 +95,7 @@ class Leases:
     @property
     def finished(self) -> bool:
         """Whether every example of every epoch is settled."""
-        return self._issued == self.leases_per_epoch * self.epochs and not self._held and not self._returned
+        return self._issued >= self.leases_per_epoch * self.epochs and not self._held and not self._returned
 
     @property
     def epoch(self) -> int:
@@ -110,19 +108,20 @@ class Leases:
 
     def next(self, replica: int) -> Lease | None:
         """A lease for the replica; None when there is nothing to hand out now."""
-        if sum(holder == replica for holder, _ in self._held.values()) >= LEASES_HELD:
-            return None
         if self._returned:
             lease = self._returned.pop(0)
         elif self._issued < self.leases_per_epoch * self.epochs:
-            epoch, index = divmod(self._issued, self.leases_per_epoch)
-            start = index * self.lease_examples
-            lease = Lease(self._issued, epoch, start, min(start + self.lease_examples, self.examples_per_epoch))
+            lease = self._lease(self._issued)
             self._issued += 1
         else:
             return None
         self._held[lease.identifier] = (replica, lease)
         return lease
+
+    def _lease(self, identifier: int) -> Lease:
+        epoch, index = divmod(identifier, self.leases_per_epoch)
+        start = index * self.lease_examples
+        return Lease(identifier, epoch, start, min(start + self.lease_examples, self.examples_per_epoch))
 
     def settle(self, replica: int, identifier: int, position: int) -> None:
         """Every shard has acknowledged the lease's examples before `position`; late reports are ignored."""
@@ -168,11 +167,16 @@ class Leases:
 
     @classmethod
     def resumed(cls, state: LeaseState, epochs: int, applied: Iterable[Mapping[int, int]]) -> "Leases":
-        """Continue from a checkpoint; `applied` tells, per shard file, up to which position a lease is in it."""
-        leases = cls(state.examples_per_epoch, state.lease_examples, epochs)
-        leases._issued, leases.repeated = state.issued, state.repeated
-        leases._held = {lease.identifier: (-1, lease) for lease in state.unsettled}
-        leases.lose(-1, applied)
+        """Continue from a checkpoint; `applied` tells, per shard file, up to which position a lease is in it.
+
+        Shards may hold examples of leases that were issued while they wrote their files, after the state was taken.
+        """
+        leases, shards = cls(state.examples_per_epoch, state.lease_examples, epochs), list(applied)
+        later = [identifier + 1 for shard in shards for identifier in shard]
+        leases._issued, leases.repeated = max([state.issued, *later]), state.repeated
+        unsettled = [*state.unsettled, *map(leases._lease, range(state.issued, leases._issued))]
+        leases._held = {lease.identifier: (-1, lease) for lease in unsettled}
+        leases.lose(-1, shards)
         return leases
 
 

@@ -82,9 +82,12 @@ def check(folder: Path, file: ShardFile) -> None:
     path = folder / file.name
     if not path.exists():
         raise CheckpointError(f"{path} is missing")
-    if path.stat().st_size != file.size_bytes:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {file.size_bytes} were written")
-    found = seal(path, ShardState(start=file.start, stop=file.stop))
+    try:
+        found = seal(path, ShardState(start=file.start, stop=file.stop))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if found.size_bytes != file.size_bytes:
+        raise CheckpointError(f"{path} has {found.size_bytes} bytes, {file.size_bytes} were written")
     if found.crc32 != file.crc32:
         raise CheckpointError(f"{path} was changed since it was written (checksum {found.crc32}, was {file.crc32})")
 
@@ -99,17 +102,25 @@ def read_state(path: Path) -> ShardState:
 
 
 def read_span(folder: Path, files: Sequence[ShardFile], span: Span) -> dict[str, torch.Tensor]:
-    """Every vector cut to `span`, each of shape (len(span),), gathered from the files that meet it."""
+    """Every vector cut to `span`, each of shape (len(span),), gathered from the files that meet it.
+
+    A rule such as Adam has no vectors before its first push: where one file lacks a vector of another, it is zero.
+    Raises CheckpointError.
+    """
     vectors: dict[str, torch.Tensor] = {}
     for source in files:
         held = Span(source.start, source.stop)
         part = held.overlap(span)
         if not len(part):
             continue
-        with safe_open(folder / source.name, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                values = file.get_slice(name)[part.start - held.start : part.stop - held.start]
-                if name not in vectors:
-                    vectors[name] = torch.empty(len(span), dtype=values.dtype)
-                vectors[name][part.within(span)] = values
+        path = folder / source.name
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    values = file.get_slice(name)[part.within(held)]
+                    if name not in vectors:
+                        vectors[name] = torch.zeros(len(span), dtype=values.dtype)
+                    vectors[name][part.within(span)] = values
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
     return vectors

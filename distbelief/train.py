@@ -4,6 +4,7 @@
 import contextlib
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from distbelief import checkpoint, events
@@ -112,7 +114,8 @@ def train(
                 run, lambda path, reason: rejected.append(events.CheckpointRejected(path=str(path), reason=reason))
             )
             checkpoint.check_same_model(restore[1], layout, restore[0])
-        with _reporting(run, engine, listeners, view) as emit:
+        record = Record(run)
+        with _reporting(record, run, engine, listeners, view) as emit:
             for event in rejected:
                 emit(event)
             coordinator = _coordinator(job, engine, facts, run, spans, module, restore, emit)
@@ -123,16 +126,15 @@ def train(
                     emit(_job_started(job, facts, run, spans, coordinator.leases))
                     coordinator.start(flat_parameters(module, layout), restore)
                     reason = coordinator.run()
+                    load_parameters(module, layout, coordinator.parameters())
+                    load_buffers(module, coordinator.buffers())
             except BaseException as error:
                 reason = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
                 raise
             finally:
                 emit(coordinator.finished(reason, f"distbelief resume {run}", f"distbelief export {run} model.safetensors"))
-        # The last checkpoint is the end of the run: what is returned is what is on disk.
-        folder, manifest = checkpoint.newest(run, lambda path, reason: None)
-        load_parameters(module, layout, checkpoint.read_vector(folder, manifest))
-        load_buffers(module, checkpoint.read_buffers(folder))
-    return Result(module.eval(), summarize(read_events(run / "events.jsonl")), run)
+                _write_summary(run, record.summary())
+    return Result(module.eval(), record.summary(), run)
 
 
 def _engine(job: Job, faults: Faults | None, costs: Costs | None) -> Engine:
@@ -184,7 +186,8 @@ def _coordinator(
 ) -> Coordinator:  # fmt: skip
     layout, cluster = facts.layout, job.cluster
     if restore is None:
-        leases = Leases(facts.examples, lease_size(facts.examples, job.batch_size, cluster.replicas), job.epochs)
+        size = lease_size(facts.examples, job.batch_size, cluster.replicas, job.algorithm.n_push)
+        leases = Leases(facts.examples, size, job.epochs)
         buffers, incarnation = flat_buffers(module), 0
     else:
         folder, manifest = restore
@@ -215,7 +218,7 @@ def _coordinator(
         rule=repr(job.algorithm.update_rule),
         seed=job.seed,
     )
-    return Coordinator(engine, settings, leases, buffers, manifest_of, emit)
+    return Coordinator(engine, settings, leases, buffers, manifest_of, emit, layout.dtype)
 
 
 def _resumed_leases(job: Job, facts: Facts, folder: Path, manifest: Manifest) -> Leases:
@@ -245,19 +248,37 @@ def _job_started(job: Job, facts: Facts, run: Path, spans: list[Span], leases: L
     )  # fmt: skip
 
 
+class Record:
+    """Remembers what the summary is made of: the run's earlier events, and this one's with only the latest progress."""
+
+    def __init__(self, run: Path) -> None:
+        path = run / "events.jsonl"
+        self._before = read_events(path) if path.exists() else []
+        self._heard: list[Observation] = []
+
+    def __call__(self, observation: Observation) -> None:
+        """Hear an event."""
+        if self._heard and isinstance(self._heard[-1].event, events.Progress):
+            self._heard.pop()
+        self._heard.append(observation)
+
+    def summary(self) -> Summary:
+        """The summary of everything heard."""
+        return summarize([*self._before, *self._heard])
+
+
 @contextlib.contextmanager
 def _reporting(
-    run: Path, engine: Engine, listeners: Sequence[Listener], view: bool
+    record: Record, run: Path, engine: Engine, listeners: Sequence[Listener], view: bool
 ) -> Iterator[Callable[[AnyEvent], None]]:
     """Everything that hears events, for the time of the job; writes and prints the summary at the end."""
-    from rich.console import Console
-
     console = Console()
     file = EventFile(run / "events.jsonl")
     board = tensorboard_files(run / "tensorboard")
     started = engine.now()
     with contextlib.ExitStack() as stack:
-        hearing: list[Listener] = [file, *listeners]
+        hearing: list[Listener] = [file, record, *listeners]
+        stack.callback(file.close)
         if board is not None:
             hearing.append(board)
             stack.callback(board.close)
@@ -269,14 +290,16 @@ def _reporting(
             for listener in hearing:
                 listener(observation)
 
-        try:
-            yield emit
-        finally:
-            file.close()
-            summary = summarize(read_events(run / "events.jsonl"))
-            write_summary(run / "summary.json", summary)
-            if view:
-                stack.callback(lambda: console.out(text(summary), highlight=False))
+        yield emit
+    if view:
+        console.out(text(record.summary()), highlight=False)
+
+
+def _write_summary(run: Path, summary: Summary) -> None:
+    try:
+        write_summary(run / "summary.json", summary)
+    except OSError as error:
+        warnings.warn(f"{run / 'summary.json'} was not written: {error}", RuntimeWarning, stacklevel=3)
 
 
 @contextlib.contextmanager

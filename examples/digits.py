@@ -3,13 +3,13 @@
 
     python examples/digits.py --cluster.replicas 4 --cluster.shards 2
 
-It ends at about 98 % test accuracy after a few seconds of training.
+It ends at 97 to 98 % test accuracy after a few seconds of training.
 """
 
 import functools
 
 import torch
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -53,7 +53,7 @@ def job(channels: int = 16) -> db.Job:
         data=functools.partial(digits, test=False),
         test=functools.partial(digits, test=True),
         metrics={"accuracy": accuracy},
-        algorithm=db.Downpour(update_rule=db.adagrad(0.02)),
+        algorithm=db.Downpour(update_rule=db.adagrad(0.05)),
         cluster=db.Cluster(replicas=4, shards=2),
         epochs=20,
         batch_size=32,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import distbelief as db
-from distbelief.errors import ConfigurationError
 
 
 class Block(nn.Module):
@@ -63,7 +62,7 @@ def bits_per_byte(output: Tensor, target: Tensor) -> Tensor:
 
 def job(text: str | None = None, length: int = 128, width: int = 128, layers: int = 2) -> db.Job:
     if text is None or not Path(text).is_file():
-        raise ConfigurationError(f"no text file at --text {text}", hint=str(__doc__))
+        raise db.ConfigurationError(f"no text file at --text {text}", hint=str(__doc__))
     return db.Job(
         model=functools.partial(Decoder, length, width, layers),
         loss=bits_per_byte,

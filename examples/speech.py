@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's acoustic model on recordings from github.com/Jakobovski/free-spoken-digit-dataset (CC BY-SA 4.0):
+
 distbelief train examples/speech.py --data PATH_OF_CLONE_OR_TAR_ARCHIVE --width 512 --cluster.replicas 4
 """
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import distbelief as db
-from distbelief.errors import ConfigurationError
 
 
 def read(source: Path) -> dict[str, bytes]:  # the files {digit}_{speaker}_{index}.wav
@@ -22,7 +22,7 @@ def read(source: Path) -> dict[str, bytes]:  # the files {digit}_{speaker}_{inde
 
 
 def log_mel(wav: bytes) -> Tensor:  # shape (frames, 40): 25 ms every 10 ms at 8 kHz, mean near 0, variance near 1
-    sound = torch.frombuffer(bytearray(wav[44:].ljust(2400, b"\0")), dtype=torch.int16) / 2**15  # 44 bytes of header
+    sound = torch.frombuffer(bytearray(wav[44:].ljust(2400, b"\0")), dtype=torch.int16) / 2**15  # no header; >= 150 ms
     power: Tensor = torch.fft.rfft(sound.unfold(0, 200, 80) * torch.hamming_window(200), 512).abs().square()
     edges = 700 * (torch.logspace(0, 1, 42, base=1 + 4000 / 700) - 1)  # of 40 triangles, evenly spaced in mel
     rising = (torch.linspace(0, 4000, 257)[:, None] - edges[:-1]) / edges.diff()
@@ -48,10 +48,10 @@ class SpokenDigits(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 def acoustic_model(width: int) -> nn.Module:
-    hidden = [nn.Linear(inputs, width) for inputs in (440, width, width, width)]
-    for layer in hidden:
+    layers = [nn.Linear(*shape) for shape in ((440, width), *[(width, width)] * 3, (width, 10))]
+    for layer in layers:
         nn.init.xavier_uniform_(layer.weight, gain=4)
-    return nn.Sequential(*(m for layer in hidden for m in (layer, nn.Sigmoid())), nn.Linear(width, 10))
+    return nn.Sequential(*(m for layer in layers[:-1] for m in (layer, nn.Sigmoid())), layers[-1])
 
 
 def evaluate(model: nn.Module, test: SpokenDigits) -> dict[str, float]:
@@ -63,7 +63,7 @@ def evaluate(model: nn.Module, test: SpokenDigits) -> dict[str, float]:
 
 def job(data: str | None = None, width: int = 512) -> db.Job:
     if data is None or not read(Path(data)):
-        raise ConfigurationError(f"no recordings at --data {data}", hint=str(__doc__))
+        raise db.ConfigurationError(f"no recordings at --data {data}", hint=str(__doc__))
     return db.Job(
         model=functools.partial(acoustic_model, width),
         data=functools.partial(SpokenDigits, data, test=False),

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Concatenate, Generic, ParamSpec, Protocol, Ty
 import msgspec
 import torch
 
-from distbelief.errors import ProtocolError
+from distbelief.errors import CheckpointError, Fenced, NotReady, ProtocolError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,6 +29,10 @@ T_co = TypeVar("T_co", covariant=True)
 _WRITTEN = "written by the callee"
 Out = Annotated[torch.Tensor, _WRITTEN]
 """A tensor argument that the method fills; it is undefined until the future is done."""
+
+
+RAISED_AS_IS = (Fenced, NotReady, CheckpointError, ProtocolError)
+"""What a method may raise for its caller to catch; anything else arrives as RemoteError."""
 
 
 def exported(method: Callable[P, T]) -> Callable[P, T]:

@@ -8,6 +8,7 @@ the header is known, and by `sendmsg` from the tensors themselves.
 
 import array
 import os
+import select
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -123,6 +124,17 @@ class Connection:
         self._descriptors.popleft()
         return sent
 
+    @property
+    def proved(self) -> bool:
+        """Whether the peer has shown that it knows the job's key."""
+        return self._side is None
+
+    def hung_up(self) -> bool:
+        """Whether the peer has closed its end, though something it sent before may still be unread."""
+        watch = select.poll()
+        watch.register(self.socket, 0)  # a hang-up is reported without being asked for
+        return bool(watch.poll(0))
+
     # receiving
 
     def receive(self) -> None:
@@ -145,8 +157,8 @@ class Connection:
                 return
 
     def _receive_chunk(self) -> int:
-        if not self.local:
-            data = self.socket.recv(_CHUNK)
+        if not self.local or not self.proved:
+            data = self.socket.recv(_CHUNK)  # descriptors of a stranger are not even taken
         else:
             data, ancillary, _, _ = self.socket.recvmsg(_CHUNK, _DESCRIPTOR_SPACE)
             for level, kind, content in ancillary:
@@ -225,12 +237,15 @@ class Connection:
 
     def stage(self, position: int, reference: TensorReference) -> torch.Tensor:
         """Memory of this process for a tensor that travels in a body. Raises ProtocolError when it is too large."""
-        dtype = frames.DTYPES.get(reference.dtype)
-        if dtype is None or not 0 <= reference.length * dtype.itemsize <= self._body_limit:
+        if frames.size_bytes(reference) > self._body_limit:
             raise ProtocolError(f"a peer announced a tensor out of bounds: {reference}")
+        dtype = frames.DTYPES[reference.dtype]
         key = (position, reference.length, dtype)
         if key not in self.staging:
-            self.staging[key] = torch.empty(reference.length, dtype=dtype)
+            try:
+                self.staging[key] = torch.empty(reference.length, dtype=dtype)
+            except RuntimeError as error:
+                raise ProtocolError(f"no memory for a tensor that a peer announced: {reference}") from error
         return self.staging[key]
 
     def close(self) -> None:

@@ -7,11 +7,13 @@ and must go on computing while a slow link carries its tensors asks for `backgro
 """
 
 import contextlib
+import errno
 import selectors
 import socket
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, final
@@ -19,13 +21,19 @@ from typing import Any, TypeVar, final
 import msgspec
 import torch
 
-from distbelief import errors
 from distbelief.channel import frames
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
-from distbelief.channel.base import Future, Remote, Signature, exported_methods, signature_of
+from distbelief.channel.base import RAISED_AS_IS, Future, Remote, Signature, exported_methods, signature_of
 from distbelief.channel.connection import Connection
 from distbelief.channel.frames import Answer, Call, Failure, Header
-from distbelief.errors import ChannelError, DeadlineExceeded, Fenced, PeerLost, ProtocolError, RemoteError
+from distbelief.errors import (
+    AuthenticationError,
+    ChannelError,
+    DeadlineExceeded,
+    PeerLost,
+    ProtocolError,
+    RemoteError,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,7 +43,10 @@ Address = str | tuple[str, int]
 
 CONNECT_SECONDS = 5.0
 SOCKET_BUFFER_BYTES = 4 << 20
-_RAISED_AS_IS = {kind.__name__: kind for kind in (Fenced, errors.NotReady, errors.CheckpointError, ProtocolError)}
+STRANGERS = 256
+"""Connections that may be open without having proved themselves; one more ends the oldest of them."""
+FAILURE_CHARACTERS = 1 << 20
+_RAISED_AS_IS = {kind.__name__: kind for kind in RAISED_AS_IS}
 _encode_value = msgspec.msgpack.Encoder().encode
 
 
@@ -52,24 +63,24 @@ class PendingCall:
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
         self._value: Any = None
         self._error: Exception | None = None
-        self._settled = False
+        self.settled = False
 
     def settle(self, value: Any = None, error: Exception | None = None) -> None:
         """Complete the future."""
-        self._value, self._error, self._settled = value, error, True
+        self._value, self._error, self.settled = value, error, True
         self.tensors = []
 
     def done(self) -> bool:
         """Whether the answer is here, taking in what has arrived."""
-        if not self._settled:
+        if not self.settled:
             self._endpoint.take_in(0.0)
-            if not self._settled and time.monotonic() > self._deadline:
+            if not self.settled and time.monotonic() > self._deadline:
                 self._endpoint.give_up(self, f"{self.signature.name} was not answered within {self._seconds:g} s")
-        return self._settled
+        return self.settled
 
     def result(self) -> Any:
         """Wait for the answer."""
-        while not self._settled:
+        while not self.settled:
             self._endpoint.take_in(min(0.5, max(0.0, self._deadline - time.monotonic())))
             self.done()
         if self._error is not None:
@@ -103,6 +114,8 @@ class Endpoint:
         self._waker, self._wakee = socket.socketpair()
         self._waker.setblocking(False)
         self.watch(self._wakee, lambda: self._wakee.recv(4096))
+        self._strangers: deque[Connection] = deque()
+        """The newest accepted connections, oldest first; those that proved themselves meanwhile are let be."""
         self._listener = listener
         if listener is not None:
             listener.setblocking(False)
@@ -132,8 +145,10 @@ class Endpoint:
 
     def take_in(self, seconds: float) -> None:
         """Wait up to `seconds` for something to happen, and let it happen."""
-        if self._answering and seconds > 0:
-            raise RuntimeError("an exported method must not wait for a future; return it or let the activity wait")
+        if self._answering:
+            if seconds > 0:
+                raise RuntimeError("an exported method must not wait for a future; let the activity wait")
+            return  # a method that asks whether a future is done runs alone all the same
         if self._thread is not None and threading.current_thread() is not self._thread:
             with self._answered:
                 if seconds > 0:
@@ -197,6 +212,8 @@ class Endpoint:
     def give_up(self, pending: PendingCall, reason: str) -> None:
         """End a call whose deadline has passed. Its connection is closed: a late answer must not write our memory."""
         with self._lock:
+            if pending.settled:
+                return  # the answer came while this was on its way
             pending.settle(error=DeadlineExceeded(reason))
             if pending.connection in self._connections:
                 self._drop(pending.connection, PeerLost("the connection was closed after a missed deadline"))
@@ -205,10 +222,24 @@ class Endpoint:
 
     def _accept(self) -> None:
         assert self._listener is not None
-        with contextlib.suppress(BlockingIOError):
-            link, _ = self._listener.accept()
+        with contextlib.suppress(ConnectionError, BlockingIOError):
+            try:
+                link, _ = self._listener.accept()
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._strangers:
+                    raise
+                self._end_oldest_stranger()
+                return
             connection = self._adopt(link, AcceptingSide(self._key))
             self._guarded(connection, connection.flush)
+            self._strangers.append(connection)
+            if len(self._strangers) > STRANGERS:
+                self._end_oldest_stranger()
+
+    def _end_oldest_stranger(self) -> None:
+        connection = self._strangers.popleft()
+        if not connection.proved:
+            self._drop(connection, AuthenticationError("too many callers have not proved themselves"))
 
     def _adopt(self, link: socket.socket, side: AcceptingSide | CallingSide) -> Connection:
         if link.family != socket.AF_UNIX:
@@ -258,11 +289,17 @@ class Endpoint:
         """Where the body of a frame belongs. Raises ProtocolError when it is not as long as announced."""
         parts: list[memoryview] = []
         if isinstance(header, Call):
+            if connection.sending or any(waiting is connection for waiting, *_ in self._deferred):
+                connection.staging = {}  # an earlier call's answer is still being read from the old one
             method = self._methods.get(header.method)
             outputs = signature_of(method).outputs if method else ()
-            for position, (reference, written) in enumerate(zip(header.tensors, outputs, strict=False)):
-                if not reference.block and not written:
-                    parts.append(frames.bytes_of(connection.stage(position, reference)))
+            carried = [
+                (position, reference)
+                for position, (reference, written) in enumerate(zip(header.tensors, outputs, strict=False))
+                if not reference.block and not written
+            ]
+            if sum(map(frames.size_bytes, (reference for _, reference in carried))) <= body_bytes:
+                parts = [frames.bytes_of(connection.stage(position, reference)) for position, reference in carried]
         elif isinstance(header, Answer):
             pending = self._pending.get((connection, header.number))
             if pending is not None and body_bytes:
@@ -304,18 +341,19 @@ class Endpoint:
                 for position, reference in enumerate(call.tensors)
             ]
             arguments = signature.join(call.fields, tensors)
+            if any(reference.block for reference in call.tensors) and connection.hung_up():
+                return  # the caller has given up, so the memory it shared is its own again
             self._answering = True
             try:
                 value = method(self._role, *arguments)
             finally:
                 self._answering = False
+            if isinstance(value, BackgroundWork):
+                self._deferred.append((connection, call, tensors, value))
+            else:
+                self._send_answer(connection, call, value, tensors, signature.outputs)
         except Exception as error:
             self._fail(connection, call, error)
-            return
-        if isinstance(value, BackgroundWork):
-            self._deferred.append((connection, call, tensors, value))
-        else:
-            self._send_answer(connection, call, value, tensors, signature.outputs)
 
     def _send_answer(
         self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor], outputs: tuple[bool, ...]
@@ -331,6 +369,7 @@ class Endpoint:
     def _fail(self, connection: Connection, call: Call, error: Exception) -> None:
         known = type(error).__name__ in _RAISED_AS_IS
         message = str(error) if known else "".join(traceback.format_exception(error))
+        message = message[-FAILURE_CHARACTERS:].encode(errors="replace").decode()
         frame = frames.encode(Failure(call.number, type(error).__name__, message))
         self._guarded(connection, lambda: connection.send(frame, []))
 

@@ -113,6 +113,14 @@ def decode_header(kind: Kind, text: bytes | bytearray | memoryview) -> Header:
     return header
 
 
+def size_bytes(reference: TensorReference) -> int:
+    """How much memory a tensor takes. Raises ProtocolError for one that cannot be."""
+    dtype = DTYPES.get(reference.dtype)
+    if dtype is None or reference.length < 0:
+        raise ProtocolError(f"a peer announced a tensor that cannot be: {reference}")
+    return reference.length * dtype.itemsize
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes, writable, without a copy."""
-    return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())

@@ -46,10 +46,14 @@ class Block(mmap.mmap):
             size_bytes = os.fstat(descriptor).st_size
         except OSError:
             sealed, size_bytes = False, 0
-        if not sealed:
+        if not sealed or not size_bytes:
             os.close(descriptor)
             raise ProtocolError("a peer offered a descriptor that is no shared memory, or that it could shrink")
-        return cls._map(identifier, descriptor, size_bytes)
+        try:
+            return cls._map(identifier, descriptor, size_bytes)
+        except OSError as error:
+            os.close(descriptor)
+            raise ProtocolError(f"shared memory of {size_bytes} bytes cannot be mapped: {error}") from error
 
     @classmethod
     def _map(cls, identifier: int, descriptor: int, size_bytes: int) -> "Block":
@@ -83,5 +87,5 @@ def allocate(length: int, dtype: torch.dtype) -> torch.Tensor:
 def find(tensor: torch.Tensor) -> tuple[Block, int] | None:
     """The block of this process that holds the tensor, and its offset there in bytes; None for ordinary memory."""
     storage = tensor.untyped_storage()
-    block = _own.get(storage.data_ptr())
+    block = _own.get(storage.data_ptr()) if tensor.numel() else None  # an empty tensor has no address
     return None if block is None else (block, tensor.data_ptr() - storage.data_ptr())

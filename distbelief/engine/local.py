@@ -95,11 +95,11 @@ def _birth(
     """What a fork does first: build the role on the listener it was given, and return the role's life."""
     listener = socket.socket(fileno=descriptors[0]) if descriptors else None
     endpoint = Endpoint(plan.key, listener=listener, body_limit=plan.body_limit)
-    over_tcp = not isinstance(plan.addresses[COORDINATOR], str)
-    if over_tcp and isinstance(factory, type) and not exported_methods(factory):
-        endpoint.background()
     role = factory(LocalHome(name, incarnation, plan, endpoint), *arguments)
     endpoint.answer_with(role)
+    over_tcp = not isinstance(plan.addresses[COORDINATOR], str)
+    if over_tcp and not exported_methods(type(role)):
+        endpoint.background()
 
     def serve_for_ever() -> None:
         while True:
@@ -136,7 +136,7 @@ class LocalEngine(LocalHome):
         self._alive: dict[str, int] = {}
         self._stopped: set[tuple[str, int]] = set()
         self._deaths: list[Death] = []
-        self._started = time.monotonic()
+        self._started: float | None = None
         self._script = sorted(
             [(seconds, role, signal.SIGKILL) for seconds, role in plan.faults.kill]
             + [(start, role, signal.SIGSTOP) for start, _, role in plan.faults.hang]
@@ -194,10 +194,13 @@ class LocalEngine(LocalHome):
     def start(self, name: str, incarnation: int, factory: Callable[..., Any], *arguments: Any) -> None:
         """Fork a process for the role."""
         if self._control is None:
-            self._boot()
+            _, failure = self._boot()
+            if failure is not None:
+                raise failure
         assert self._control is not None
         birth = functools.partial(_birth, name, incarnation, self._plan, factory, arguments)
         listener = self._listeners.get(name)
+        self._started = self._started or time.monotonic()
         self._alive[name] = incarnation
         with contextlib.suppress(OSError):
             zygote.send(
@@ -210,6 +213,7 @@ class LocalEngine(LocalHome):
         """Kill the role's process; not a death."""
         if name in self._alive and self._control is not None:
             self._stopped.add((name, self._alive.pop(name)))
+            self.processes.pop(name, None)
             with contextlib.suppress(OSError):
                 zygote.send(self._control, ("kill", name))
 
@@ -218,7 +222,8 @@ class LocalEngine(LocalHome):
         while self._script and time.monotonic() - self._started >= self._script[0][0] and self._control is not None:
             _, role, number = self._script.pop(0)
             if role in self.processes:
-                os.kill(self.processes[role], number)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.processes[role], number)
         deaths, self._deaths = self._deaths, []
         return deaths
 
@@ -251,9 +256,12 @@ class LocalEngine(LocalHome):
 
     def _lose_zygote(self) -> None:
         assert self._control is not None
+        assert self._process is not None
         self._endpoint.unwatch(self._control)
         self._control.close()
         self._control = None
+        self._process.kill()
+        self._process.wait()
         self.processes.clear()
         for role, incarnation in self._alive.items():
             self._deaths.append(Death(role, incarnation, "the process that starts roles was killed"))

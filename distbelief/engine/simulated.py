@@ -11,6 +11,7 @@ its stack in, and runs only while it holds the baton; it hands the baton back ex
 
 import heapq
 import itertools
+import math
 import random
 import threading
 import traceback
@@ -19,16 +20,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, final
 
+import msgspec
 import torch
 
-from distbelief.channel.base import Future, Remote, Signature, exported_methods, signature_of
+from distbelief.channel.base import RAISED_AS_IS, Future, Remote, Signature, exported_methods, signature_of
 from distbelief.engine.base import COORDINATOR, Death, Faults
 from distbelief.engine.pickles import SHARED
 from distbelief.errors import (
-    ChannelError,
     DeadlineExceeded,
     DistbeliefError,
     PeerLost,
+    ProtocolError,
     RemoteError,
     UserCodeError,
 )
@@ -140,6 +142,8 @@ class _Activity:
 
     def wait(self) -> None:
         """Called by the activity: hand the baton back until resumed."""
+        if self.killed:
+            raise _Killed  # unwinding, it must not wait for anything
         self._engine.baton.release()
         self._turn.acquire()
         if self.killed:
@@ -208,7 +212,8 @@ class _SimulatedRemote(Remote[R]):
         call = _Call(self._caller, signature, fields, tensors, answer)
         size = sum(t.nbytes for t, out in zip(tensors, signature.outputs, strict=True) if not out)
         # Calls of one caller to one role arrive in the order they were made.
-        self._arrives = max(self._arrives, engine.clock + engine.transfer_seconds(size))
+        earliest = math.nextafter(self._arrives, math.inf)
+        self._arrives = max(earliest, engine.clock + engine.transfer_seconds(size))
         engine.at(self._arrives, lambda: engine.arrive(self._role, call))
         return answer
 
@@ -233,7 +238,8 @@ class SimulatedEngine(SimulatedHome):
         self._shared: Any = None
         self._serving_depth = 0
         self._activities: list[_Activity] = []
-        self._waited: set[_Answer] = set()
+        self._waited: dict[_Answer, None] = {}
+        """A dict for its order, which must not depend on addresses in memory."""
         self.at(1.0, self._end_missed_deadlines)
         for seconds, role in self.faults.kill:
             self.at(seconds, lambda role=role: self._die(role))  # type: ignore[misc]
@@ -258,7 +264,7 @@ class SimulatedEngine(SimulatedHome):
             raise RuntimeError("an exported method must not wait for a future; return it or let the activity wait")
         activity = self.current
         if answer is not None:
-            self._waited.add(answer)
+            self._waited[answer] = None
         if activity is not None:
             if answer is not None:
                 answer.waiter = activity
@@ -274,7 +280,7 @@ class SimulatedEngine(SimulatedHome):
             while not reached:
                 self._next()
         if answer is not None:
-            self._waited.discard(answer)
+            self._waited.pop(answer, None)
 
     def _end_missed_deadlines(self) -> None:
         """Once a second: a deadline needs no event of its own."""
@@ -319,23 +325,35 @@ class SimulatedEngine(SimulatedHome):
     def _answer(self, home: SimulatedHome, call: _Call) -> None:
         if not home.alive:
             return
-        value, error = None, None
-        self._serving_depth += 1
-        try:
-            method = exported_methods(type(home.role))[call.signature.name]
-            value = method(home.role, *call.signature.join(call.fields, call.tensors))
-            if isinstance(value, _Answer):
-                value = value.result()
-            value = call.signature.answer_decoder.decode(signature_of(method).fields_encoder.encode(value))
-        except Exception as raised:
-            known = isinstance(raised, ChannelError)
-            error = raised if known else RemoteError("".join(traceback.format_exception(raised)))
-        finally:
-            self._serving_depth -= 1
-        size = sum(t.nbytes for t, out in zip(call.tensors, call.signature.outputs, strict=True) if out)
-        self.at(self.clock + self.transfer_seconds(size), lambda: call.answer.settle(value, error))
+        # A caller that has given up has its memory back, so the call must not run any more.
+        if not call.answer.done():
+            value, error = self._run(home, call)
+            size = sum(t.nbytes for t, out in zip(call.tensors, call.signature.outputs, strict=True) if out)
+            self.at(self.clock + self.transfer_seconds(size), lambda: call.answer.settle(value, error))
         home.serving = None
         self._serve(home)
+
+    def _run(self, home: SimulatedHome, call: _Call) -> tuple[Any, Exception | None]:
+        self._serving_depth += 1
+        try:
+            method = exported_methods(type(home.role)).get(call.signature.name)
+            if method is None:
+                raise ProtocolError(f"{type(home.role).__name__} exports no method {call.signature.name!r}")
+            flat = [tensor.view(-1) for tensor in call.tensors]
+            value = method(home.role, *call.signature.join(call.fields, flat))
+            if isinstance(value, _Answer):
+                value = value.result()
+            encoded = signature_of(method).fields_encoder.encode(value)
+        except Exception as raised:
+            return None, raised if isinstance(raised, RAISED_AS_IS) else RemoteError(
+                "".join(traceback.format_exception(raised))
+            )
+        finally:
+            self._serving_depth -= 1
+        try:
+            return call.signature.answer_decoder.decode(encoded), None
+        except msgspec.MsgspecError as error:
+            return None, ProtocolError(f"answer to {call.signature.name}: {error}")
 
     # the engine
 

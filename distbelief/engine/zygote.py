@@ -44,10 +44,11 @@ def send(control: socket.socket, message: Any, descriptors: tuple[int, ...] = ()
 def receive(control: socket.socket) -> tuple[Any, list[int]]:
     """Receive one message, blocking. Raises EOFError when the other side is gone."""
     head, descriptors, _, _ = socket.recv_fds(control, LENGTH.size, 4)
-    while 0 < len(head) < LENGTH.size:
-        head += control.recv(LENGTH.size - len(head))
-    if not head:
-        raise EOFError
+    while len(head) < LENGTH.size:
+        more = control.recv(LENGTH.size - len(head)) if head else b""
+        if not more:
+            raise EOFError
+        head += more
     text = bytearray(LENGTH.unpack(head)[0])
     view = memoryview(text)
     while len(view):
@@ -56,6 +57,11 @@ def receive(control: socket.socket) -> tuple[Any, list[int]]:
             raise EOFError
         view = view[count:]
     return pickle.loads(text), descriptors
+
+
+def _die_with_parent(number: int) -> None:
+    """Get this signal from the kernel when the thread that started this process ends; 0 for none."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def run_role(build: Callable[[], Callable[[], None]], report: int) -> None:
@@ -84,16 +90,21 @@ class Zygote:
         self._children: dict[int, tuple[str, int, int, int]] = {}
         """pidfd -> (role, incarnation, pid, read end of its report pipe)."""
         self._shared: Any = None
+        self._outbox = bytearray()
+        """What the coordinator has not taken yet. It may be busy telling us something, so we never wait for it."""
 
     def serve(self) -> None:
         """Work until the coordinator is gone, then end every role."""
         try:
             while True:
-                for key, _ in self._selector.select():
-                    if key.fileobj is self._control:
-                        self._obey(*receive(self._control))
-                    else:
+                for key, events in self._selector.select():
+                    if key.fileobj is not self._control:
                         self._bury(key.fd)
+                        continue
+                    if events & selectors.EVENT_WRITE:
+                        self._flush()
+                    if events & selectors.EVENT_READ:
+                        self._obey(*receive(self._control))
         except (EOFError, OSError):
             pass
         finally:
@@ -101,6 +112,18 @@ class Zygote:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
+
+    def _tell(self, *message: Any) -> None:
+        text = pickle.dumps(message)
+        self._outbox += LENGTH.pack(len(text)) + text
+        self._flush()
+
+    def _flush(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            del self._outbox[: self._control.send(self._outbox, socket.MSG_DONTWAIT)]
+        self._selector.modify(
+            self._control, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outbox else 0)
+        )
 
     def _obey(self, message: tuple[Any, ...], descriptors: list[int]) -> None:
         tag = message[0]
@@ -115,6 +138,9 @@ class Zygote:
 
     def _load(self, main: dict[str, Any], payload: bytes, sizes: list[int], descriptors: list[int]) -> None:
         """Import the user's script, unpickle (prepare, arguments) and keep what prepare returns for the forks."""
+        # Only the end of the control socket tells that the coordinator is gone, and nobody looks at it meanwhile. The
+        # thread that started us waits for the answer, so it cannot end before.
+        _die_with_parent(signal.SIGKILL)
         try:
             import multiprocessing.spawn
 
@@ -138,6 +164,7 @@ class Zygote:
             answer = ("loaded", None, UserCodeError("".join(traceback.format_exception(error))))
         for descriptor in descriptors:
             os.close(descriptor)
+        _die_with_parent(0)
         send(self._control, answer)
 
     def _fork(self, role: str, incarnation: int, payload: bytes, descriptors: list[int]) -> None:
@@ -147,12 +174,13 @@ class Zygote:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            _die_with_parent(signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
             self._control.close()
             self._selector.close()
-            os.close(read_end)
+            for own in (read_end, *self._children, *(child[3] for child in self._children.values())):
+                os.close(own)
             run_role(lambda: Unpickler.loads(payload, shared=self._shared)(descriptors), write_end)
         os.close(write_end)
         for descriptor in descriptors:
@@ -160,7 +188,7 @@ class Zygote:
         watch = os.pidfd_open(pid)
         self._children[watch] = (role, incarnation, pid, read_end)
         self._selector.register(watch, selectors.EVENT_READ)
-        send(self._control, ("started", role, incarnation, pid))
+        self._tell("started", role, incarnation, pid)
 
     def _bury(self, watch: int) -> None:
         role, incarnation, pid, read_end = self._children.pop(watch)
@@ -173,7 +201,7 @@ class Zygote:
         except BlockingIOError:
             failure = ""
         os.close(read_end)
-        send(self._control, ("ended", role, incarnation, os.waitstatus_to_exitcode(status), failure))
+        self._tell("ended", role, incarnation, os.waitstatus_to_exitcode(status), failure)
 
 
 def main() -> None:

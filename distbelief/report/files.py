@@ -23,14 +23,15 @@ class EventFile:
     """A listener that appends to `events.jsonl`; every event is handed to the operating system before it returns.
 
     Opening creates the folder and keeps earlier events (a resumed run). Raises OSError when the file cannot be
-    opened; afterwards it never raises: when a line cannot be written it warns once and records no further events.
+    opened; afterwards it never raises: when a line cannot be written it warns once and goes on with later events.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)
-        _cut_half_line(self.path)
+        self._whole_bytes = _cut_half_line(self.path)
+        self._warned = False
 
     def __call__(self, observation: Observation) -> None:
         """Append one event."""
@@ -38,12 +39,15 @@ class EventFile:
             return
         line = to_line(observation)
         try:
-            written = self._file.write(line)
-            if written != len(line):
-                raise OSError(f"{written} of {len(line)} bytes written")
+            if self._file.write(line) != len(line):
+                raise OSError("the disk is full")
+            self._whole_bytes += len(line)
         except OSError as problem:
-            self.close()
-            warnings.warn(f"{self.path}: {problem}; no further events are recorded", RuntimeWarning, stacklevel=2)
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._whole_bytes)
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"{self.path}: {problem}; events are missing from it", RuntimeWarning, stacklevel=2)
 
     def close(self) -> None:
         """Close the file; later events are ignored. May be called again."""
@@ -52,15 +56,13 @@ class EventFile:
             self._file.close()
 
 
-def _cut_half_line(path: Path) -> None:
-    if not path.stat().st_size:
-        return
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read() == b"\n":
-            return
-        file.seek(0)
-        os.truncate(path, file.read().rfind(b"\n") + 1)
+def _cut_half_line(path: Path) -> int:
+    """Cut what a killed run left of its last line; returns the length of what stands."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    return whole
 
 
 def read_events(path: Path) -> list[Observation]:

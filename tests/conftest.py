@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of all tests: no test leaves a process, a descriptor, a thread or shared memory behind.
+
+Every process that a test starts, and every process that those start, inherits a mark in its environment; so what
+outlives a test is found even when its parent is gone, and what other people run on this machine is not counted.
+"""
+
+import gc
+import os
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+MARK = f"DISTBELIEF_TESTS={secrets.token_hex(8)}"
+os.environ.update([MARK.split("=")])
+PATIENCE_SECONDS = 3.0
+"""Ending takes a moment: a killed process until it is reaped, a thread until it has returned."""
+
+Settle = Callable[[], None]
+
+
+def marked_processes() -> list[str]:
+    """The processes, other than this one, that descend from this session: "pid command"."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+            continue
+        try:
+            if MARK.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(f"{folder.name} {(folder / 'comm').read_text().strip()}")
+        except OSError:
+            continue  # it ended meanwhile, or is not ours to look at
+    return found
+
+
+def children() -> list[str]:
+    """The children of this process, those included that ended and were not waited for: "pid command"."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            found.append(f"{pid} {Path('/proc', pid, 'comm').read_text().strip()}")
+    return found
+
+
+def descriptors() -> list[str]:
+    """What this process has open, apart from devices and the kernel's own files."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue  # the descriptor that lists the folder
+        if not target.startswith(("/dev/", "/proc", "/sys/")):
+            found.append(target)
+    return found
+
+
+def socket_names() -> list[str]:
+    """The abstract Unix sockets named after the product that this process holds."""
+    own = {target[len("socket:[") : -1] for target in descriptors() if target.startswith("socket:[")}
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    return [line[7] for line in lines if len(line) > 7 and "distbelief" in line[7] and line[6] in own]
+
+
+def shared_memory() -> list[str]:
+    """Files in /dev/shm, unless a process that is not of this session has them mapped."""
+    names = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
+    return [f"/dev/shm/{name}" for name in names]
+
+
+def of_others(path: str) -> bool:
+    """Whether a process that does not descend from this session maps the file."""
+    ours = {line.split()[0] for line in marked_processes()} | {str(os.getpid())}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and folder.name not in ours:
+            try:
+                if path in (folder / "maps").read_text():
+                    return True
+            except OSError:
+                continue
+    return False
+
+
+def threads() -> list[str]:
+    """The product's threads in this process."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("distbelief-")]
+
+
+def traces() -> Counter[str]:
+    """Everything that the product could leave behind, as it is now."""
+    return Counter(
+        [f"process {process}" for process in marked_processes()]
+        + [f"child {process}" for process in children()]
+        + [f"descriptor {target}" for target in descriptors()]
+        + [f"socket {name}" for name in socket_names()]
+        + [f"shared memory {path}" for path in shared_memory()]
+        + [f"thread {name}" for name in threads()]
+    )
+
+
+def left_behind(before: Counter[str], settle: list[Settle], patience_seconds: float = PATIENCE_SECONDS) -> list[str]:
+    """What is there now and was not before, after some patience."""
+    until = time.monotonic() + patience_seconds
+    while more := traces() - before:
+        if time.monotonic() > until:
+            return sorted(
+                trace for trace in more
+                if not trace.startswith("shared memory ") or not of_others(trace.removeprefix("shared memory "))
+            )  # fmt: skip
+        gc.collect()
+        for action in settle:
+            action()
+        time.sleep(0.02)
+    return []
+
+
+@pytest.fixture
+def settle() -> list[Settle]:
+    """Actions to repeat while the leak check waits, such as polling an engine that outlives the test."""
+    return []
+
+
+@pytest.fixture
+def leaks(settle: list[Settle]) -> Callable[[], list[str]]:
+    """Asks what has been left behind since the test began, with little patience."""
+    before = traces()
+    return lambda: left_behind(before, settle, 0.3)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(settle: list[Settle]) -> Iterator[None]:
+    """Fail a test that leaves a process, a descriptor, a thread or shared memory behind."""
+    before = traces()
+    yield
+    left = left_behind(before, settle)
+    if left:
+        pytest.fail("left behind: " + ", ".join(left), pytrace=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_left_at_the_end() -> Iterator[None]:
+    """Fail the session when an engine that tests shared leaves something behind."""
+    before = traces()
+    yield
+    left = [trace for trace in left_behind(before, []) if not trace.startswith("descriptor /")]
+    if left:
+        pytest.fail("left behind by the whole session: " + ", ".join(left), pytrace=False)

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of Downpour SGD, against the plain torch loop."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import distbelief as db
+from distbelief.events import Evaluated, Observation, Progress, ReplicasReleased
+from tests import problems
+
+AWAITED = functools.partial(db.Downpour, fetch="awaited")
+
+
+def trained(job: db.Job, tmp_path: Path, **options: Any) -> db.Result:
+    number = len(list(tmp_path.iterdir()))
+    return db.train(dataclasses.replace(job, run=tmp_path / f"run{number}"), view=False, **options)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+@pytest.mark.parametrize("engine", ["simulated", "local"])
+def test_one_replica_that_awaits_its_fetches_equals_the_plain_loop_bit_for_bit(
+    engine: str, shards: int, tmp_path: Path
+) -> None:
+    job = problems.job(
+        cluster=db.Cluster(replicas=1, shards=shards, engine=engine),
+        algorithm=AWAITED(update_rule=db.adagrad(0.1)),
+        data=functools.partial(problems.points, 330),  # not a multiple of the mini-batch
+    )
+    reference = problems.fresh_model(job)
+    optimizer = torch.optim.Adagrad(reference.parameters(), lr=0.1, fused=True)
+    problems.plain_loop(job, optimizer, reference)
+    assert problems.same_parameters(trained(job, tmp_path).model, reference)
+
+
+@pytest.mark.parametrize(
+    ("rule", "optimizer"),
+    [
+        (db.sgd(0.1), functools.partial(torch.optim.SGD, lr=0.1, fused=True)),
+        (db.adagrad(0.1, weight_decay=0.01), functools.partial(torch.optim.Adagrad, lr=0.1, weight_decay=0.01, fused=True)),
+    ],
+)
+def test_any_torch_optimizer_in_the_shard_does_what_it_does_in_the_plain_loop(
+    rule: db.UpdateRule, optimizer: Any, tmp_path: Path
+) -> None:
+    job = problems.job(cluster=db.Cluster(replicas=1, shards=3, engine="simulated"), algorithm=AWAITED(update_rule=rule))
+    reference = problems.fresh_model(job)
+    problems.plain_loop(job, optimizer(reference.parameters()), reference)
+    assert problems.same_parameters(trained(job, tmp_path).model, reference)
+
+
+def test_pushing_every_fourth_mini_batch_applies_the_mean_of_four_gradients(tmp_path: Path) -> None:
+    job = problems.job(
+        cluster=db.Cluster(replicas=1, shards=2, engine="simulated"),
+        algorithm=AWAITED(update_rule=db.adagrad(0.1), n_push=4, n_fetch=4),
+        data=functools.partial(problems.points, 16 * 42),
+    )
+    reference = problems.fresh_model(job)
+    problems.plain_loop(job, torch.optim.Adagrad(reference.parameters(), lr=0.1), reference, n_push=4)
+    result = trained(job, tmp_path).model
+    for one, other in zip(result.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_parameter_groups_are_those_of_torch(tmp_path: Path) -> None:
+    job = problems.job(
+        cluster=db.Cluster(replicas=1, shards=3, engine="simulated"),
+        algorithm=AWAITED(update_rule=db.sgd(0.1, weight_decay=0.1)),
+        groups=no_decay_for_biases,
+    )
+    reference = problems.fresh_model(job)
+    biases = [p for name, p in reference.named_parameters() if name.endswith("bias")]
+    weights = [p for name, p in reference.named_parameters() if not name.endswith("bias")]
+    groups = [{"params": weights}, {"params": biases, "weight_decay": 0.0}]
+    problems.plain_loop(job, torch.optim.SGD(groups, lr=0.1, weight_decay=0.1, fused=True), reference)
+    assert problems.same_parameters(trained(job, tmp_path).model, reference)
+
+
+def no_decay_for_biases(name: str, parameter: nn.Parameter) -> dict[str, float]:
+    return {"weight_decay": 0.0} if name.endswith("bias") else {}
+
+
+def test_the_number_of_shards_never_changes_a_result(tmp_path: Path) -> None:
+    # Bandwidth without limit and no jitter: the order of the pushes is then the same for every cut.
+    costs = db.Costs(bytes_per_second=1e30, serving_bytes_per_second=1e30, jitter=0.0)
+    models = [
+        trained(
+            problems.job(cluster=db.Cluster(replicas=1, shards=shards, engine="simulated")), tmp_path, costs=costs
+        ).model
+        for shards in (1, 3)
+    ]
+    assert problems.same_parameters(*models)
+
+
+def test_the_same_seed_on_the_simulated_engine_gives_the_same_events_and_parameters(tmp_path: Path) -> None:
+    def run(seed: int) -> tuple[list[Observation], nn.Module]:
+        heard: list[Observation] = []
+        job = problems.job(cluster=db.Cluster(replicas=5, shards=2, engine="simulated"), seed=seed)
+        faults = db.Faults(kill=((0.5, "replica/1"), (0.6, "shard/0")), slow={"replica/2": 3.0})
+        model = trained(job, tmp_path, faults=faults, listeners=[heard.append]).model
+        return heard[1:-1], model  # the first and last event name the run folder
+
+    def timeless(heard: list[Observation]) -> list[str]:
+        return [str(one).replace("run0", "run").replace("run1", "run").replace("run2", "run") for one in heard]
+
+    (first, model), (again, same), (other, _) = run(1), run(1), run(2)
+    assert timeless(first) == timeless(again)
+    assert problems.same_parameters(model, same)
+    assert timeless(first) != timeless(other)
+
+
+@pytest.mark.parametrize("engine", ["simulated", "local"])
+@pytest.mark.parametrize(("n_fetch", "n_push"), [(1, 1), (3, 2)])
+def test_every_example_counts_exactly_once_in_an_epoch_without_failure(
+    engine: str, n_fetch: int, n_push: int, tmp_path: Path
+) -> None:
+    job = problems.job(
+        cluster=db.Cluster(replicas=3, shards=2, engine=engine),
+        algorithm=db.Downpour(n_fetch=n_fetch, n_push=n_push),
+        data=functools.partial(problems.points, 1001),
+    )
+    summary = trained(job, tmp_path).summary
+    assert (summary.examples.seen, summary.examples.repeated, summary.examples.missing) == (2002, 0, 0)
+
+
+def test_replicas_learn_together(tmp_path: Path) -> None:
+    job = problems.job(cluster=db.Cluster(replicas=8, shards=2, engine="simulated"), epochs=12)
+    result = trained(job, tmp_path)
+    assert (result.test["accuracy"] or 0.0) > 0.9
+    assert result.summary.staleness.median > 0
+
+
+def test_warmstart_lets_one_replica_train_first_and_releases_the_others_in_stages(tmp_path: Path) -> None:
+    heard: list[Observation] = []
+    job = problems.job(
+        cluster=db.Cluster(replicas=8, shards=1, engine="simulated"),
+        algorithm=db.Downpour(warmstart=320),
+        epochs=4,
+    )
+    trained(job, tmp_path, listeners=[heard.append])
+    released = [one.event for one in heard if isinstance(one.event, ReplicasReleased)]
+    assert [event.replicas for event in released] == [2, 4, 8]
+    assert released[0].examples >= 320
+    first = next(one.event for one in heard if isinstance(one.event, ReplicasReleased))
+    assert first.examples < 640
+
+
+def test_local_steps_of_plain_sgd_between_fetches_follow_the_sequential_loop(tmp_path: Path) -> None:
+    # One replica, SGD in the shard and the same rate locally: local steps make its own copy what the shard will be.
+    job = problems.job(
+        cluster=db.Cluster(replicas=1, shards=2, engine="simulated"),
+        algorithm=AWAITED(update_rule=db.sgd(0.1), n_fetch=4, n_push=1, local_rate=0.1, backlog=1),
+    )
+    reference = problems.fresh_model(job)
+    problems.plain_loop(job, torch.optim.SGD(reference.parameters(), lr=0.1), reference)
+    for one, other in zip(trained(job, tmp_path).model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_is_that_of_torch(tmp_path: Path) -> None:
+    job = problems.job(
+        cluster=db.Cluster(replicas=1, shards=2, engine="simulated"),
+        algorithm=AWAITED(update_rule=db.sgd(1.0), clip_norm=0.05),
+    )
+    reference = problems.fresh_model(job)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=1.0)
+    optimizer.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.05) and None)
+    problems.plain_loop(job, optimizer, reference)
+    for one, other in zip(trained(job, tmp_path).model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_learning_rate_follows_the_examples_applied_whatever_the_number_of_replicas(tmp_path: Path) -> None:
+    # A schedule that ends at zero after one epoch: nothing moves in the second, on any number of replicas.
+    for replicas in (1, 4):
+        rule = db.sgd(0.1, schedule=db.linear_decay(640, end=0.0))
+        one = problems.job(algorithm=AWAITED(update_rule=rule), epochs=1, seed=3)
+        cluster = db.Cluster(replicas=replicas, shards=2, engine="simulated")
+        heard: list[Observation] = []
+        result = trained(
+            dataclasses.replace(one, epochs=2, cluster=cluster, evaluate_every=64), tmp_path,
+            listeners=[heard.append], costs=db.Costs(example_seconds=5e-3),
+        )  # fmt: skip
+        late = [o.event for o in heard if isinstance(o.event, Evaluated) and o.event.examples > 640 + 16 * replicas]
+        assert len(late) >= 2
+        assert len({event.loss for event in late}) == 1
+        assert result.test["accuracy"] == late[-1].metrics["accuracy"]
+
+
+@pytest.mark.parametrize("engine", ["simulated", "local"])
+def test_batch_norm_statistics_of_the_result_are_the_mean_of_the_replicas(engine: str, tmp_path: Path) -> None:
+    job = problems.job(
+        model=problems.normalised_classifier, cluster=db.Cluster(replicas=3, shards=2, engine=engine), epochs=4
+    )
+    model = trained(job, tmp_path).model
+    inputs = job.data().tensors[0]
+    norm = model[1]
+    with torch.no_grad():
+        activations = model[0](inputs)
+    assert torch.allclose(norm.running_mean, activations.mean(0), atol=0.4)
+    assert not torch.equal(norm.running_mean, torch.zeros(16))
+    assert int(norm.num_batches_tracked) > 0
+
+
+def test_a_slow_replica_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    def seconds(slow: dict[str, float]) -> float:
+        job = problems.job(
+            cluster=db.Cluster(replicas=4, shards=1, engine="simulated"), epochs=8, algorithm=db.Downpour(warmstart=0)
+        )
+        return trained(job, tmp_path, faults=db.Faults(slow=slow)).summary.wall_seconds
+
+    even, uneven = seconds({}), seconds({"replica/3": 8.0})
+    # Three of four replicas and an eighth of the fourth: 4 / 3.125 = 1.28 times as long, where a barrier would take 8.
+    assert uneven < 2.0 * even
+
+
+def test_a_slow_network_makes_pushes_rarer_instead_of_stopping_training(tmp_path: Path) -> None:
+    job = problems.job(
+        cluster=db.Cluster(replicas=2, shards=1, engine="simulated"), epochs=4, algorithm=db.Downpour(warmstart=0)
+    )
+    fast = trained(job, tmp_path).summary
+    slow = trained(job, tmp_path, costs=db.Costs(latency_seconds=3e-3)).summary
+    assert slow.pushes < 0.75 * fast.pushes
+    assert slow.examples.missing == slow.examples.repeated == 0
+
+
+def test_two_hundred_replicas_train_on_the_simulated_engine(tmp_path: Path) -> None:
+    job = problems.job(
+        cluster=db.Cluster(replicas=200, shards=4, engine="simulated"), data=functools.partial(problems.points, 6400),
+        epochs=2, algorithm=db.Downpour(warmstart=0),
+    )  # fmt: skip
+    heard: list[Observation] = []
+    summary = trained(job, tmp_path, listeners=[heard.append], costs=db.Costs(example_seconds=0.02)).summary
+    assert summary.examples.seen == 12800
+    assert max(one.event.replicas_alive for one in heard if isinstance(one.event, Progress)) == 200

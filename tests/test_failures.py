@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is lost when something dies: scripted on the simulated engine, real kill -9 on the local one."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import distbelief as db
+from distbelief.events import CheckpointFailed, LeasesReturned, Observation, RoleLost, RoleStarted, ShardRestored
+from tests import problems
+
+ROOT = Path(__file__).parents[1]
+
+
+def trained(job: db.Job, tmp_path: Path, **options: Any) -> tuple[db.Result, list[Observation]]:
+    heard: list[Observation] = []
+    number = len(list(tmp_path.iterdir()))
+    result = db.train(
+        dataclasses.replace(job, run=tmp_path / f"run{number}"), view=False, listeners=[heard.append], **options
+    )
+    return result, heard
+
+
+def of(kind: type, heard: list[Observation]) -> list[Any]:
+    return [one.event for one in heard if isinstance(one.event, kind)]
+
+
+SLOW = db.Costs(example_seconds=2e-3)
+"""Virtual times in which a job takes seconds, so that scripted moments fall into the middle of it."""
+
+
+def simulated(**fields: Any) -> db.Job:
+    cluster = db.Cluster(replicas=4, shards=3, engine="simulated", silence_seconds=5.0)
+    return problems.job(**({"cluster": cluster, "epochs": 6, "algorithm": db.Downpour(warmstart=0)} | fields))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_losing_any_process_at_any_moment_neither_hangs_the_job_nor_loses_an_example(seed: int, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    roles = ["replica/0", "replica/1", "replica/2", "replica/3", "shard/0", "shard/1", "shard/2", "evaluator"]
+    moments = torch.rand(5, generator=generator) * 2.0 + 0.3
+    kills = tuple(
+        (float(moment), roles[int(torch.randint(len(roles), (1,), generator=generator))]) for moment in moments
+    )
+    job = simulated(seed=seed, checkpoint_seconds=0.4)
+    result, heard = trained(job, tmp_path, faults=db.Faults(kill=kills), costs=SLOW)
+    summary = result.summary
+    assert summary.reason == "all epochs finished"
+    assert (summary.examples.seen, summary.examples.missing) == (640 * 6, 0)
+    lost = of(RoleLost, heard)
+    assert lost
+    returned = of(LeasesReturned, heard)
+    assert len(returned) == sum(event.role.startswith("replica") for event in lost)
+    assert summary.examples.repeated == sum(event.repeated for event in returned)
+
+
+def test_a_dead_replica_is_replaced_and_only_its_unacknowledged_examples_can_repeat(tmp_path: Path) -> None:
+    result, heard = trained(simulated(), tmp_path, faults=db.Faults(kill=((0.8, "replica/2"),)), costs=SLOW)
+    (returned,) = of(LeasesReturned, heard)
+    assert returned.replica == 2
+    # What can repeat is one push that some shards had applied: 16 examples.
+    assert result.summary.examples.repeated in (0, 16)
+    starts = [event for event in of(RoleStarted, heard) if event.role == "replica/2"]
+    assert [event.incarnation for event in starts] == [0, 1]
+    assert result.summary.examples.missing == 0
+
+
+def test_a_dead_shard_comes_back_from_its_checkpoint_and_the_summary_counts_the_lost_updates(tmp_path: Path) -> None:
+    job = simulated(checkpoint_seconds=1e6)  # only the first checkpoint, before training
+    result, heard = trained(job, tmp_path, faults=db.Faults(kill=((0.8, "shard/1"),)), costs=SLOW)
+    (restored,) = of(ShardRestored, heard)
+    assert (restored.shard, restored.version) == (1, 0)
+    # Every push acknowledged before the death is lost from that span: 0.6 s of four replicas at 32 ms a mini-batch.
+    assert 30 <= result.summary.lost_updates <= 90
+    assert result.summary.examples.missing == 0
+    assert (result.test["accuracy"] or 0) > 0.8
+
+
+def test_without_failure_no_update_is_lost_and_nothing_repeats(tmp_path: Path) -> None:
+    result, heard = trained(simulated(), tmp_path, costs=SLOW)
+    assert result.summary.lost_updates == result.summary.examples.repeated == 0
+    assert of(RoleLost, heard) == []
+
+
+def test_a_replica_that_hangs_is_given_up_and_replaced(tmp_path: Path) -> None:
+    result, heard = trained(simulated(), tmp_path, faults=db.Faults(hang=((0.8, 1e6, "replica/1"),)), costs=SLOW)
+    (lost,) = of(RoleLost, heard)
+    assert lost.role == "replica/1"
+    assert "not heard of for" in lost.reason
+    assert result.summary.examples.missing == 0
+
+
+def test_a_job_whose_roles_die_without_progress_stops_and_says_so(tmp_path: Path) -> None:
+    kills = tuple((0.5 + 0.3 * number, f"replica/{replica}") for number in range(60) for replica in range(4))
+    with pytest.raises(db.TrainingFailed, match=r"9 roles died without an example being finished.*\n.*hint"):
+        trained(simulated(), tmp_path, faults=db.Faults(kill=kills), costs=db.Costs(example_seconds=1.0))
+
+
+class Poisoned(nn.Module):
+    """Its gradient is NaN for about one mini-batch in ten, while the loss stays finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = problems.classifier()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = self.inner(inputs)
+        if inputs[0, 0] > 1.3:
+            output = output + 0.0 * torch.sqrt(output - output.detach())
+        return output
+
+
+def test_a_gradient_that_is_not_finite_is_refused_and_counted_and_harms_nothing(tmp_path: Path) -> None:
+    job = simulated(model=Poisoned, algorithm=db.Downpour(refusals=1000))
+    result, _ = trained(job, tmp_path)
+    assert result.summary.refused >= 16
+    assert result.summary.examples.missing == 0
+    assert all(bool(torch.isfinite(value).all()) for value in result.model.state_dict().values())
+
+
+def test_too_many_refused_pushes_stop_the_job_naming_replica_and_step(tmp_path: Path) -> None:
+    job = simulated(model=Poisoned, algorithm=db.Downpour(refusals=3))
+    with pytest.raises(db.TrainingFailed, match=r"4 pushes were refused, the limit is 3; the last by replica \d at its"):
+        trained(job, tmp_path)
+
+
+def raising_loss(output: Tensor, target: Tensor) -> Tensor:
+    if output.requires_grad:
+        raise ZeroDivisionError("the user's own mistake")
+    return nn.functional.cross_entropy(output, target)
+
+
+@pytest.mark.parametrize("engine", ["simulated", "local"])
+def test_the_traceback_of_a_user_function_comes_first(engine: str, tmp_path: Path) -> None:
+    job = problems.job(loss=raising_loss, cluster=db.Cluster(replicas=2, engine=engine))
+    with pytest.raises(db.UserCodeError) as caught:
+        trained(job, tmp_path)
+    text = str(caught.value)
+    assert text.startswith("Traceback")
+    assert "the user's own mistake" in text
+    assert "replica/" in text
+
+
+def test_a_disk_that_fills_up_keeps_the_job_and_the_previous_checkpoint(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], check=True)
+    try:
+        heard: list[Observation] = []
+        filler = (small / "filler").open("wb", buffering=0)
+
+        def fill(observation: Observation) -> None:
+            heard.append(observation)
+            if 0.8 < observation.seconds < 1.6:
+                with contextlib.suppress(OSError):
+                    while True:
+                        filler.write(b"0" * 4096)
+            elif observation.seconds > 1.6:
+                filler.truncate(0)
+
+        job = dataclasses.replace(simulated(checkpoint_seconds=0.3), run=small / "run")
+        with filler, pytest.warns(RuntimeWarning, match="events are missing"):
+            result = db.train(job, view=False, listeners=[fill], costs=SLOW)
+        failed = of(CheckpointFailed, heard)
+        assert failed
+        assert "No space left" in failed[0].reason
+        assert result.summary.examples.missing == 0
+        assert result.summary.checkpoints.failed == len(failed)
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+# the local engine: real processes, real signals
+
+
+def big_local(**fields: Any) -> db.Job:
+    cluster = db.Cluster(replicas=3, shards=2, threads_per_replica=1)
+    data = functools.partial(problems.points, 6400)
+    return problems.job(**({"cluster": cluster, "data": data, "epochs": 10, "checkpoint_seconds": 0.5} | fields))
+
+
+@pytest.mark.slow
+def test_killing_replicas_and_shards_for_real_loses_no_example(tmp_path: Path) -> None:
+    faults = db.Faults(kill=((2.0, "replica/1"), (2.6, "shard/0"), (3.4, "replica/0"), (4.0, "evaluator")),
+                       slow={"replica/0": 6.0, "replica/1": 6.0, "replica/2": 6.0})  # fmt: skip
+    result, heard = trained(big_local(), tmp_path, faults=faults)
+    assert {event.role for event in of(RoleLost, heard)} >= {"replica/1", "shard/0"}
+    assert (result.summary.examples.seen, result.summary.examples.missing) == (64000, 0)
+    assert len(of(ShardRestored, heard)) == 1
+    assert (result.test["accuracy"] or 0) > 0.9
+
+
+@pytest.mark.slow
+def test_a_replacement_joins_within_seconds(tmp_path: Path) -> None:
+    faults = db.Faults(kill=((2.0, "replica/1"),), slow={f"replica/{i}": 8.0 for i in range(3)})
+    _, heard = trained(big_local(epochs=8), tmp_path, faults=faults)
+    lost = next(one.seconds for one in heard if isinstance(one.event, RoleLost))
+    back = next(
+        one.seconds
+        for one in heard
+        if isinstance(one.event, RoleStarted) and one.event.role == "replica/1" and one.event.incarnation == 1
+    )
+    assert back - lost < 3.0
+
+
+SCRIPT = """
+import sys, functools
+import distbelief as db
+from tests import problems
+
+def job():
+    return problems.job(
+        cluster=db.Cluster(replicas=2, shards=2, threads_per_replica=1),
+        data=functools.partial(problems.points, 6400), epochs=1000, checkpoint_seconds=0.5, run=sys.argv[1])
+
+if __name__ == "__main__":
+    db.train(job(), faults=db.Faults(slow={"replica/0": 4.0, "replica/1": 4.0}))
+"""
+
+
+def started(tmp_path: Path) -> tuple["subprocess.Popen[str]", Path]:
+    """A job in a process of its own, two checkpoints into its training."""
+    script, run = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(run)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (run / "checkpoints" / "00000001" / "manifest.json").exists():
+        if time.monotonic() > deadline or process.poll() is not None:
+            process.kill()
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.1)
+    return process, run
+
+
+def descendants(pid: int) -> set[int]:
+    """The live processes below `pid`."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if fields[0] != "Z":
+                parents[int(entry.name)] = int(fields[1])
+    found, grown = {pid}, True
+    while grown:
+        more = {child for child, parent in parents.items() if parent in found} - found
+        found |= more
+        grown = bool(more)
+    return found - {pid}
+
+
+def alive(pids: set[int]) -> set[int]:
+    def lives(pid: int) -> bool:
+        try:
+            return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    return {pid for pid in pids if lives(pid)}
+
+
+@pytest.mark.slow
+def test_when_the_coordinator_is_killed_every_role_ends_within_ten_seconds_and_the_run_resumes(tmp_path: Path) -> None:
+    process, run = started(tmp_path)
+    roles = descendants(process.pid)
+    assert len(roles) == 6  # the zygote, two replicas, two shards, the evaluator
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while alive(roles) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(roles)
+
+    from distbelief import checkpoint
+
+    _, manifest = checkpoint.newest(run, lambda path, reason: None)
+    epochs = manifest.examples // 6400 + 2
+    job = big_local(cluster=db.Cluster(replicas=3, shards=3), epochs=epochs)
+    result = db.train(job, resume=run, view=False)
+    assert result.summary.examples.seen == 6400 * epochs
+    assert result.summary.examples.missing == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_once_takes_a_checkpoint_and_stops_cleanly(tmp_path: Path) -> None:
+    process, run = started(tmp_path)
+    roles = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+    assert "stopped by SIGINT" in output
+    assert not alive(roles)
+    from distbelief import checkpoint
+    from distbelief.report.files import read_summary
+
+    _, manifest = checkpoint.newest(run, lambda path, reason: None)
+    summary = read_summary(run / "summary.json")
+    assert summary.reason == "stopped by SIGINT"
+    # A clean stop settles everything that was pushed: what is on disk is what was seen, and nothing will repeat.
+    assert manifest.examples == summary.examples.seen
+    assert summary.examples.repeated == 0
