@@ -183,8 +183,8 @@ class ParameterServerShard:
         vectors = shard_file.read_span(Path(folder), files, self._span)
         own = [file for file in files if len(Span(file.start, file.stop).overlap(self._span))]
         states = [shard_file.read_state(Path(folder) / file.name) for file in own]
-        if not states or "parameters" not in vectors:
-            raise CheckpointError(f"{folder} holds nothing of the span {self._span.start}..{self._span.stop}")
+        if "parameters" not in vectors:
+            raise CheckpointError(f"{folder} has no parameters in {', '.join(file.name for file in own)}")
         self._parameters.copy_(vectors.pop("parameters"))
         newest = max(states, key=lambda state: state.version)
         self._rule.load(vectors, newest.scalars)

@@ -108,11 +108,13 @@ def read_span(folder: Path, files: Sequence[ShardFile], span: Span) -> dict[str,
     Raises CheckpointError.
     """
     vectors: dict[str, torch.Tensor] = {}
+    missing = len(span)
     for source in files:
         held = Span(source.start, source.stop)
         part = held.overlap(span)
         if not len(part):
             continue
+        missing -= len(part)
         path = folder / source.name
         try:
             with safe_open(path, framework="pt") as file:
@@ -123,4 +125,6 @@ def read_span(folder: Path, files: Sequence[ShardFile], span: Span) -> dict[str,
                     vectors[name][part.within(span)] = values
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if missing:
+        raise CheckpointError(f"{folder} lacks {missing} of the {len(span)} parameters {span.start}..{span.stop}")
     return vectors

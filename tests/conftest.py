@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of all tests: no test leaves a process, a descriptor, a thread or shared memory behind.
+"""Fixtures of all tests: no test leaves a process, a descriptor, a thread or shared memory behind; and a small town of
+endpoints.
 
 Every process that a test starts, and every process that those start, inherits a mark in its environment; so what
 outlives a test is found even when its parent is gone, and what other people run on this machine is not counted.
@@ -8,20 +9,25 @@ outlives a test is found even when its parent is gone, and what other people run
 import gc
 import os
 import secrets
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from distbelief.channel.base import Future
+from distbelief.channel.endpoint import Address, Endpoint, Peer
 
 MARK = f"DISTBELIEF_TESTS={secrets.token_hex(8)}"
 os.environ.update([MARK.split("=")])
 PATIENCE_SECONDS = 3.0
 """Ending takes a moment: a killed process until it is reaped, a thread until it has returned."""
 
-Settle = Callable[[], None]
+Settle = Callable[[], object]
 
 
 def marked_processes() -> list[str]:
@@ -150,3 +156,77 @@ def nothing_is_left_at_the_end() -> Iterator[None]:
     left = [trace for trace in left_behind(before, []) if not trace.startswith("descriptor /")]
     if left:
         pytest.fail("left behind by the whole session: " + ", ".join(left), pytrace=False)
+
+
+class Town:
+    """Endpoints of this process that call each other; the test itself lets each of them work, so nothing is a race."""
+
+    key = b"the job's key, which is secret.."
+
+    def __init__(self, transport: str) -> None:
+        self.transport = transport
+        self.endpoints: list[Endpoint] = []
+
+    def listen(self) -> socket.socket:
+        """A listening socket of the town's transport."""
+        if self.transport == "tcp":
+            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            listener.bind(("127.0.0.1", 0))
+        else:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.bind(f"\0distbelief-test-{secrets.token_hex(8)}")
+        listener.listen(1024)
+        return listener
+
+    def address(self, listener: socket.socket) -> Address:
+        """Where to call it."""
+        name = listener.getsockname()
+        return name.decode() if isinstance(name, bytes) else name
+
+    def endpoint(self, role: object = None, listener: socket.socket | None = None, **options: Any) -> Endpoint:
+        """An endpoint with the town's key."""
+        made = Endpoint(options.pop("key", self.key), role=role, listener=listener, **options)
+        self.endpoints.append(made)
+        return made
+
+    def serve(self, role: object, **options: Any) -> Address:
+        """An endpoint that answers for `role`; the answer is its address."""
+        listener = self.listen()
+        self.endpoint(role, listener, **options)
+        return self.address(listener)
+
+    def peer(self, address: Address, deadline_seconds: float = 20.0, **options: Any) -> Peer[Any]:
+        """Somebody who calls the address, from an endpoint of his own."""
+        return Peer(self.endpoint(**options), address, deadline_seconds)
+
+    def work(self, rounds: int = 1) -> None:
+        """Let everybody work off what has arrived."""
+        for _ in range(rounds):
+            for endpoint in self.endpoints:
+                endpoint.poll(0.0)
+
+    def until(self, condition: Callable[[], object], seconds: float = 20.0) -> None:
+        """Let everybody work until the condition holds."""
+        limit = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < limit, "it did not happen"
+            self.work()
+
+    def answer(self, future: Future[Any]) -> Any:
+        """The answer to a call between endpoints of this town."""
+        self.until(future.done, 30.0)
+        return future.result()
+
+    def close(self) -> None:
+        """Close every endpoint."""
+        for endpoint in self.endpoints:
+            endpoint.close()
+        self.endpoints.clear()
+
+
+@pytest.fixture(params=["shared_memory", "tcp"])
+def town(request: pytest.FixtureRequest) -> Iterator[Town]:
+    """A town per transport."""
+    made = Town(request.param)
+    yield made
+    made.close()

@@ -327,8 +327,9 @@ def test_files_that_are_missing_or_damaged_are_refused_with_their_name(tmp_path:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 def test_a_full_disk_is_said_once_and_does_not_stop_the_run() -> None:
     file = EventFile(Path("/dev/full"))
-    with pytest.warns(RuntimeWarning, match="no further events are recorded") as said:
+    with pytest.warns(RuntimeWarning, match="events are missing from it") as said:
         list(map(file, scripted_run()))
+    file.close()
     assert len(said) == 1
 
 

@@ -66,7 +66,9 @@ class PendingCall:
         self.settled = False
 
     def settle(self, value: Any = None, error: Exception | None = None) -> None:
-        """Complete the future."""
+        """Complete the future, unless it is done already."""
+        if self.settled:
+            return
         self._value, self._error, self.settled = value, error, True
         self.tensors = []
 
@@ -277,6 +279,8 @@ class Endpoint:
         if connection not in self._connections:
             return
         self._connections.discard(connection)
+        with contextlib.suppress(ValueError):
+            self._strangers.remove(connection)
         self._selector.unregister(connection.socket)
         connection.close()
         self._deferred = [item for item in self._deferred if item[0] is not connection]

@@ -58,6 +58,8 @@ class EventFile:
 
 def _cut_half_line(path: Path) -> int:
     """Cut what a killed run left of its last line; returns the length of what stands."""
+    if not path.stat().st_size:
+        return 0
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of checkpoints: complete or not at all, damage is noticed and the one before is taken, disks may be full."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from torch import nn
+
+from distbelief import checkpoint, shard_file
+from distbelief.checkpoint import BUFFERS, MANIFEST, Manifest
+from distbelief.errors import CheckpointError
+from distbelief.parameters import Layout, cut, lay_out
+from distbelief.portions import Lease, LeaseState
+from distbelief.shard_file import ReplicaRecord, ShardState
+
+BUFFER_VALUES = torch.arange(6, dtype=torch.float64) + 2.0**52 + 1
+
+
+def layout_of(width: int = 5) -> Layout:
+    return lay_out(nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2)))
+
+
+def write_shards(folder: Path, value: float, shards: int = 2, length: int | None = None) -> list[shard_file.ShardFile]:
+    files = []
+    for index, span in enumerate(cut(length or layout_of().length, shards)):
+        records = {0: ReplicaRecord(0, 3, {4: 10 + index, 5: 20}), 2: ReplicaRecord(1, 1, {5: 24 - index})}
+        state = ShardState(start=span.start, stop=span.stop, replicas=records)
+        path = folder / f"shard-{index}.safetensors"
+        shard_file.write(path, {"parameters": torch.full((len(span),), value)}, state)
+        files.append(shard_file.seal(path, state))
+    return files
+
+
+def manifest_of(files: list[shard_file.ShardFile], examples: int) -> Manifest:
+    layout = layout_of()
+    return Manifest(
+        format=checkpoint.FORMAT, fingerprint=layout.fingerprint(), dtype=str(layout.dtype), rule="adagrad(0.05)",
+        pieces={piece.name: piece.shape for piece in layout.pieces}, seed=3, incarnation=2, examples=examples,
+        leases=LeaseState(100, 32, 4, (Lease(3, 0, 96, 100),), 8), shards=files,
+    )  # fmt: skip
+
+
+def take(run: Path, value: float) -> Path:
+    """A checkpoint whose parameters all have this value."""
+    folder = checkpoint.next_folder(run)
+    checkpoint.commit(folder, manifest_of(write_shards(folder, value), int(value)), BUFFER_VALUES)
+    return folder
+
+
+def newest(run: Path) -> tuple[Path, list[tuple[Path, str]]]:
+    """The newest whole checkpoint, and those passed over with the reasons."""
+    rejected: list[tuple[Path, str]] = []
+    return checkpoint.newest(run, lambda folder, reason: rejected.append((folder, reason)))[0], rejected
+
+
+def test_a_checkpoint_is_read_back_as_it_was_taken(tmp_path: Path) -> None:
+    folder = take(tmp_path, 7.0)
+    found, manifest = checkpoint.newest(tmp_path, lambda path, reason: pytest.fail(reason))
+    given = manifest_of(manifest.shards, 7)
+    assert found == folder
+    assert msgspec.structs.replace(manifest, buffers=None) == given
+    assert torch.equal(checkpoint.read_vector(folder, manifest), torch.full((layout_of().length,), 7.0))
+    assert torch.equal(checkpoint.read_buffers(folder), BUFFER_VALUES)
+    assert list(checkpoint.read_replica_positions(folder, manifest)) == [{4: 10, 5: 24}, {4: 11, 5: 23}]
+
+
+def test_a_model_without_buffers_has_checkpoints_too(tmp_path: Path) -> None:
+    folder = checkpoint.next_folder(tmp_path)
+    checkpoint.commit(folder, manifest_of(write_shards(folder, 1.0), 1), torch.empty(0, dtype=torch.float64))
+    assert newest(tmp_path) == (folder, [])
+    assert len(checkpoint.read_buffers(folder)) == 0
+
+
+def cut_off(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+
+
+def flip(path: Path, place: int) -> None:
+    text = bytearray(path.read_bytes())
+    text[place] ^= 4
+    path.write_bytes(text)
+
+
+def of_a_later_version(path: Path) -> None:
+    folder = path.parent
+    manifest = msgspec.structs.replace(checkpoint.read_manifest(folder), format=99)
+    checkpoint.commit(folder, manifest, BUFFER_VALUES)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "a shard's file is gone": ("shard-1.safetensors", Path.unlink, "is missing"),
+    "a shard's file is empty": ("shard-0.safetensors", lambda path: cut_off(path, 0), "has 0 bytes"),
+    "a shard's file ends in its header": ("shard-0.safetensors", lambda path: cut_off(path, 30), "has 30 bytes"),
+    "a shard's file lacks its last byte": ("shard-1.safetensors", lambda path: cut_off(path, -1), "were written"),
+    "a shard's header has a flipped bit": ("shard-0.safetensors", lambda path: flip(path, 20), "was changed"),
+    "a shard's data has a flipped bit": ("shard-0.safetensors", lambda path: flip(path, -3), "was changed"),
+    "the buffers are gone": (BUFFERS, Path.unlink, "is missing"),
+    "the buffers are cut off": (BUFFERS, lambda path: cut_off(path, -8), "were written"),
+    "the buffers have a flipped bit": (BUFFERS, lambda path: flip(path, -1), "was changed"),
+    "the manifest is gone": (MANIFEST, Path.unlink, "was not completed"),
+    "the manifest is empty": (MANIFEST, lambda path: cut_off(path, 0), "cannot be read"),
+    "the manifest is cut off": (MANIFEST, lambda path: cut_off(path, -2), "cannot be read"),
+    "the manifest is of a later version": (MANIFEST, of_a_later_version, "has format 99, this version reads 1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken_and_said(damage: str, tmp_path: Path) -> None:
+    name, harm, message = DAMAGES[damage]
+    before, after = take(tmp_path, 1.0), take(tmp_path, 2.0)
+    harm(after / name)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read_manifest(after)
+    found, rejected = newest(tmp_path)
+    assert found == before
+    ((folder, reason),) = rejected
+    assert folder == after
+    assert str(after) in reason
+    shutil.rmtree(before)
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        newest(tmp_path)
+
+
+def test_a_single_flipped_bit_anywhere_in_the_manifest_is_noticed(tmp_path: Path) -> None:
+    folder = take(tmp_path, 1.0)
+    whole = (folder / MANIFEST).read_bytes()
+    for place in range(len(whole) * 8):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        (folder / MANIFEST).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=MANIFEST):
+            checkpoint.read_manifest(folder)
+
+
+@pytest.mark.parametrize("done", ["nothing", "one shard", "all shards", "the buffers", "the manifest's bytes"])
+def test_a_crash_before_the_manifest_is_in_place_leaves_no_checkpoint(
+    done: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = take(tmp_path, 1.0)
+
+    def crash(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = checkpoint.next_folder(tmp_path)
+    if done == "one shard":
+        write_shards(folder, 2.0)
+        (folder / "shard-1.safetensors").unlink()
+    elif done == "all shards":
+        write_shards(folder, 2.0)
+    elif done != "nothing":
+        files = write_shards(folder, 2.0)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(*((os, "fsync") if done == "the buffers" else (Path, "rename")), crash)
+            checkpoint.commit(folder, manifest_of(files, 2), BUFFER_VALUES)
+        assert (folder / BUFFERS).exists()
+    found, rejected = newest(tmp_path)
+    assert found == before
+    assert [path for path, _ in rejected] == [folder]
+    assert take(tmp_path, 3.0) > folder
+    checkpoint.keep_newest(tmp_path, 5)
+    assert not folder.exists()
+
+
+def test_the_manifest_appears_after_everything_it_speaks_of_is_forced_to_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def forced(descriptor: int) -> None:
+        seen.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        seen.append(f"rename to {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", forced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    folder = take(tmp_path, 1.0)
+    assert seen == [
+        "shard-0.safetensors", "shard-1.safetensors", BUFFERS, MANIFEST + ".part", f"rename to {MANIFEST}",
+        folder.name, "checkpoints",
+    ]  # fmt: skip
+
+
+def test_the_newest_are_kept_and_what_is_under_way_is_left_alone(tmp_path: Path) -> None:
+    taken = [take(tmp_path, value) for value in range(3)]
+    broken_off = checkpoint.next_folder(tmp_path)
+    taken += [take(tmp_path, value) for value in range(3, 5)]
+    under_way = checkpoint.next_folder(tmp_path)
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    checkpoint.keep_newest(tmp_path, 2)
+    assert checkpoint.folders(tmp_path) == [under_way, *reversed(taken[-2:])]
+    assert not broken_off.exists()
+    checkpoint.keep_newest(tmp_path, 1)
+    assert checkpoint.folders(tmp_path) == [under_way, taken[-1]]
+
+
+def test_a_checkpoint_that_is_half_removed_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = take(tmp_path, 1.0), take(tmp_path, 2.0)
+    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+    checkpoint.discard(after)
+    assert sorted(path.name for path in after.iterdir()) == [BUFFERS, "shard-0.safetensors", "shard-1.safetensors"]
+    assert newest(tmp_path)[0] == before
+
+
+def test_a_run_without_checkpoints_says_so(tmp_path: Path) -> None:
+    for run in (tmp_path, tmp_path / "none"):
+        with pytest.raises(CheckpointError, match="holds no complete checkpoint; nothing can be resumed"):
+            newest(run)
+
+
+def test_another_model_is_refused_with_the_parameters_that_differ(tmp_path: Path) -> None:
+    folder = take(tmp_path, 1.0)
+    manifest = checkpoint.read_manifest(folder)
+    checkpoint.check_same_model(manifest, layout_of(), folder)
+    with pytest.raises(CheckpointError, match="is of another model") as caught:
+        checkpoint.check_same_model(manifest, layout_of(width=6), folder)
+    assert "0.weight has shape [6, 3], the checkpoint [5, 3]" in str(caught.value)
+    assert str(caught.value).splitlines()[-1] == "hint: resume with the model that the run was started with"
+    deep = lay_out(nn.Sequential(*(nn.Linear(3, 3) for _ in range(9))))
+    with pytest.raises(CheckpointError, match=r"; and \d+ more"):
+        checkpoint.check_same_model(manifest, deep, folder)
+    doubled = lay_out(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).double())
+    with pytest.raises(CheckpointError, match=r"dtype changed \(the checkpoint has torch\.float32\)"):
+        checkpoint.check_same_model(manifest, doubled, folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "distbelief-test", str(disk)]
+    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk can be mounted by root only")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("free_kib", [0, 4, 16, 32, 60])
+def test_a_full_disk_is_an_os_error_and_the_checkpoint_before_stays_whole(free_kib: int, small_disk: Path) -> None:
+    """Wherever the disk fills up: in a shard's file, the buffers or the manifest."""
+    before = take(small_disk, 1.0)
+    folder = checkpoint.next_folder(small_disk)
+    status = os.statvfs(small_disk)
+    filler = status.f_bavail * status.f_frsize - free_kib * 1024
+    (small_disk / "other people's data").write_bytes(b"0" * filler)
+    buffers = torch.zeros(3000 if free_kib < 60 else 10_000, dtype=torch.float64)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.commit(folder, manifest_of(write_shards(folder, 2.0, length=2500), 2), buffers)
+    assert newest(small_disk)[0] == before
+    checkpoint.discard(folder)
+    assert newest(small_disk) == (before, [])
+    (small_disk / "other people's data").unlink()
+    after = take(small_disk, 3.0)
+    assert newest(small_disk) == (after, [])

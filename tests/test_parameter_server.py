@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the parameter server without an engine: calls are encoded and decoded, and run at once in this process."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor, nn, optim
+
+from distbelief import update_rule as rules
+from distbelief.channel.base import Remote, Signature
+from distbelief.errors import CheckpointError, DeadlineExceeded, Fenced, NotReady, PeerLost, RemoteError
+from distbelief.parameter_server import Applied, Insistent, ParameterServer, ParameterServerShard, Stamp, shard_name
+from distbelief.parameters import Layout, Piece, Span, cut
+from distbelief.shard_file import ShardFile
+
+LENGTH = 331
+START = torch.randn(LENGTH, generator=torch.Generator().manual_seed(5))
+RULES = {
+    "adagrad": rules.adagrad(0.05),
+    "momentum": rules.sgd(0.1, momentum=0.9),
+    "adam": rules.adam(0.01),
+    "damped with a schedule": rules.adagrad(0.1, schedule=rules.linear_decay(400), damping=0.5),
+    "adaptive_revision": rules.adaptive_revision(0.1),
+}
+
+
+@dataclass
+class Done:
+    """An answer that is here."""
+
+    value: Any
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Any:
+        return self.value
+
+
+class Here(Remote[Any]):
+    """A role in this process."""
+
+    def __init__(self, role: Any) -> None:
+        self.role = role
+
+    def start(self, signature: Signature, fields: bytes, tensors: list[Tensor]) -> Any:
+        value = getattr(self.role, signature.name)(*signature.join(fields, tensors))
+        if hasattr(value, "result"):
+            return value
+        return Done(signature.answer_decoder.decode(msgspec.msgpack.encode(value)))
+
+
+@dataclass
+class Here_and_now:  # noqa: N801 - reads as what it is
+    """A home whose clock moves when somebody sleeps."""
+
+    roles: dict[str, Any] = field(default_factory=dict)
+    clock: float = 0.0
+    name: str = "test"
+    incarnation: int = 0
+
+    def now(self) -> float:
+        return self.clock
+
+    def sleep(self, seconds: float) -> None:
+        self.clock += seconds
+
+    def find(self, role: str, kind: type, deadline_seconds: float = 60.0) -> Any:
+        return Here(self.roles[role])
+
+    def background(self, work: Callable[[], Any]) -> Any:
+        return Done(work())
+
+    def spend(self, examples: int, started: float) -> None:
+        self.clock += examples
+
+    def allocate(self, length: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(length, dtype=dtype)
+
+
+def layout(length: int = LENGTH) -> Layout:
+    half = length // 2
+    pieces = (Piece("a", (half,), Span(0, half)), Piece("b", (length - half,), Span(half, length)))
+    return Layout(pieces, torch.float32)
+
+
+class Servers:
+    """All shards, and the replicas' views of them."""
+
+    def __init__(self, rule: Any, shards: int, *, ready: bool = True) -> None:
+        self.home, self.spans = Here_and_now(), cut(LENGTH, shards)
+        self.shards = [ParameterServerShard(self.home, span, layout(), rule) for span in self.spans]
+        self.home.roles = {shard_name(index): shard for index, shard in enumerate(self.shards)}
+        if ready:
+            for shard, span in zip(self.shards, self.spans, strict=True):
+                shard.initialise(START[span.start : span.stop])
+
+    def view(self, replica: int) -> ParameterServer:
+        return ParameterServer(self.home, self.spans, replica)
+
+    def fetch(self, replica: int = -1) -> tuple[list[int], Tensor]:
+        into = torch.full((LENGTH,), float("nan"))
+        return self.view(replica).fetch(into).result(), into
+
+    def push(self, replica: int, sequence: int, base: list[int], gradient: Tensor, incarnation: int = 0) -> list[Any]:
+        stamps = [Stamp(replica, incarnation, sequence, version, 32, ((sequence, 32),)) for version in base]
+        return self.view(replica).push(stamps, gradient).result()
+
+    def snapshot(self, folder: Path) -> list[ShardFile]:
+        return [shard.snapshot(str(folder / f"shard-{index}")).result() for index, shard in enumerate(self.shards)]
+
+    def restore(self, folder: Path, files: list[ShardFile]) -> None:
+        for shard in self.shards:
+            shard.restore(str(folder), files)
+
+    def state(self) -> dict[str, Tensor]:
+        each = [shard._rule.vectors() for shard in self.shards]
+        return {name: torch.cat([vectors[name] for vectors in each]) for name in each[0]}
+
+
+def gradient(seed: int) -> Tensor:
+    return torch.randn(LENGTH, generator=torch.Generator().manual_seed(1000 + seed))
+
+
+def train(servers: Servers, seed: int, pushes: int, sequences: dict[int, int]) -> list[Any]:
+    """Three replicas in a random order: each fetches, then pushes from what it fetched, later."""
+    draw, base, answers = random.Random(seed), {}, []
+    for number in range(pushes):
+        replica = draw.randrange(3)
+        if replica not in base or draw.random() < 0.5:
+            base[replica] = servers.fetch(replica)[0]
+        sequences[replica] = sequences.get(replica, 0) + 1
+        answers.append(servers.push(replica, sequences[replica], base[replica], gradient(seed * 100 + number)))
+    return answers
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_push_is_applied_once_however_often_it_is_sent(seed: int) -> None:
+    """Reference: torch.optim over the first arrival of each push."""
+    draw, servers = random.Random(seed), Servers(rules.adagrad(0.05), 2)
+    parameter = nn.Parameter(START.clone())
+    plain = optim.Adagrad([parameter], lr=0.05)
+    sent: dict[int, tuple[int, Tensor, list[Any]]] = {}
+    repeats = 0
+    for number in range(40):
+        replica = draw.randrange(3)
+        if replica in sent and draw.random() < 0.5:
+            sequence, values, answer = sent[replica]
+            assert servers.push(replica, sequence, [0, 0], values) == answer
+            repeats += 1
+            continue
+        sequence = sent[replica][0] + 1 if replica in sent else 1
+        values = gradient(seed * 100 + number)
+        parameter.grad = values.clone()
+        plain.step()
+        sent[replica] = sequence, values, servers.push(replica, sequence, [0, 0], values)
+        versions, found = servers.fetch()
+        assert versions == [number + 1 - repeats] * 2
+        torch.testing.assert_close(found, parameter.detach())
+    assert repeats > 5
+    statuses = [shard.status() for shard in servers.shards]
+    assert [status.version for status in statuses] == [40 - repeats] * 2
+    assert [status.examples for status in statuses] == [32 * (40 - repeats)] * 2
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shards", [2, 5, 64])
+def test_many_shards_equal_one_bit_for_bit(rule: str, shards: int) -> None:
+    one, many = Servers(RULES[rule], 1), Servers(RULES[rule], shards)
+    for first, others in zip(train(one, 3, 25, {}), train(many, 3, 25, {}), strict=True):
+        assert others == first * shards
+    assert torch.equal(one.fetch()[1], many.fetch()[1])
+    assert not torch.equal(one.fetch()[1], START)
+
+
+def test_staleness_is_the_pushes_applied_since_the_base_version_was_fetched() -> None:
+    servers, draw = Servers(rules.sgd(0.1), 1), random.Random(0)
+    base: dict[int, list[int]] = {}
+    counted: dict[int, int] = {}
+    for version in range(60):
+        replica = draw.randrange(4)
+        if replica not in base or draw.random() < 0.3:
+            base[replica] = servers.fetch(replica)[0]
+        staleness = version - base[replica][0]
+        counted[staleness] = counted.get(staleness, 0) + 1
+        assert servers.push(replica, version + 1, base[replica], gradient(0)) == [Applied(version + 1, staleness)]
+    assert servers.shards[0].status().staleness == counted
+    assert max(counted) > 5
+
+
+def test_a_fetch_is_one_whole_version_and_stays_as_it_was() -> None:
+    servers = Servers(rules.adagrad(0.05), 3)
+    history = {0: START.clone()}
+    fetched: list[tuple[list[int], Tensor]] = [servers.fetch(0)]
+    for version in range(1, 10):
+        servers.push(1, version, [version - 1] * 3, gradient(version))
+        fetched.append(servers.fetch(0))
+        history[version] = fetched[-1][1].clone()
+    for versions, found in fetched:
+        assert torch.equal(found, history[versions[0]])
+        assert len(set(versions)) == 1
+    assert len({float(values[0]) for values in history.values()}) == 10
+
+
+def test_an_incarnation_that_was_fenced_or_replaced_is_refused_and_changes_nothing() -> None:
+    servers = Servers(rules.sgd(0.1), 1)
+    shard = servers.shards[0]
+    servers.push(7, 1, [0], gradient(1))
+    servers.push(7, 2, [1], gradient(2))
+    assert shard.fence(7, 0) == {1: 32, 2: 32}
+    assert shard.fence(3, 0) == {}
+    before = servers.fetch()[1]
+    for sequence in (2, 3):
+        with pytest.raises(Fenced, match="replica 7 incarnation 0 has been replaced"):
+            servers.push(7, sequence, [2], gradient(3))
+    with pytest.raises(Fenced):
+        servers.push(3, 1, [2], gradient(3))
+    assert torch.equal(servers.fetch()[1], before)
+    servers.push(7, 1, [2], gradient(4), incarnation=1)
+    assert shard.fence(7, 0) == {}
+    with pytest.raises(Fenced):
+        servers.push(7, 9, [3], gradient(5))
+    assert servers.push(7, 2, [3], gradient(6), incarnation=1) == [Applied(4, 0)]
+
+
+def test_a_newer_incarnation_fences_the_older_one_even_where_nobody_said_so() -> None:
+    servers = Servers(rules.sgd(0.1), 1)
+    servers.push(7, 1, [0], gradient(1), incarnation=4)
+    with pytest.raises(Fenced):
+        servers.push(7, 2, [1], gradient(2), incarnation=3)
+    assert servers.push(7, 2, [1], gradient(3), incarnation=4) == [Applied(2, 0)]
+
+
+def test_a_shard_without_parameters_answers_that_it_is_not_ready(tmp_path: Path) -> None:
+    servers = Servers(rules.adagrad(0.1), 1, ready=False)
+    shard = servers.shards[0]
+    calls: list[Callable[[], Any]] = [
+        servers.fetch, lambda: servers.push(0, 1, [0], gradient(0)), lambda: shard.fence(0, 0),
+        lambda: shard.snapshot(str(tmp_path / "shard")),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(NotReady, match=r"shard 0\.\.331 waits for its parameters"):
+            call()
+    assert shard.status().version == 0
+    shard.initialise(START)
+    assert torch.equal(servers.fetch()[1], START)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised memory holds NaN, so that whoever reads it is found out."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("shards", "again"), [(1, 3), (3, 1), (3, 3), (2, 5), (5, 2)])
+def test_a_restore_on_any_number_of_shards_goes_on_bit_for_bit(
+    rule: str, shards: int, again: int, tmp_path: Path
+) -> None:
+    """Including Adam's step, the schedule's examples and, after the replicas' next fetch, AdaptiveRevision's delays."""
+    first, second = Servers(RULES[rule], shards), Servers(RULES[rule], again, ready=False)
+    sequences: dict[int, int] = {}
+    train(first, 1, 12, sequences)
+    second.restore(tmp_path, first.snapshot(tmp_path))
+    assert torch.equal(first.fetch()[1], second.fetch()[1])
+    assert {name: vector.tolist() for name, vector in first.state().items()} == {
+        name: vector.tolist() for name, vector in second.state().items()
+    }
+    assert first.shards[0]._rule.scalars() == second.shards[0]._rule.scalars()
+    assert [shard.status().examples for shard in second.shards] == [12 * 32] * again
+    ours = train(first, 2, 12, dict(sequences))
+    theirs = train(second, 2, 12, dict(sequences))
+    assert [answer[0] for answer in ours] == [answer[0] for answer in theirs]
+    assert torch.equal(first.fetch()[1], second.fetch()[1])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_a_shard_that_was_never_pushed_to_is_restored_beside_one_that_was(tmp_path: Path) -> None:
+    first, second = Servers(rules.adam(0.01), 2), Servers(rules.adam(0.01), 3, ready=False)
+    half = first.spans[0].stop
+    first.shards[0].push(Stamp(0, 0, 1, 0, 32, ()), gradient(1)[:half])
+    second.restore(tmp_path, first.snapshot(tmp_path))
+    moments = torch.cat([shard._rule.vectors().get("exp_avg", torch.zeros(len(span)))
+                         for shard, span in zip(second.shards, second.spans, strict=True)])  # fmt: skip
+    assert torch.equal(moments[:half], first.shards[0]._rule.vectors()["exp_avg"])
+    assert not moments[half:].any()
+    second.push(0, 2, [1, 1, 0], gradient(2))
+    assert second.fetch()[1].isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("same_cut", [True, False])
+def test_a_restored_shard_counts_exactly_the_acknowledged_pushes_that_it_lost(
+    seed: int, same_cut: bool, tmp_path: Path
+) -> None:
+    """In a run that began on another cut, every push since then is lost with the shard; replicas go on counting."""
+    draw, old = random.Random(seed), Servers(rules.adagrad(0.1), 1 if same_cut else 2)
+    sequences: dict[int, int] = {}
+    train(old, seed, draw.randrange(10), sequences)
+    files = old.snapshot(tmp_path)
+    live, incarnation = old, 0
+    if not same_cut:
+        live, incarnation, sequences = Servers(rules.adagrad(0.1), 1, ready=False), 1, {}
+        live.restore(tmp_path, files)
+    lost = draw.randrange(10)
+    for _ in range(lost):
+        replica = draw.randrange(3)
+        sequences[replica] = sequences.get(replica, 0) + 1
+        live.push(replica, sequences[replica], [0], gradient(1), incarnation)
+    again = Servers(rules.adagrad(0.1), 1, ready=False)
+    again.restore(tmp_path, files)
+    for replica in draw.sample(range(3), 3):
+        # What had been sent and not acknowledged is sent again, some of it twice, and is not lost.
+        for _ in range(draw.randint(1, 2)):
+            again.push(replica, sequences.get(replica, 0) + 1, [0], gradient(2), incarnation)
+    assert again.shards[0].status().lost_updates == lost
+
+
+def test_a_restore_that_cannot_give_the_whole_span_says_so(tmp_path: Path) -> None:
+    files = Servers(rules.adagrad(0.1), 2).snapshot(tmp_path)
+    half = len(cut(LENGTH, 2)[1])
+    for given, message in ((files[:0], "lacks 331 of the 331"), (files[:1], f"lacks {half} of"), (files, "cannot be read")):
+        if given is files:
+            (tmp_path / files[1].name).write_bytes(b"nothing")
+        servers = Servers(rules.adagrad(0.1), 1, ready=False)
+        with pytest.raises(CheckpointError, match=message):
+            servers.restore(tmp_path, given)
+        with pytest.raises(NotReady):
+            servers.fetch()
+
+
+def test_a_checkpoint_of_another_rule_is_refused(tmp_path: Path) -> None:
+    first = Servers(rules.adagrad(0.1), 1)
+    train(first, 0, 2, {})
+    files = first.snapshot(tmp_path)
+    with pytest.raises(CheckpointError, match="resume with the rule of the checkpoint"):
+        Servers(rules.adam(0.1), 1, ready=False).restore(tmp_path, files)
+
+
+def test_a_shard_holds_its_span_once_for_the_parameters_and_once_per_vector_of_state(tmp_path: Path) -> None:
+    for rule, vectors in ((rules.sgd(0.1), 0), (rules.adagrad(0.1), 1), (rules.adam(0.1), 2)):
+        servers = Servers(rule, 3)
+        train(servers, 0, 3, {})
+        for shard, span in zip(servers.shards, servers.spans, strict=True):
+            own = [shard._parameters, *shard._rule.vectors().values()]
+            assert [tensor.untyped_storage().nbytes() for tensor in own] == [4 * len(span)] * (1 + vectors)
+
+
+@dataclass
+class Failing:
+    """An answer that never comes."""
+
+    error: Exception
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [PeerLost("gone"), DeadlineExceeded("late"), NotReady("new")])
+def test_a_call_whose_peer_was_lost_is_made_again_until_it_is_answered(error: Exception) -> None:
+    for poll in (True, False):
+        home, answers = Here_and_now(), iter([Failing(error), Failing(error), Failing(error), Done(8)])
+        call: Insistent[int] = Insistent(home, lambda: next(answers))  # noqa: B023 - made again at once
+        while poll and not call.done():
+            home.sleep(0.01)
+        assert call.result() == call.result() == 8
+        assert 0.3 <= home.now() < 0.5
+
+
+def test_a_call_is_given_up_when_patience_ends_and_at_once_when_the_peer_answered_with_an_error() -> None:
+    home = Here_and_now()
+    with pytest.raises(PeerLost, match="gone"):
+        Insistent(home, lambda: Failing(PeerLost("gone")), patience_seconds=5).result()
+    assert 5 <= home.now() < 6
+    for error in (Fenced("replaced"), RemoteError("raised")):
+        call: Insistent[Any] = Insistent(home, lambda: Failing(error))  # noqa: B023
+        assert call.done()
+        with pytest.raises(type(error)):
+            call.result()

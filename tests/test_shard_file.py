@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of a shard's file: what is read is what was written, on any cut, and damage is noticed wherever it is."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from safetensors.torch import load_file, save_file
+
+from distbelief import shard_file
+from distbelief.errors import CheckpointError
+from distbelief.parameters import Span, cut
+from distbelief.shard_file import ReplicaRecord, ShardFile, ShardState
+
+STATE = ShardState(
+    start=0, stop=0, version=12, examples=384, lost_updates=2, scalars={"step": 12.0},
+    replicas={0: ReplicaRecord(1, 7, {3: 96, 4: 32}), 5: ReplicaRecord(0, 5)}, staleness={0: 4, 3: 8},
+)  # fmt: skip
+
+
+def numbers(length: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(length, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def write(folder: Path, vectors: dict[str, torch.Tensor], shards: int) -> list[ShardFile]:
+    """The vectors as `shards` files."""
+    files = []
+    for index, span in enumerate(cut(len(next(iter(vectors.values()))), shards)):
+        path, state = folder / f"shard-{index}.safetensors", ShardState(start=span.start, stop=span.stop)
+        shard_file.write(path, {name: vector[span.start : span.stop] for name, vector in vectors.items()}, state)
+        files.append(shard_file.seal(path, state))
+    return files
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shards", [1, 2, 7])
+def test_every_span_of_every_vector_is_read_back_from_any_cut(
+    shards: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    vectors = {"parameters": numbers(61, 1, dtype), "sum": numbers(61, 2, dtype)}
+    files = write(tmp_path, vectors, shards)
+    assert [(file.start, file.stop) for file in files] == [(span.start, span.stop) for span in cut(61, shards)]
+    for other in (1, 2, 3, 61):
+        for span in cut(61, other):
+            found = shard_file.read_span(tmp_path, files, span)
+            assert set(found) == set(vectors)
+            for name, vector in vectors.items():
+                assert torch.equal(found[name], vector[span.start : span.stop])
+                assert found[name].dtype == dtype
+
+
+@given(some.data())
+@settings(max_examples=50, deadline=None)
+def test_reading_a_span_equals_slicing_the_vector(tmp_path_factory: pytest.TempPathFactory, data: some.DataObject) -> None:
+    length = data.draw(some.integers(1, 40))
+    folder = tmp_path_factory.mktemp("files")
+    vector = numbers(length, 3)
+    files = write(folder, {"parameters": vector}, data.draw(some.integers(1, length)))
+    start = data.draw(some.integers(0, length - 1))
+    stop = data.draw(some.integers(start + 1, length))
+    assert torch.equal(shard_file.read_span(folder, files, Span(start, stop))["parameters"], vector[start:stop])
+
+
+def test_a_file_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
+    vectors = {"parameters": numbers(10), "sum": numbers(20)[::2]}
+    shard_file.write(tmp_path / "shard", vectors, STATE)
+    found = load_file(tmp_path / "shard")
+    assert {name: vector.tolist() for name, vector in found.items()} == {
+        name: vector.tolist() for name, vector in vectors.items()
+    }
+
+
+def test_a_shard_remembers_everything_it_knew_besides_its_vectors(tmp_path: Path) -> None:
+    shard_file.write(tmp_path / "shard", {"parameters": numbers(3)}, STATE)
+    assert shard_file.read_state(tmp_path / "shard") == STATE
+
+
+def test_a_vector_that_one_file_lacks_is_zero_there(tmp_path: Path) -> None:
+    state = [ShardState(start=0, stop=4), ShardState(start=4, stop=8)]
+    shard_file.write(tmp_path / "a", {"parameters": numbers(4)}, state[0])
+    shard_file.write(tmp_path / "b", {"parameters": numbers(4), "moment": numbers(4, 1)}, state[1])
+    files = [shard_file.seal(tmp_path / name, one) for name, one in zip("ab", state, strict=True)]
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    try:
+        found = shard_file.read_span(tmp_path, files, Span(2, 7))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found["moment"].tolist() == [0.0, 0.0, *numbers(4, 1)[:3].tolist()]
+    assert found["parameters"].tolist() == [*numbers(4)[2:].tolist(), *numbers(4)[:3].tolist()]
+
+
+def test_a_span_that_the_files_do_not_cover_is_refused_with_what_is_missing(tmp_path: Path) -> None:
+    files = write(tmp_path, {"parameters": numbers(10)}, 2)
+    with pytest.raises(CheckpointError, match=r"lacks 3 of the 6 parameters 2\.\.8"):
+        shard_file.read_span(tmp_path, files[:1], Span(2, 8))
+
+
+def header_bytes(path: Path) -> int:
+    """Where the data begins: safetensors' length, then its header."""
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def test_a_file_cut_off_anywhere_is_refused_with_its_two_sizes(tmp_path: Path) -> None:
+    (file,) = write(tmp_path, {"parameters": numbers(50), "sum": numbers(50)}, 1)
+    path = tmp_path / file.name
+    whole, header = path.read_bytes(), header_bytes(path)
+    shard_file.check(tmp_path, file)
+    for length in (0, 4, 8, header // 2, header - 1, header, header + 1, header + 200, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=f"has {length} bytes, {len(whole)} were written"):
+            shard_file.check(tmp_path, file)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            shard_file.read_state(path)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            shard_file.read_span(tmp_path, [file], Span(10, 20))
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(CheckpointError, match=f"has {len(whole) + 1} bytes"):
+        shard_file.check(tmp_path, file)
+
+
+def test_a_single_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
+    (file,) = write(tmp_path, {"parameters": numbers(50)}, 1)
+    path = tmp_path / file.name
+    whole, header = path.read_bytes(), header_bytes(path)
+    draw = random.Random(0)
+    places = [0, 8 * 8, 8 * header - 1, 8 * header, 8 * len(whole) - 1, *draw.sample(range(8 * len(whole)), 300)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="was changed since it was written"):
+            shard_file.check(tmp_path, file)
+
+
+def test_a_file_that_is_gone_or_a_folder_is_refused_by_its_name(tmp_path: Path) -> None:
+    (file,) = write(tmp_path, {"parameters": numbers(5)}, 1)
+    path = tmp_path / file.name
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"shard-0\.safetensors is missing"):
+        shard_file.check(tmp_path, file)
+    path.mkdir()
+    for read in (lambda: shard_file.check(tmp_path, file), lambda: shard_file.read_state(path)):
+        with pytest.raises(CheckpointError, match=r"shard-0\.safetensors cannot be read"):
+            read()
+
+
+def test_a_file_without_a_shard_in_it_is_refused(tmp_path: Path) -> None:
+    for metadata in (None, {"shard": "{}"}, {"shard": "no json"}):
+        save_file({"parameters": numbers(5)}, tmp_path / "other", metadata)
+        with pytest.raises(CheckpointError, match="other cannot be read"):
+            shard_file.read_state(tmp_path / "other")
+
+
+def test_what_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no folder"):
+        shard_file.write(tmp_path / "no folder" / "shard", {"parameters": numbers(5)}, STATE)
