@@ -236,11 +236,11 @@ class Coordinator:
             self._start(spec)
         if restore is not None:
             folder, manifest = restore
-            self._wait(All([shard.call(ParameterServerShard.restore, str(folder), manifest.shards)
+            self._wait(All(self.engine, [shard.call(ParameterServerShard.restore, str(folder), manifest.shards)
                             for shard in self._shards]))  # fmt: skip
             return
         assert initial is not None
-        self._wait(All([shard.call(ParameterServerShard.initialise, initial[span.start : span.stop])
+        self._wait(All(self.engine, [shard.call(ParameterServerShard.initialise, initial[span.start : span.stop])
                         for shard, span in zip(self._shards, self._spans, strict=True)]))  # fmt: skip
         if not self.checkpoint():
             raise TrainingFailed(f"the first checkpoint could not be written below {self.settings.run}")
@@ -306,7 +306,7 @@ class Coordinator:
                 self._tick()
             self._evaluation_left = True
         answers = [Insistent(self.engine, partial(shard.call, ParameterServerShard.status)) for shard in self._shards]
-        self._statuses.update(enumerate(self._wait(All(answers))))
+        self._statuses.update(enumerate(self._wait(All(self.engine, answers))))
         self.checkpoint()
         server = ParameterServer(self.engine, self._spans, -1)
         self._wait(server.fetch(self._final))
@@ -367,7 +367,7 @@ class Coordinator:
             Insistent(self.engine, partial(shard.call, ParameterServerShard.fence, index, death.incarnation))
             for shard in self._shards
         ]
-        self._later(All(answers), fenced)
+        self._later(All(self.engine, answers), fenced)
 
     def _restore_shard(self, index: int) -> None:
         """Start the shard again and give it the newest checkpoint; replicas wait for it and push again."""
@@ -461,7 +461,7 @@ class Coordinator:
     def _ask_statuses(self) -> None:
         """Ask the shards for their counters; what they answer is used the next time."""
         if self._asked is None or self._asked.done():
-            self._asked = All([Insistent(self.engine, partial(shard.call, ParameterServerShard.status))
+            self._asked = All(self.engine, [Insistent(self.engine, partial(shard.call, ParameterServerShard.status))
                                for shard in self._shards])  # fmt: skip
             self._later(self._asked, lambda answers: self._statuses.update(enumerate(answers)))
 
@@ -511,7 +511,7 @@ class Coordinator:
                 shard.call(ParameterServerShard.snapshot, str(folder / f"shard-{index}.safetensors"))
                 for index, shard in enumerate(self._shards)
             ]
-            files = self._wait(All(answers))
+            files = self._wait(All(self.engine, answers))
             incarnation = max(self._incarnations.values()) + 1
             manifest = self._manifest(leases=state, shards=files, examples=settled, incarnation=incarnation)
             checkpoint.commit(folder, manifest, self.buffers())

@@ -6,6 +6,7 @@ push is the mean over the mini-batches it accrued; buffers are swapped, never ze
 still under way when the next is due makes pushes rarer, up to a bound, before it makes the replica wait.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
@@ -37,8 +38,10 @@ class Downpour:
     """A replica fetches parameters every so many mini-batches."""
     n_push: int = 1
     """A replica pushes its accrued gradient every so many mini-batches."""
-    fetch: Literal["overlapped", "awaited"] = "overlapped"
-    """`overlapped`: compute while the fetch is under way and adopt it at the next mini-batch. `awaited`: wait for it."""
+    fetch: Literal["fresh", "overlapped", "awaited"] = "fresh"
+    """`overlapped`: compute while a fetch is under way, and adopt it when it is there at the next mini-batch.
+    `fresh`: wait for it first, but no longer than half a mini-batch takes; a replica that is alone overlaps.
+    `awaited`: wait for it however long it takes."""
     accrue: Literal["mean", "sum"] = "mean"
     """What a push holds of the gradients of its mini-batches."""
     warmstart: int | None = None
@@ -89,8 +92,11 @@ class DownpourReplica:
     """One model replica: leases, mini-batches, fetches and pushes."""
 
     def __init__(
-        self, home: Home, index: int, model: ModelReplica, data: DataShard, server: ParameterServer, downpour: Downpour
-    ) -> None:
+        self, home: Home, index: int, model: ModelReplica, data: DataShard, server: ParameterServer,
+        downpour: Downpour, *, alone: bool,
+    ) -> None:  # fmt: skip
+        self.alone = alone
+        """Whether this is the job's only replica, so that nobody else changes the parameters meanwhile."""
         self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
         self.rule = downpour
         self.coordinator = home.find(COORDINATOR, Coordinator)
@@ -114,13 +120,13 @@ class DownpourReplica:
         step = 0
         self.load_buffers()
         self.start_fetch()
-        self.adopt(wait=True)
+        self.adopt(math.inf)
         try:
             for lease in self.leases():
                 for position, examples, batch in self.data.mini_batches(lease):
                     if step % n_fetch == 0 and step > 0:
                         self.start_fetch()
-                    self.adopt(wait=self.rule.fetch == "awaited")
+                    self.adopt(self.patience())
                     self.compute(batch, examples, lease, position)
                     step += 1
                     if self.model.accrued >= n_push:
@@ -146,9 +152,9 @@ class DownpourReplica:
                 asked, idle = self.ask(), True
                 continue
             if idle:
-                self.adopt(wait=True)
+                self.adopt(math.inf)
                 self.start_fetch()
-                self.adopt(wait=True)
+                self.adopt(math.inf)
             asked, idle = self.ask(), False
             yield answer.lease
         self.flush()
@@ -166,12 +172,20 @@ class DownpourReplica:
         if self.fetching is None:
             self.fetching = self.server.fetch(self.model.spare)
 
-    def adopt(self, *, wait: bool) -> None:
-        """Switch to the fetched parameters, if they are here or `wait`."""
-        if self.fetching is not None and (wait or self.fetching.done()):
+    def adopt(self, seconds: float) -> None:
+        """Switch to the fetched parameters, if they are here within `seconds`."""
+        if self.fetching is None:
+            return
+        if seconds == math.inf or (self.fetching.wait(seconds) if seconds else self.fetching.done()):
             self.versions = self.fetching.result()
             self.fetching = None
             self.model.adopt()
+
+    def patience(self) -> float:
+        """How long to wait for a fetch before computing on the parameters that are here."""
+        if self.rule.fetch == "awaited":
+            return math.inf
+        return self.report.mini_batch_seconds / 2 if self.rule.fetch == "fresh" and not self.alone else 0.0
 
     def compute(self, batch: Any, examples: int, lease: Lease, position: int) -> None:
         """Accrue the gradient of one mini-batch."""
@@ -269,6 +283,8 @@ class Tally:
         self._examples = 0
         self._loss: torch.Tensor | None = None
         self._slowest = 0.0
+        self.mini_batch_seconds = 0.0
+        """What the latest mini-batch took."""
 
     def count(self, loss: torch.Tensor, examples: int, seconds: float) -> None:
         """Count one mini-batch; the loss stays on its device, so counting does not wait for it."""
@@ -276,6 +292,7 @@ class Tally:
         self._loss = weighted if self._loss is None else self._loss + weighted
         self._examples += examples
         self._slowest = max(self._slowest, seconds)
+        self.mini_batch_seconds = seconds
         self.mini_batches_ever += 1
 
     def take(self, replica: int, incarnation: int, now: float) -> Report:

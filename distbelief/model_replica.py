@@ -109,7 +109,8 @@ class ModelReplica:
         if self._device.type == "cpu":
             self._point()
         else:
-            self._working[0].copy_(self._host[self._current], non_blocking=True)
+            # Awaited: the next fetch but one writes to this host buffer, however far behind the accelerator is.
+            self._working[0].copy_(self._host[self._current])
 
     def _point(self) -> None:
         views = self._parameter_views[self._current if len(self._working) == 2 else 0]

@@ -221,13 +221,20 @@ class Insistent(Generic[T]):
             self._take()
         return self._settled
 
+    def wait(self, seconds: float) -> bool:
+        """Wait for the answer, at most so long."""
+        until = self._home.now() + seconds
+        while not self.done() and (left := until - self._home.now()) > 0:
+            if self._future is None:
+                self._home.sleep(min(left, max(0.0, self._again - self._home.now())))
+            else:
+                self._future.wait(left)
+        return self._settled
+
     def result(self) -> T:
         """Wait for the answer. Raises what is no loss of the peer, and PeerLost when patience ends."""
         while not self._settled:
-            if self._future is None:
-                self._home.sleep(max(0.0, self._again - self._home.now()))
-                self._future = self._make()
-            self._take()
+            self.wait(PATIENCE_SECONDS)
         if self._error is not None:
             raise self._error
         return self._value
@@ -249,13 +256,18 @@ class Insistent(Generic[T]):
 class All(Generic[T]):
     """The answers of several futures, in order."""
 
-    def __init__(self, futures: Sequence[Future[T]]) -> None:
-        self._futures = futures
+    def __init__(self, home: Home, futures: Sequence[Future[T]]) -> None:
+        self._home, self._futures = home, futures
 
     def done(self) -> bool:
         """Whether all are done."""
         # Each is asked, since asking makes a lost call again.
         return all([future.done() for future in self._futures])  # noqa: C419
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for all, at most so long."""
+        until = self._home.now() + seconds
+        return all([future.wait(max(0.0, until - self._home.now())) for future in self._futures])  # noqa: C419
 
     def result(self) -> list[T]:
         """Wait for all; raises the first error."""
@@ -272,13 +284,19 @@ class ParameterServer:
 
     def fetch(self, into: torch.Tensor) -> Future[list[int]]:
         """Start copying the parameters into `into`; the answer is one version per shard."""
-        return All([self._insist(shard.call, ParameterServerShard.fetch, self._reader, into[span.start : span.stop])
-                    for shard, span in zip(self._shards, self.spans, strict=True)])  # fmt: skip
+        calls = [
+            self._insist(shard.call, ParameterServerShard.fetch, self._reader, into[span.start : span.stop])
+            for shard, span in zip(self._shards, self.spans, strict=True)
+        ]
+        return All(self._home, calls)
 
     def push(self, stamps: Sequence[Stamp], gradient: torch.Tensor) -> Future[list[Applied]]:
         """Start pushing `gradient`, a stamp per shard; the memory stays untouched until it is done."""
-        return All([self._insist(shard.call, ParameterServerShard.push, stamp, gradient[span.start : span.stop])
-                    for shard, span, stamp in zip(self._shards, self.spans, stamps, strict=True)])  # fmt: skip
+        calls = [
+            self._insist(shard.call, ParameterServerShard.push, stamp, gradient[span.start : span.stop])
+            for shard, span, stamp in zip(self._shards, self.spans, stamps, strict=True)
+        ]
+        return All(self._home, calls)
 
     def _insist(self, call: Callable[..., Future[Any]], *arguments: Any) -> Insistent[Any]:
         return Insistent(self._home, lambda: call(*arguments))

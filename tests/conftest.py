@@ -54,14 +54,14 @@ def children() -> list[str]:
 
 
 def descriptors() -> list[str]:
-    """What this process has open, apart from devices and the kernel's own files."""
+    """What this process has open, apart from devices, the kernel's own files and those of installed packages (fonts)."""
     found = []
     for name in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{name}")
         except FileNotFoundError:
             continue  # the descriptor that lists the folder
-        if not target.startswith(("/dev/", "/proc", "/sys/")):
+        if not target.startswith(("/dev/", "/proc", "/sys/")) and "/site-packages/" not in target:
             found.append(target)
     return found
 

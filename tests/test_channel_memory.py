@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of shared memory: it has no name, cannot be shrunk under its readers, and is gone with its last user."""
+"""Laws of memory: a block has no name, cannot be shrunk under its readers and is gone with its last user; the tensors
+of a call arrive whole, in place where they are shared."""
 
 import contextlib
 import fcntl
 import gc
+import itertools
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
+from conftest import Town
 
 from distbelief.channel import frames, memory
+from distbelief.channel.base import Future, Out, exported
+from distbelief.channel.connection import Connection
+from distbelief.channel.endpoint import Peer
 from distbelief.channel.memory import Block
-from distbelief.errors import ProtocolError
+from distbelief.errors import PeerLost, ProtocolError
 
 pytestmark = pytest.mark.skipif(not memory.AVAILABLE, reason="this system has no memfd; tensors are streamed")
 
@@ -152,3 +161,165 @@ def test_memory_that_comes_to_lie_where_a_block_was_is_not_taken_for_it() -> Non
     gc.collect()
     again = torch.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), dtype=torch.uint8)
     assert memory.find(again) is None
+
+
+# tensors of calls, over both transports
+
+
+class Keeper:
+    """A role that keeps the tensors it was given, to show whose memory they are."""
+
+    def __init__(self) -> None:
+        self.kept: list[torch.Tensor] = []
+
+    @exported
+    def mirror(self, values: torch.Tensor, out: Out) -> None:
+        out.copy_(values)
+
+    @exported
+    def keep(self, values: torch.Tensor, out: Out) -> int:
+        self.kept = [values, out]
+        return len(values)
+
+    @exported
+    def fill(self, value: float, out: Out) -> None:
+        out.fill_(value)
+
+    @exported
+    def total(self, values: torch.Tensor) -> float:
+        return float(values.double().sum())
+
+
+@pytest.fixture
+def keeper() -> Iterator[Keeper]:
+    made = Keeper()
+    yield made
+    made.kept.clear()
+
+
+@pytest.fixture
+def peer(town: Town, keeper: Keeper) -> Peer[Keeper]:
+    return town.peer(town.serve(keeper))
+
+
+def new(place: str, length: int, dtype: torch.dtype) -> torch.Tensor:
+    return memory.allocate(length, dtype) if place == "a block" else torch.zeros(length, dtype=dtype)
+
+
+PLACES = ["a block", "ordinary memory"]
+
+
+@pytest.mark.parametrize("dtype", frames.DTYPES.values(), ids=frames.DTYPES)
+def test_tensors_of_every_dtype_and_length_arrive_and_come_back(
+    town: Town, peer: Peer[Keeper], dtype: torch.dtype
+) -> None:
+    for length in (0, 1, 7, 1001, 70_001):
+        for places in itertools.product(PLACES, PLACES):
+            values, out = (new(place, length, dtype) for place in places)
+            values.copy_(torch.arange(length) % 100)
+            town.answer(peer.call(Keeper.mirror, values, out))
+            assert torch.equal(out, values), (length, places)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (5, 5), (3, 20), (99, 100)])
+def test_a_slice_is_sent_and_filled_and_its_surroundings_are_left_alone(
+    town: Town, peer: Peer[Keeper], place: str, start: int, stop: int
+) -> None:
+    values, out = new(place, 100, torch.int64), new(place, 100, torch.int64)
+    values.copy_(torch.arange(100))
+    town.answer(peer.call(Keeper.mirror, values[start:stop], out[start:stop]))
+    expected = torch.zeros(100, dtype=torch.int64)
+    expected[start:stop] = torch.arange(start, stop)
+    assert torch.equal(out, expected)
+
+
+def test_64_megabytes_go_there_and_back(town: Town, peer: Peer[Keeper]) -> None:
+    values, out = torch.arange(16 << 20, dtype=torch.float32), torch.zeros(16 << 20)
+    town.answer(peer.call(Keeper.mirror, values, out))
+    assert torch.equal(out, values)
+
+
+def test_a_tensor_of_any_shape_travels_as_its_memory_in_order(town: Town, peer: Peer[Keeper]) -> None:
+    values, out = torch.arange(12).view(3, 4), torch.zeros(2, 6, dtype=torch.int64)
+    town.answer(peer.call(Keeper.mirror, values, out))
+    assert out.flatten().tolist() == list(range(12))
+
+
+def test_a_tensor_that_is_not_contiguous_is_refused_by_the_callers_side(peer: Peer[Keeper]) -> None:
+    with pytest.raises(TypeError, match="contiguous"):
+        peer.call(Keeper.total, torch.zeros(10, 2)[:, 0])
+
+
+def test_a_block_is_read_and_written_in_place_and_ordinary_memory_is_not(
+    town: Town, peer: Peer[Keeper], keeper: Keeper
+) -> None:
+    for place in PLACES:
+        values, out = new(place, 1000, torch.float32), new(place, 1000, torch.float32)
+        town.answer(peer.call(Keeper.keep, values, out))
+        shared = place == "a block" and town.transport == "shared_memory"
+        values.fill_(5.0)
+        assert bool(keeper.kept[0].eq(5.0).all()) == shared
+        keeper.kept[1].fill_(6.0)
+        assert bool(out.eq(6.0).all()) == shared
+
+
+def test_calls_under_way_at_once_do_not_mix_their_tensors(town: Town, peer: Peer[Keeper]) -> None:
+    outs = [torch.zeros(4 << 20) for _ in range(4)]
+    futures: list[Future[Any]] = []
+    for number, out in enumerate(outs):
+        futures.append(peer.call(Keeper.fill, float(number + 1), out))
+        futures.append(peer.call(Keeper.total, torch.full((4 << 20,), -1.0)))
+    for future in futures:
+        town.answer(future)
+    assert [out.unique().tolist() for out in outs] == [[1.0], [2.0], [3.0], [4.0]], "an answer was torn"
+
+
+def test_a_callers_memory_is_let_go_when_the_caller_goes(town: Town, peer: Peer[Keeper], keeper: Keeper) -> None:
+    before = mappings(), opened()
+    for length in (10, 100_000):
+        values = memory.allocate(length, torch.float32)
+        town.answer(peer.call(Keeper.total, values))
+    del values
+    town.endpoints.remove(peer.endpoint)
+    peer.endpoint.close()
+    peer._connection = None
+    town.work(5)
+    gc.collect()
+    assert (mappings(), opened()) == before
+
+
+@pytest.mark.parametrize("town", ["shared_memory"], indirect=True)
+@pytest.mark.parametrize(
+    "change",
+    [{"length": 11}, {"offset_bytes": 4}, {"offset_bytes": -4}, {"block": 999_999}, {"dtype": "object"},
+     {"dtype": "float64"}, {"length": -1}, {"length": 2**62}],
+    ids=str,
+)  # fmt: skip
+def test_a_reference_to_memory_that_is_not_shared_is_refused_and_others_are_served(
+    town: Town, peer: Peer[Keeper], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    values = memory.allocate(10, torch.float32)
+    honest = Connection.reference
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Connection, "reference", lambda *given: msgspec.structs.replace(honest(*given), **change)
+        )
+        future = peer.call(Keeper.total, values)
+    with pytest.raises(ProtocolError):
+        town.answer(future)
+    assert town.answer(town.peer(peer.address).call(Keeper.total, torch.ones(3))) == 3.0
+
+
+@pytest.mark.parametrize("town", ["tcp"], indirect=True)
+def test_a_body_that_is_shorter_than_its_tensors_costs_no_memory_and_others_are_served(
+    town: Town, peer: Peer[Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, empty_tensor, taken = Connection.reference, torch.empty, [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "reference", lambda *given: msgspec.structs.replace(honest(*given), length=1 << 30))
+        patch.setattr(torch, "empty", lambda length, dtype: taken.append(length) or empty_tensor(length, dtype=dtype))
+        with pytest.raises(PeerLost):
+            town.answer(peer.call(Keeper.total, torch.ones(3)))
+    assert taken == [0]
+    assert town.answer(town.peer(peer.address).call(Keeper.total, torch.ones(3))) == 3.0

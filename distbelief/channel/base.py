@@ -47,6 +47,9 @@ class Future(Protocol[T_co]):
     def done(self) -> bool:
         """Whether `result` would return or raise at once. Cheap enough for once per mini-batch."""
 
+    def wait(self, seconds: float) -> bool:
+        """Wait for the answer, at most so long; the same as `done` afterwards."""
+
     def result(self) -> T_co:
         """Wait for the answer. Raises PeerLost, DeadlineExceeded, Fenced, RemoteError."""
 

@@ -80,11 +80,17 @@ class PendingCall:
                 self._endpoint.give_up(self, f"{self.signature.name} was not answered within {self._seconds:g} s")
         return self.settled
 
+    def wait(self, seconds: float) -> bool:
+        """Wait for the answer, at most so long."""
+        until = min(self._deadline, time.monotonic() + seconds)
+        while not self.settled and (left := until - time.monotonic()) > 0:
+            self._endpoint.take_in(min(0.5, left))
+        return self.done()
+
     def result(self) -> Any:
         """Wait for the answer."""
         while not self.settled:
-            self._endpoint.take_in(min(0.5, max(0.0, self._deadline - time.monotonic())))
-            self.done()
+            self.wait(self._seconds)
         if self._error is not None:
             raise self._error
         return self._value
@@ -428,10 +434,17 @@ class BackgroundWork:
         """Whether the work has ended."""
         return self._finished.is_set()
 
+    def wait(self, seconds: float) -> bool:
+        """Wait for the work to end, at most so long."""
+        until = time.monotonic() + seconds
+        while not self._finished.is_set() and (left := until - time.monotonic()) > 0:
+            self._endpoint.take_in(min(0.1, left))
+        return self._finished.is_set()
+
     def result(self) -> Any:
         """Wait for the outcome; raises what the work raised."""
-        while not self._finished.is_set():
-            self._endpoint.take_in(0.1)
+        while not self.wait(1.0):
+            continue
         if self._error is not None:
             raise self._error
         return self._outcome

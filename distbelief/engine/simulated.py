@@ -68,11 +68,12 @@ class _Answer:
     """A future of the simulation."""
 
     def __init__(self, engine: "SimulatedEngine", deadline: float, what: str) -> None:
-        self._engine, self._deadline, self._what = engine, deadline, what
+        self._engine, self.deadline, self._what = engine, deadline, what
         self._value: Any = None
         self._error: Exception | None = None
         self._settled = False
         self.waiter: _Activity | None = None
+        self.waits_until = deadline
 
     def settle(self, value: Any = None, error: Exception | None = None) -> None:
         if self._settled:
@@ -83,13 +84,18 @@ class _Answer:
             self.waiter = None
 
     def done(self) -> bool:
-        if not self._settled and self._engine.now() >= self._deadline:
+        if not self._settled and self._engine.now() >= self.deadline:
             self.settle(error=DeadlineExceeded(f"{self._what} was not answered in time"))
         return self._settled
 
+    def wait(self, seconds: float) -> bool:
+        if not self.done():
+            self._engine.wait(self, self._engine.clock + seconds)
+        return self.done()
+
     def result(self) -> Any:
         if not self.done():
-            self._engine.wait(self, self._deadline)
+            self._engine.wait(self, self.deadline)
         if self._error is not None:
             raise self._error
         return self._value
@@ -266,13 +272,17 @@ class SimulatedEngine(SimulatedHome):
         if answer is not None:
             self._waited[answer] = None
         if activity is not None:
-            if answer is not None:
-                answer.waiter = activity
-            else:
+            if answer is None:
                 self.at(until, activity.run_until_it_waits)
+            else:
+                answer.waiter, answer.waits_until = activity, until
+                if until < answer.deadline:
+                    self.at(until, lambda: self._stop_waiting(activity, answer, until))
             activity.wait()
         elif answer is not None:
-            while not answer.done():
+            if until < answer.deadline:
+                self.at(until, lambda: None)
+            while not answer.done() and self.clock < until:
                 self._next()
         else:
             reached: list[bool] = []
@@ -281,6 +291,11 @@ class SimulatedEngine(SimulatedHome):
                 self._next()
         if answer is not None:
             self._waited.pop(answer, None)
+
+    def _stop_waiting(self, activity: _Activity, answer: _Answer, until: float) -> None:
+        if answer.waiter is activity and answer.waits_until == until:
+            answer.waiter = None
+            activity.run_until_it_waits()
 
     def _end_missed_deadlines(self) -> None:
         """Once a second: a deadline needs no event of its own."""

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of a model replica's flat buffers, against ordinary autograd on an ordinary module."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distbelief.errors import ConfigurationError
+from distbelief.model_replica import (
+    ModelReplica,
+    Objective,
+    build,
+    flat_buffers,
+    flat_parameters,
+    load_buffers,
+    load_parameters,
+)
+from distbelief.parameters import Layout
+
+OBJECTIVE = Objective(nn.functional.mse_loss)
+
+
+class Tied(nn.Module):
+    """One matrix used twice, one frozen layer, one parameter that the loss does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.second = nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.out = nn.Linear(6, 2)
+        self.unused = nn.Parameter(torch.ones(4))
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.out(self.second(self.frozen(self.first(inputs)).tanh()).tanh())
+
+
+class SometimesUsed(nn.Module):
+    """Its second layer takes part only when the first input is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes = nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.always(inputs) + (self.sometimes(inputs) if inputs[0, 0] > 0 else 0)
+
+
+class Sparse(nn.Module):
+    """Its embedding has sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(9, 3, sparse=True), nn.Linear(3, 2)
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.out(self.embed(inputs[:, :2].abs().long().clamp(max=8)).sum(1))
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(8, 2)
+    )
+
+
+def channels_last() -> nn.Module:
+    return convolutional().to(memory_format=torch.channels_last)
+
+
+def doubled() -> nn.Module:
+    return perceptron().double()
+
+
+MODELS = [perceptron, Tied, SometimesUsed, convolutional, doubled, Sparse, channels_last]
+ROUNDED = (Sparse, channels_last)
+"""Torch adds up sparse gradients, and convolves in another memory format, in another order."""
+
+
+def biases_apart(name: str, parameter: nn.Parameter) -> dict[str, float]:
+    return {"weight_decay": 0.0} if name.endswith("bias") else {}
+
+
+class Replica:
+    """A replica beside an ordinary copy of its module; `host` are the buffers it asked for."""
+
+    def __init__(self, model: Callable[[], nn.Module] = perceptron) -> None:
+        self.host: list[Tensor] = []
+        self.module, self.layout = build(model, 3, biases_apart)
+        self.plain = copy.deepcopy(self.module)
+        self.initial = flat_parameters(self.module, self.layout)
+        self.it = ModelReplica(self.module, self.layout, OBJECTIVE, torch.device("cpu"), self.allocate)
+        self.it.spare.copy_(self.initial)
+        self.it.adopt()
+
+    def allocate(self, length: int, dtype: torch.dtype) -> Tensor:
+        self.host.append(torch.zeros(length, dtype=dtype))
+        return self.host[-1]
+
+    def plain_gradient(self, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The sum of the gradients that autograd leaves in the ordinary copy; zero where it leaves none."""
+        self.plain.zero_grad()
+        for batch in batches:
+            OBJECTIVE(self.plain, batch).backward()  # type: ignore[no-untyped-call]
+        return flat_gradient(self.plain, self.layout)
+
+
+def flat_gradient(module: nn.Module, layout: Layout) -> Tensor:
+    named = dict(module.named_parameters())
+    parts = [named[piece.name].grad for piece in layout.pieces]
+    return torch.cat([
+        torch.zeros(len(piece.span), dtype=layout.dtype) if part is None else part.to_dense().reshape(-1)
+        for part, piece in zip(parts, layout.pieces, strict=True)
+    ])  # fmt: skip
+
+
+def batches(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(3 * torch.randn(7, 6, generator=generator, dtype=dtype), torch.randn(7, 2, generator=generator, dtype=dtype))
+            for _ in range(count)]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("mean", [True, False])
+def test_the_accrued_gradient_is_that_of_autograd(model: Callable[[], nn.Module], count: int, mean: bool) -> None:
+    replica = Replica(model)
+    dtype = replica.layout.dtype
+    for seed in range(3):
+        given = batches(count, dtype, seed)
+        for number, batch in enumerate(given):
+            assert replica.it.accrued == number
+            loss = replica.it.compute(batch)
+            assert not loss.requires_grad
+        gradient = replica.it.take_gradient(mean=mean, clip_norm=None)
+        assert gradient is not None
+        expected = replica.plain_gradient(given) / (count if mean else 1)
+        torch.testing.assert_close(gradient, expected, **({} if model in ROUNDED else {"rtol": 0, "atol": 0}))
+        assert gradient.any()
+    assert torch.equal(flat_parameters(replica.module, replica.layout), replica.initial)
+
+
+def test_a_parameter_without_a_part_in_the_loss_has_gradient_zero_whatever_the_buffer_held() -> None:
+    replica = Replica(SometimesUsed)
+    (positive, target), negative = batches(1)[0], batches(1)[0]
+    positive[0, 0], negative[0][0, 0] = 1.0, -1.0
+    views = replica.layout.views
+    for with_it, without in (([], [negative]), ([(positive, target)], [negative]), ([], [negative]), ([], [negative])):
+        for batch in [*without, *with_it]:
+            replica.it.compute(batch)
+        gradient = replica.it.take_gradient(mean=False, clip_norm=None)
+        assert gradient is not None
+        assert bool(views(gradient)["sometimes.weight"].any()) == bool(with_it)
+        assert views(gradient)["always.weight"].any()
+
+
+def test_everything_lies_in_the_four_host_buffers_and_autograd_keeps_nothing() -> None:
+    replica = Replica(Tied)
+    assert [(len(buffer), buffer.dtype) for buffer in replica.host] == [(replica.layout.length, torch.float32)] * 4
+    views = replica.layout.views
+    for number in range(5):
+        parameters = dict(replica.module.named_parameters())
+        current = next(buffer for buffer in replica.host[:2] if buffer is not replica.it.spare)
+        assert replica.it.spare.data_ptr() in [buffer.data_ptr() for buffer in replica.host[:2]]
+        for name, view in views(current).items():
+            assert parameters[name].data_ptr() == view.data_ptr()
+            assert parameters[name].is_contiguous()
+        replica.it.compute(batches(1)[0])
+        assert all(parameter.grad is None for parameter in replica.module.parameters())
+        gradient = replica.it.take_gradient(mean=True, clip_norm=None)
+        assert gradient is not None
+        assert gradient.data_ptr() == replica.host[2 + number % 2].data_ptr()
+        replica.it.adopt()
+    assert len(replica.host) == 4
+
+
+def test_a_gradient_that_was_taken_stays_untouched_while_the_next_one_accrues() -> None:
+    replica = Replica()
+    kept: list[tuple[Tensor, Tensor]] = []
+    for seed in range(6):
+        for batch in batches(3, seed=seed):
+            replica.it.compute(batch)
+            if kept:
+                taken, copied = kept[-1]
+                assert torch.equal(taken, copied)
+        gradient = replica.it.take_gradient(mean=True, clip_norm=None)
+        assert gradient is not None
+        kept.append((gradient, gradient.clone()))
+    assert len({gradient.data_ptr() for gradient, _ in kept}) == 2
+
+
+def test_a_fetch_fills_the_spare_buffer_unseen_until_it_is_adopted() -> None:
+    replica = Replica(Tied)
+    parameters = list(replica.module.parameters())
+    tied, inputs = replica.module.get_parameter("first.weight"), batches(1)[0]
+    for number in range(4):
+        expected = Objective(nn.functional.mse_loss)(replica.plain, inputs).detach()
+        replica.it.spare.fill_(0.1 * number)
+        assert torch.equal(replica.it.compute(inputs), expected)
+        replica.it.adopt()
+        load_parameters(replica.plain, replica.layout, torch.full((replica.layout.length,), 0.1 * number))
+        assert torch.equal(flat_parameters(replica.module, replica.layout),
+                           flat_parameters(replica.plain, replica.layout))  # fmt: skip
+    assert all(now is before for now, before in zip(replica.module.parameters(), parameters, strict=True))
+    assert replica.module.get_parameter("second.weight") is tied
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_not_finite_is_not_given_and_spoils_nothing_after_it(bad: float) -> None:
+    replica = Replica()
+    good = batches(2)
+    replica.it.compute(good[0])
+    replica.it.compute((good[1][0], torch.full((7, 2), bad)))
+    assert replica.it.take_gradient(mean=True, clip_norm=1.0) is None
+    assert replica.it.accrued == 0
+    for _ in range(2):
+        replica.it.compute(good[0])
+        gradient = replica.it.take_gradient(mean=True, clip_norm=None)
+        assert gradient is not None
+        assert torch.equal(gradient, replica.plain_gradient(good[:1]))
+
+
+def test_a_finite_gradient_whose_sum_overflows_is_given() -> None:
+    replica = Replica()
+    replica.it.compute((batches(1)[0][0], torch.full((7, 2), 1.0)))
+    for _ in range(2):
+        gradient = replica.it.take_gradient(mean=True, clip_norm=None)
+        assert gradient is not None
+        replica.it.compute((batches(1)[0][0], torch.full((7, 2), 1e18)))
+        for buffer in replica.host[2:]:
+            buffer.fill_(3e38)
+    assert gradient.isfinite().all()
+    assert not gradient.sum().isfinite()
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, 0.5, 1e6])
+def test_clipping_is_that_of_torch(clip_norm: float) -> None:
+    replica = Replica()
+    given = batches(3)
+    for batch in given:
+        replica.it.compute(batch)
+    gradient = replica.it.take_gradient(mean=True, clip_norm=clip_norm)
+    replica.plain_gradient(given)
+    for parameter in replica.plain.parameters():
+        assert parameter.grad is not None
+        parameter.grad /= 3
+    before = flat_gradient(replica.plain, replica.layout)
+    nn.utils.clip_grad_norm_(replica.plain.parameters(), clip_norm)
+    assert gradient is not None
+    torch.testing.assert_close(gradient, flat_gradient(replica.plain, replica.layout))
+    assert torch.equal(gradient, before) == (clip_norm == 1e6)
+
+
+@pytest.mark.parametrize("model", [perceptron, Tied, Sparse, convolutional])
+def test_local_steps_are_those_of_sgd_and_the_gradient_is_what_they_walked(model: Callable[[], nn.Module]) -> None:
+    replica, rate = Replica(model), 0.05
+    replica.it.local_rate = rate
+    plain = torch.optim.SGD(replica.plain.parameters(), lr=rate)
+    walked = torch.zeros(replica.layout.length)
+    for batch in batches(6):
+        loss = OBJECTIVE(replica.plain, batch)
+        plain.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        walked += flat_gradient(replica.plain, replica.layout)
+        plain.step()
+        torch.testing.assert_close(replica.it.compute(batch), loss.detach())
+    found = flat_parameters(replica.module, replica.layout)
+    torch.testing.assert_close(found, flat_parameters(replica.plain, replica.layout))
+    gradient = replica.it.take_gradient(mean=False, clip_norm=None)
+    torch.testing.assert_close(gradient, walked)
+    assert not torch.equal(found, replica.initial)
+    replica.it.spare.copy_(replica.initial)
+    replica.it.adopt()
+    assert torch.equal(flat_parameters(replica.module, replica.layout), replica.initial)
+
+
+class Buffers(nn.Module):
+    """Buffers of every kind, one of them shared, one of them absent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("count", torch.tensor(2**53 - 1))
+        self.register_buffer("mask", torch.tensor([[True, False], [False, True]]))
+        self.register_buffer("phases", torch.polar(torch.ones(2, 2), torch.arange(4.0).view(2, 2)))
+        self.register_buffer("small", torch.randn(3).bfloat16(), persistent=False)
+        self.register_buffer("bound", torch.tensor([-float("inf"), 1.0]))
+        self.register_buffer("none", None)
+        self.norm.register_buffer("shared", self.small)
+
+
+def test_all_buffers_survive_the_way_through_one_flat_vector() -> None:
+    module = Buffers()
+    for number in range(3):
+        module.norm(torch.randn(5, 3) * number)
+    flat, before = flat_buffers(module), {name: buffer.clone() for name, buffer in module.named_buffers()}
+    assert flat.dtype == torch.float64
+    assert len(flat) == 3 + 3 + 1 + 1 + 4 + 8 + 3 + 2
+    for buffer in module.buffers():
+        buffer.zero_()
+    load_buffers(module, flat)
+    for name, buffer in module.named_buffers():
+        assert torch.equal(buffer, before[name])
+        assert buffer.dtype == before[name].dtype
+    assert int(module.norm.num_batches_tracked) == 3  # type: ignore[arg-type]
+
+
+def test_counters_of_a_mean_are_rounded_and_statistics_are_not() -> None:
+    one, other = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    for count in range(4):
+        other(torch.full((3, 2), float(count)))
+    mean = torch.stack([flat_buffers(one), flat_buffers(other)]).mean(0) + 0.4 * (flat_buffers(one) == 0)
+    load_buffers(one, mean)
+    assert int(one.num_batches_tracked) == 2  # type: ignore[arg-type]
+    torch.testing.assert_close(one.running_var, (1 + other.running_var) / 2)  # type: ignore[operator]
+
+
+def test_a_replica_gives_and_takes_its_buffers_while_it_trains() -> None:
+    replica = Replica(convolutional)
+    replica.it.compute(batches(1)[0])
+    OBJECTIVE(replica.plain, batches(1)[0])
+    assert torch.equal(replica.it.buffers(), flat_buffers(replica.plain))
+    replica.it.set_buffers(torch.arange(9.0, dtype=torch.float64))
+    assert torch.equal(flat_buffers(replica.module), torch.arange(9.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_vector_loaded_into_a_module_is_read_back_and_frozen_parameters_stay(model: Callable[[], nn.Module]) -> None:
+    module, layout = build(model, 1, biases_apart)
+    frozen = [parameter.clone() for parameter in module.parameters() if not parameter.requires_grad]
+    flat = torch.arange(layout.length, dtype=layout.dtype)
+    load_parameters(module, layout, flat)
+    assert torch.equal(flat_parameters(module, layout), flat)
+    left = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    assert all(torch.equal(now, before) for now, before in zip(left, frozen, strict=True))
+
+
+def test_the_initial_values_are_those_of_the_seed() -> None:
+    built = [flat_parameters(*build(perceptron, seed, None)) for seed in (1, 1, 2)]
+    torch.manual_seed(1)
+    assert torch.equal(built[0], nn.utils.parameters_to_vector(perceptron().parameters()).detach())
+    assert torch.equal(built[0], built[1])
+    assert not torch.equal(built[0], built[2])
+
+
+def test_a_step_replaces_model_and_loss_and_gets_the_batch_as_it_is() -> None:
+    module, batch = perceptron(), {"x": torch.ones(2, 6)}
+    stepped = Objective(None, lambda model, given: model(given["x"]).sum())
+    assert torch.equal(stepped(module, batch), module(batch["x"]).sum())
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(torch.zeros(7, 2), r"\[7, 2\]"), (torch.zeros(0), r"\[0\]"), (0.5, "float"), (None, "NoneType")]
+)
+def test_a_loss_that_is_no_scalar_is_refused_with_its_shape(value: Any, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"the loss is {said}, not a scalar") as caught:
+        Objective(lambda output, target: value)(perceptron(), batches(1)[0])
+    assert str(caught.value).splitlines()[-1].startswith("hint: return the mean")
