@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Large Scale Distributed Deep Networks (Dean et al., NIPS 2012) for PyTorch.
 
-    import distbelief as db
+import distbelief as db
 
-    job = db.Job(model=Net, loss=nn.functional.cross_entropy, data=train_set, test=test_set,
-                 algorithm=db.Downpour(update_rule=db.adagrad(0.05)), cluster=db.Cluster(replicas=4, shards=2))
-    if __name__ == "__main__":
-        result = db.train(job)
+job = db.Job(model=Net, loss=nn.functional.cross_entropy, data=train_set, test=test_set,
+             algorithm=db.Downpour(update_rule=db.adagrad(0.05)), cluster=db.Cluster(replicas=4, shards=2))
+if __name__ == "__main__":
+    result = db.train(job)
 """
-
 
 from distbelief.cli import main
 from distbelief.cluster import Cluster
@@ -60,7 +59,7 @@ __all__ = [
     "adaptive_revision",
     "cosine_decay",
     "linear_decay",
-
+    "main",
     "optimizer",
     "sgd",
     "train",

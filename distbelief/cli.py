@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: builds the same values as a script would.
 
-    distbelief train FILE.py [--width 512] [--cluster.replicas 4] [--algorithm.n-push 2] [--epochs 3]
-    distbelief resume RUN [--cluster.shards 3]
-    distbelief export RUN model.safetensors
-    distbelief show RUN
+distbelief train FILE.py [--width 512] [--cluster.replicas 4] [--algorithm.n-push 2] [--epochs 3]
+distbelief resume RUN [--cluster.shards 3]
+distbelief export RUN model.safetensors
+distbelief show RUN
 """
 
 import ast
@@ -100,7 +100,9 @@ def _show(arguments: list[str]) -> None:
         print(f"plot          {path}")
 
 
-def _launch(make_job: Callable[..., Job], before: Launch, arguments: Sequence[str], program: str, run: Path | None) -> None:
+def _launch(
+    make_job: Callable[..., Job], before: Launch, arguments: Sequence[str], program: str, run: Path | None
+) -> None:
     """Parse the options of the script and of the job together, build the job and train it."""
     hints = get_type_hints(make_job, include_extras=True)
     own = [
@@ -108,7 +110,7 @@ def _launch(make_job: Callable[..., Job], before: Launch, arguments: Sequence[st
         for name, parameter in inspect.signature(make_job).parameters.items()
     ]
     options_type = dataclasses.make_dataclass("Options", [*own, *_override_fields(Job)], kw_only=True)
-    options = tyro.cli(options_type, args=list(arguments), prog=program, description=inspect.getdoc(make_job) or "")
+    options: Any = tyro.cli(options_type, args=list(arguments), prog=program, description=inspect.getdoc(make_job) or "")
     given = {name: getattr(options, name) for name, _, _ in own}
     overrides = before.overrides | _given(options, [name for name, _, _ in own])
     job = _override(make_job(**given), overrides)

@@ -379,9 +379,7 @@ class Coordinator:
             for replica, record in enumerate(self._replicas):
                 if record.incarnation > self.settings.incarnation:
                     shard.call(ParameterServerShard.fence, replica, record.incarnation - 1)
-            known = self._statuses.get(index)
-            lost = max(0, known.version - version) if known else 0
-            self.emit(events.ShardRestored(shard=index, version=version, lost_updates=lost))
+            self.emit(events.ShardRestored(shard=index, version=version))
 
         self._later(shard.call(ParameterServerShard.restore, str(folder), manifest.shards), restored)
 
@@ -404,9 +402,7 @@ class Coordinator:
         counters.refused += refusal.examples
         counters.refused_pushes += 1
         self.emit(
-            events.PushRefused(
-                replica=replica, step=refusal.step, examples=refusal.examples, reason=refusal.reason
-            )
+            events.PushRefused(replica=replica, step=refusal.step, examples=refusal.examples, reason=refusal.reason)
         )
         if counters.refused_pushes > self.settings.refusals and self._failure is None:
             self._failure = TrainingFailed(

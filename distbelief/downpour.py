@@ -45,7 +45,7 @@ class Downpour:
     accrue: Literal["mean", "sum"] = "mean"
     """What a push holds of the gradients of its mini-batches."""
     warmstart: int | None = None
-    """Examples that one replica trains on alone before the others are released in stages; None derives it, 0 is none."""
+    """Examples that one replica trains on before the others are released in stages; None derives it, 0 is none."""
     local_rate: float | None = None
     """Rate of a local gradient step after each mini-batch, for n_fetch > 1; None for none."""
     clip_norm: float | None = None
@@ -61,7 +61,7 @@ class Downpour:
                 raise ConfigurationError(
                     f"Downpour({name}={getattr(self, name)}) would never happen", hint=f"set {name} to 1 or more"
                 )
-        if self.warmstart is not None and self.warmstart < 0 or self.refusals < 0:
+        if (self.warmstart is not None and self.warmstart < 0) or self.refusals < 0:
             raise ConfigurationError(
                 f"Downpour(warmstart={self.warmstart}, refusals={self.refusals}): counts cannot be negative",
                 hint="use 0 or more, or warmstart=None to derive it",
@@ -124,6 +124,7 @@ class DownpourReplica:
         try:
             for lease in self.leases():
                 for position, examples, batch in self.data.mini_batches(lease):
+                    self.adopt(0.0)
                     if step % n_fetch == 0 and step > 0:
                         self.start_fetch()
                     self.adopt(self.patience())

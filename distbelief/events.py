@@ -64,11 +64,13 @@ class LeasesReturned(Event, frozen=True):
 
 
 class ShardRestored(Event, frozen=True):
-    """A dead shard came back from a checkpoint; `lost_updates` acknowledged pushes are gone from its span."""
+    """A dead shard came back from a checkpoint, at the version it had there.
+
+    How many acknowledged pushes are gone from its span shows when replicas push again; JobFinished has the count.
+    """
 
     shard: int
     version: int
-    lost_updates: int
 
 
 class PushRefused(Event, frozen=True):

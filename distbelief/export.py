@@ -74,12 +74,11 @@ def state_dict(run: Path) -> dict[str, torch.Tensor]:
 def _value(entry: Entry, flat: torch.Tensor) -> torch.Tensor:
     """A new tensor with the values that the flat vector has for the entry."""
     dtype: torch.dtype = getattr(torch, entry.dtype)
-    length = torch.Size(entry.shape).numel()
+    length = torch.Size(entry.shape).numel() * (2 if dtype.is_complex else 1)
+    part = flat[entry.start : entry.start + length].clone()
     if dtype.is_complex:
-        parts = flat[entry.start : entry.start + 2 * length].view(*entry.shape, 2)
-        return torch.view_as_complex(parts).to(dtype, copy=True)
-    part = flat[entry.start : entry.start + length].view(entry.shape)
-    return (part if dtype.is_floating_point else part.round()).to(dtype, copy=True)
+        return torch.view_as_complex(part.view(*entry.shape, 2)).to(dtype)
+    return (part if dtype.is_floating_point else part.round()).view(entry.shape).to(dtype)
 
 
 def export(run: Path, path: Path) -> int:

@@ -26,15 +26,23 @@ from distbelief.engine.base import Engine, Faults, Home
 from distbelief.engine.local import LocalEngine
 from distbelief.engine.pickles import SHARED
 from distbelief.engine.simulated import Costs, SimulatedEngine
-from distbelief.errors import CheckpointError, ConfigurationError, DistbeliefError
+from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.evaluator import Evaluator
 from distbelief.events import AnyEvent, Listener, Observation
 from distbelief.export import write_template
 from distbelief.job import Facts, Job, Prepared, prepare
 from distbelief.launch import Launch, of_main
-from distbelief.model_replica import ModelReplica, build, flat_buffers, flat_parameters, load_buffers, load_parameters, pick_device
+from distbelief.model_replica import (
+    ModelReplica,
+    build,
+    flat_buffers,
+    flat_parameters,
+    load_buffers,
+    load_parameters,
+    pick_device,
+)
 from distbelief.parameter_server import ParameterServer, ParameterServerShard, shard_name
-from distbelief.parameters import Layout, Span, cut
+from distbelief.parameters import Span, cut
 from distbelief.portions import Leases, Warmstart, lease_size
 from distbelief.report.files import EventFile, read_events, write_summary
 from distbelief.report.summary import Summary, summarize, text
@@ -50,7 +58,7 @@ class Result:
     """What a job came to."""
 
     model: nn.Module
-    """The trained module, on the CPU, in eval mode, with the servers' parameters and the mean of the replicas' buffers."""
+    """The trained module: in eval mode, with the servers' parameters and the mean of the replicas' buffers."""
     summary: Summary
     run: Path
     """The run folder: checkpoints, events.jsonl, summary.json, TensorBoard files."""
@@ -95,8 +103,8 @@ def train(
     """Train `job` and return the trained model.
 
     `resume` continues the run in that folder from its newest checkpoint. `faults` scripts deaths and slowness, `costs`
-    are the simulated engine's times. `listeners` hear every event; `view=False` prints nothing. `launch` is how to start
-    the job again, kept for `distbelief resume`; by default the running script.
+    are the simulated engine's times. `listeners` hear every event; `view=False` prints nothing. `launch` is how
+    to start the job again, kept for `distbelief resume`; by default the running script.
 
     Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError.
     """
@@ -133,7 +141,11 @@ def train(
                 reason = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
                 raise
             finally:
-                emit(coordinator.finished(reason, f"distbelief resume {run}", f"distbelief export {run} model.safetensors"))
+                emit(
+                    coordinator.finished(
+                        reason, f"distbelief resume {run}", f"distbelief export {run} model.safetensors"
+                    )
+                )
                 _write_summary(run, record.summary())
     return Result(module.eval(), record.summary(), run)
 

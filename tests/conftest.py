@@ -6,6 +6,7 @@ Every process that a test starts, and every process that those start, inherits a
 outlives a test is found even when its parent is gone, and what other people run on this machine is not counted.
 """
 
+import contextlib
 import gc
 import os
 import secrets
@@ -48,8 +49,9 @@ def children() -> list[str]:
     """The children of this process, those included that ended and were not waited for: "pid command"."""
     found = []
     for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            found.append(f"{pid} {Path('/proc', pid, 'comm').read_text().strip()}")
+        with contextlib.suppress(FileNotFoundError):  # the thread or the child ended meanwhile
+            for pid in (task / "children").read_text().split():
+                found.append(f"{pid} {Path('/proc', pid, 'comm').read_text().strip()}")
     return found
 
 

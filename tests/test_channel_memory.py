@@ -178,6 +178,7 @@ class Keeper:
 
     @exported
     def keep(self, values: torch.Tensor, out: Out) -> int:
+        out.zero_()
         self.kept = [values, out]
         return len(values)
 

@@ -42,13 +42,18 @@ def test_one_replica_that_awaits_its_fetches_equals_the_plain_loop_bit_for_bit(
     ("rule", "optimizer"),
     [
         (db.sgd(0.1), functools.partial(torch.optim.SGD, lr=0.1, fused=True)),
-        (db.adagrad(0.1, weight_decay=0.01), functools.partial(torch.optim.Adagrad, lr=0.1, weight_decay=0.01, fused=True)),
+        (
+            db.adagrad(0.1, weight_decay=0.01),
+            functools.partial(torch.optim.Adagrad, lr=0.1, weight_decay=0.01, fused=True),
+        ),
     ],
 )
 def test_any_torch_optimizer_in_the_shard_does_what_it_does_in_the_plain_loop(
     rule: db.UpdateRule, optimizer: Any, tmp_path: Path
 ) -> None:
-    job = problems.job(cluster=db.Cluster(replicas=1, shards=3, engine="simulated"), algorithm=AWAITED(update_rule=rule))
+    job = problems.job(
+        cluster=db.Cluster(replicas=1, shards=3, engine="simulated"), algorithm=AWAITED(update_rule=rule)
+    )
     reference = problems.fresh_model(job)
     problems.plain_loop(job, optimizer(reference.parameters()), reference)
     assert problems.same_parameters(trained(job, tmp_path).model, reference)

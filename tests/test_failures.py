@@ -131,7 +131,9 @@ def test_a_gradient_that_is_not_finite_is_refused_and_counted_and_harms_nothing(
 
 def test_too_many_refused_pushes_stop_the_job_naming_replica_and_step(tmp_path: Path) -> None:
     job = simulated(model=Poisoned, algorithm=db.Downpour(refusals=3))
-    with pytest.raises(db.TrainingFailed, match=r"4 pushes were refused, the limit is 3; the last by replica \d at its"):
+    with pytest.raises(
+        db.TrainingFailed, match=r"4 pushes were refused, the limit is 3; the last by replica \d at its"
+    ):
         trained(job, tmp_path)
 
 

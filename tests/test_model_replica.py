@@ -230,13 +230,11 @@ def test_a_gradient_that_is_not_finite_is_not_given_and_spoils_nothing_after_it(
 
 def test_a_finite_gradient_whose_sum_overflows_is_given() -> None:
     replica = Replica()
-    replica.it.compute((batches(1)[0][0], torch.full((7, 2), 1.0)))
-    for _ in range(2):
-        gradient = replica.it.take_gradient(mean=True, clip_norm=None)
-        assert gradient is not None
-        replica.it.compute((batches(1)[0][0], torch.full((7, 2), 1e18)))
-        for buffer in replica.host[2:]:
-            buffer.fill_(3e38)
+    replica.it.compute(batches(1)[0])
+    for buffer in replica.host[2:]:
+        buffer.fill_(3e38)
+    gradient = replica.it.take_gradient(mean=True, clip_norm=None)
+    assert gradient is not None
     assert gradient.isfinite().all()
     assert not gradient.sum().isfinite()
 
@@ -358,7 +356,8 @@ def test_a_step_replaces_model_and_loss_and_gets_the_batch_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(torch.zeros(7, 2), r"\[7, 2\]"), (torch.zeros(0), r"\[0\]"), (0.5, "float"), (None, "NoneType")]
+    ("value", "said"),
+    [(torch.zeros(7, 2), r"\[7, 2\]"), (torch.zeros(0), r"\[0\]"), (0.5, "float"), (None, "NoneType")],
 )
 def test_a_loss_that_is_no_scalar_is_refused_with_its_shape(value: Any, said: str) -> None:
     with pytest.raises(ConfigurationError, match=f"the loss is {said}, not a scalar") as caught:

@@ -57,7 +57,7 @@ class Here(Remote[Any]):
 
 
 @dataclass
-class Here_and_now:  # noqa: N801 - reads as what it is
+class FakeHome:
     """A home whose clock moves when somebody sleeps."""
 
     roles: dict[str, Any] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Servers:
     """All shards, and the replicas' views of them."""
 
     def __init__(self, rule: Any, shards: int, *, ready: bool = True) -> None:
-        self.home, self.spans = Here_and_now(), cut(LENGTH, shards)
+        self.home, self.spans = FakeHome(), cut(LENGTH, shards)
         self.shards = [ParameterServerShard(self.home, span, layout(), rule) for span in self.spans]
         self.home.roles = {shard_name(index): shard for index, shard in enumerate(self.shards)}
         if ready:
@@ -328,7 +328,11 @@ def test_a_restored_shard_counts_exactly_the_acknowledged_pushes_that_it_lost(
 def test_a_restore_that_cannot_give_the_whole_span_says_so(tmp_path: Path) -> None:
     files = Servers(rules.adagrad(0.1), 2).snapshot(tmp_path)
     half = len(cut(LENGTH, 2)[1])
-    for given, message in ((files[:0], "lacks 331 of the 331"), (files[:1], f"lacks {half} of"), (files, "cannot be read")):
+    for given, message in (
+        (files[:0], "lacks 331 of the 331"),
+        (files[:1], f"lacks {half} of"),
+        (files, "cannot be read"),
+    ):
         if given is files:
             (tmp_path / files[1].name).write_bytes(b"nothing")
         servers = Servers(rules.adagrad(0.1), 1, ready=False)
@@ -371,8 +375,8 @@ class Failing:
 @pytest.mark.parametrize("error", [PeerLost("gone"), DeadlineExceeded("late"), NotReady("new")])
 def test_a_call_whose_peer_was_lost_is_made_again_until_it_is_answered(error: Exception) -> None:
     for poll in (True, False):
-        home, answers = Here_and_now(), iter([Failing(error), Failing(error), Failing(error), Done(8)])
-        call: Insistent[int] = Insistent(home, lambda: next(answers))  # noqa: B023 - made again at once
+        home, answers = FakeHome(), iter([Failing(error), Failing(error), Failing(error), Done(8)])
+        call: Insistent[int] = Insistent(home, lambda: next(answers))
         while poll and not call.done():
             home.sleep(0.01)
         assert call.result() == call.result() == 8
@@ -380,12 +384,12 @@ def test_a_call_whose_peer_was_lost_is_made_again_until_it_is_answered(error: Ex
 
 
 def test_a_call_is_given_up_when_patience_ends_and_at_once_when_the_peer_answered_with_an_error() -> None:
-    home = Here_and_now()
+    home = FakeHome()
     with pytest.raises(PeerLost, match="gone"):
         Insistent(home, lambda: Failing(PeerLost("gone")), patience_seconds=5).result()
     assert 5 <= home.now() < 6
     for error in (Fenced("replaced"), RemoteError("raised")):
-        call: Insistent[Any] = Insistent(home, lambda: Failing(error))  # noqa: B023
+        call: Insistent[Any] = Insistent(home, lambda: Failing(error))
         assert call.done()
         with pytest.raises(type(error)):
             call.result()

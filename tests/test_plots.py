@@ -180,7 +180,7 @@ def eventful_run() -> list[Observation]:
         Observation(1.6, events.LeasesReturned(replica=1, leases=1, examples=20, repeated=7)),
         Observation(1.7, events.RoleStarted(role="replica/1", incarnation=1)),
         evaluated(1.8, 500, 0.875),
-        Observation(3.0, events.ShardRestored(shard=0, version=12, lost_updates=3)),
+        Observation(3.0, events.ShardRestored(shard=0, version=12)),
         Observation(3.1, events.PushRefused(replica=0, step=12, examples=10, reason="not finite")),
         Observation(3.2, events.CheckpointFailed(path="c/2", reason="no space left on device")),
         Observation(3.3, events.CheckpointRejected(path="c/0", reason="checksum differs")),

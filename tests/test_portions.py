@@ -194,9 +194,7 @@ def test_at_every_moment_what_counts_as_settled_is_applied_on_every_shard() -> N
         for _ in range(400):
             one.step()
             one.check()
-            assert one.leases.epoch == min(
-                (lease.epoch for lease in one.leases.unsettled()), default=one.leases.epoch
-            )
+            assert one.leases.epoch == min((lease.epoch for lease in one.leases.unsettled()), default=one.leases.epoch)
 
 
 def test_without_deaths_nothing_repeats_and_every_shard_applies_each_position_once() -> None:

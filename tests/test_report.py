@@ -83,7 +83,7 @@ def checkpoint(examples: int) -> events.CheckpointWritten:
 
 
 LOST = events.RoleLost(role="replica/1", incarnation=0, reason="killed by signal 9")
-RESTORED = events.ShardRestored(shard=0, version=12, lost_updates=3)
+RESTORED = events.ShardRestored(shard=0, version=12)
 
 
 def scripted_run() -> list[Observation]:

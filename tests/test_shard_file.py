@@ -37,9 +37,7 @@ def write(folder: Path, vectors: dict[str, torch.Tensor], shards: int) -> list[S
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shards", [1, 2, 7])
-def test_every_span_of_every_vector_is_read_back_from_any_cut(
-    shards: int, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_every_span_of_every_vector_is_read_back_from_any_cut(shards: int, dtype: torch.dtype, tmp_path: Path) -> None:
     vectors = {"parameters": numbers(61, 1, dtype), "sum": numbers(61, 2, dtype)}
     files = write(tmp_path, vectors, shards)
     assert [(file.start, file.stop) for file in files] == [(span.start, span.stop) for span in cut(61, shards)]
@@ -54,7 +52,9 @@ def test_every_span_of_every_vector_is_read_back_from_any_cut(
 
 @given(some.data())
 @settings(max_examples=50, deadline=None)
-def test_reading_a_span_equals_slicing_the_vector(tmp_path_factory: pytest.TempPathFactory, data: some.DataObject) -> None:
+def test_reading_a_span_equals_slicing_the_vector(
+    tmp_path_factory: pytest.TempPathFactory, data: some.DataObject
+) -> None:
     length = data.draw(some.integers(1, 40))
     folder = tmp_path_factory.mktemp("files")
     vector = numbers(length, 3)

@@ -37,7 +37,7 @@ class AcceptingSide:
         self.challenge = secrets.token_bytes(NONCE_BYTES)
 
     def take(self, message: bytes) -> tuple[bytes, bool]:
-        """(what to send back, whether the exchange is over). Raises AuthenticationError for a caller without the key."""
+        """(what to send back, whether that is all). Raises AuthenticationError for a caller without the key."""
         nonce, proof = message[:NONCE_BYTES], message[NONCE_BYTES:]
         if not hmac.compare_digest(proof, _proof(self._key, b"calling", self.challenge, nonce)):
             raise AuthenticationError("a caller did not prove knowledge of the job's key; it was refused")

@@ -13,7 +13,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Annotated, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import msgspec
@@ -108,7 +108,7 @@ class Signature:
         return tuple(named[name] for name in self.parameters)
 
 
-@lru_cache(maxsize=None)
+@cache
 def signature_of(method: Callable[..., Any]) -> Signature:
     """The signature of an exported method, from its annotations. Raises TypeError when it is not exported."""
     if not getattr(method, "__exported__", False):
@@ -130,13 +130,13 @@ def signature_of(method: Callable[..., Any]) -> Signature:
         tensor_modes=tuple(modes),
         outputs=tuple(mode for mode in modes if mode is not None),
         fields_encoder=msgspec.msgpack.Encoder(),
-        fields_decoder=msgspec.msgpack.Decoder(tuple[tuple(field_types)] if field_types else tuple[()]),
+        fields_decoder=msgspec.msgpack.Decoder(typing.cast(Any, tuple)[tuple(field_types)] if field_types else tuple[()]),
         answer_decoder=msgspec.msgpack.Decoder(answer),
     )
 
 
-@lru_cache(maxsize=None)
-def exported_methods(role: type) -> dict[str, Callable[..., Any]]:
+@cache
+def exported_methods(role: type[Any]) -> dict[str, Callable[..., Any]]:
     """The methods of a role's class that may be called by name, and nothing else of it."""
     return {
         name: member

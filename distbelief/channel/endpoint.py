@@ -129,7 +129,7 @@ class Endpoint:
             listener.setblocking(False)
             self.watch(listener, self._accept)
 
-    def answer_with(self, role: object) -> None:
+    def answer_with(self, role: Any) -> None:
         """Let the exported methods of `role` answer calls from now on."""
         self._role, self._methods = role, exported_methods(type(role))
 
@@ -319,7 +319,8 @@ class Endpoint:
                     if written and not connection.reference(tensor).block
                 ]
         if sum(map(len, parts)) != body_bytes:
-            raise ProtocolError(f"a frame carries {body_bytes} bytes of tensors, its header says {sum(map(len, parts))}")
+            named = sum(map(len, parts))
+            raise ProtocolError(f"a frame carries {body_bytes} bytes of tensors, its header says {named}")
         return parts
 
     def _deliver(self, connection: Connection, header: Header) -> None:

@@ -200,7 +200,7 @@ class LocalEngine(LocalHome):
         assert self._control is not None
         birth = functools.partial(_birth, name, incarnation, self._plan, factory, arguments)
         listener = self._listeners.get(name)
-        self._started = self._started or time.monotonic()
+        self._started = time.monotonic() if self._started is None else self._started
         self._alive[name] = incarnation
         with contextlib.suppress(OSError):
             zygote.send(
@@ -219,11 +219,11 @@ class LocalEngine(LocalHome):
 
     def deaths(self) -> list[Death]:
         """Roles that ended since last asked; also where scripted kills happen."""
-        while self._script and time.monotonic() - self._started >= self._script[0][0] and self._control is not None:
+        elapsed = 0.0 if self._started is None else time.monotonic() - self._started
+        while self._script and elapsed >= self._script[0][0] and self._script[0][1] in self.processes:
             _, role, number = self._script.pop(0)
-            if role in self.processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self.processes[role], number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.processes[role], number)
         deaths, self._deaths = self._deaths, []
         return deaths
 
@@ -302,7 +302,7 @@ def _listen(role: str, transport: Transport) -> socket.socket:
 
 def _address(listener: socket.socket) -> Address:
     name = listener.getsockname()
-    return name.decode() if isinstance(name, bytes) else tuple(name)  # type: ignore[return-value]
+    return name.decode() if isinstance(name, bytes) else tuple(name)
 
 
 def _arena(buffers: list[pickle.PickleBuffer]) -> int:

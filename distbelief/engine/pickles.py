@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 
-
 class Shared:
     """Stands for what `Engine.load` prepared, in the arguments of a role."""
 

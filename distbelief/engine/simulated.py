@@ -18,6 +18,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, final
 
 import msgspec
@@ -45,8 +46,8 @@ class Costs:
 
     latency_seconds: float = 50e-6
     """One way of a call or an answer, without its tensors."""
-    bytes_per_second: float = 10e9
-    """Bandwidth of tensors between any two roles."""
+    bytes_per_second: float = 1e12
+    """Bandwidth of tensors between any two roles; the default is shared memory, where they do not travel."""
     serving_bytes_per_second: float = 10e9
     """How fast a shard works through the tensors of a call: one fused optimizer pass measured 9.7e9."""
     example_seconds: float = 125e-6
@@ -167,7 +168,7 @@ class SimulatedHome:
 
     def __init__(self, name: str, incarnation: int, engine: "SimulatedEngine") -> None:
         self.name, self.incarnation, self._engine = name, incarnation, engine
-        self.role: object = None
+        self.role: Any = None
         self.alive = True
         self.activity: _Activity | None = None
         self.queue: deque[_Call] = deque()
@@ -430,7 +431,8 @@ class SimulatedEngine(SimulatedHome):
         lost = [*home.queue, *([home.serving] if home.serving else [])]
         for call in lost:
             error = PeerLost(f"{home.name} died")
-            self.at(self.clock + self.costs.latency_seconds, lambda call=call, error=error: call.answer.settle(error=error))  # type: ignore[misc]
+            settle = partial(call.answer.settle, error=error)
+            self.at(self.clock + self.costs.latency_seconds, settle)
         if home.activity is not None and home.activity is not self.current:
             self.at(self.clock, home.activity.kill)
 

@@ -157,7 +157,7 @@ class Zygote:
             self._shared, description = prepare(*arguments)
             gc.collect()
             gc.freeze()
-            answer = ("loaded", pickle.dumps(description), None)
+            answer: tuple[str, bytes | None, DistbeliefError | None] = ("loaded", pickle.dumps(description), None)
         except DistbeliefError as error:
             answer = ("loaded", None, error)
         except BaseException as error:

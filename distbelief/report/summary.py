@@ -153,8 +153,6 @@ def _after(summary: Summary, observation: Observation) -> Summary:
             return replace(summary, examples=examples)
         case PushRefused(examples=refused):
             return replace(summary, refused=summary.refused + refused)
-        case ShardRestored(lost_updates=lost_updates):
-            return replace(summary, lost_updates=summary.lost_updates + lost_updates)
         case CheckpointWritten() | CheckpointFailed() | CheckpointRejected():
             return _checkpointed(summary, event)
         case JobFinished():
@@ -293,8 +291,8 @@ def sentence(event: AnyEvent) -> str | None:
         case LeasesReturned(replica=replica, leases=leases, examples=examples, repeated=repeated):
             repeats = f", {repeated:,} of them applied already" if repeated else ""
             return f"replica {replica} gave back {count(leases, 'lease')} of {count(examples, 'example')}{repeats}"
-        case ShardRestored(shard=shard, version=version, lost_updates=lost):
-            return f"shard {shard} was restored at version {version:,}, {count(lost, 'update')} lost"
+        case ShardRestored(shard=shard, version=version):
+            return f"shard {shard} was restored from its checkpoint at version {version:,}"
         case PushRefused(replica=replica, step=step, reason=reason):
             return f"replica {replica} refused its push of step {step:,}: {first_line(reason)}"
         case Progress():
@@ -326,8 +324,9 @@ def _start(event: JobStarted) -> str:
 
 
 def values_of(event: Evaluated) -> dict[str, float]:
-    """What was measured on the test set by name, the loss among it where there is one."""
-    return ({} if event.loss is None else {"loss": event.loss}) | event.metrics
+    """What was measured on the test set by name, the loss among it where there is one; nan for what was not finite."""
+    metrics = {name: math.nan if value is None else value for name, value in event.metrics.items()}
+    return ({} if event.loss is None else {"loss": event.loss}) | metrics
 
 
 def measured(values: dict[str, float]) -> str:

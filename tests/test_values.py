@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of what users write: what cannot work is refused before anything starts, in their numbers, with a way out."""
+
+import dataclasses
+import pickle
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import classifier, job, points
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+import distbelief as db
+from distbelief.job import prepare
+
+cross_entropy = nn.functional.cross_entropy
+
+
+def refused(call: Callable[[], object]) -> str:
+    """The message of the refusal; it ends with what to do."""
+    with pytest.raises(db.ConfigurationError) as caught:
+        call()
+    problem, hint = str(caught.value).split("\nhint: ")
+    assert problem
+    assert hint
+    assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
+    return str(caught.value)
+
+
+def refused_by_train(folder: Path, **fields: Any) -> str:
+    """The message of a job that is refused, having left nothing behind."""
+    run = folder / "run"
+    message = refused(lambda: db.train(job(run=run, **fields), view=False))
+    assert not run.exists()
+    return message
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (partial(db.Cluster, replicas=0), "Cluster(replicas=0): a job needs at least 1"),
+        (partial(db.Cluster, replicas=-4), "replicas=-4"),
+        (partial(db.Cluster, shards=0), "Cluster(shards=0)"),
+        (partial(db.Cluster, threads_per_replica=0), "threads_per_replica=0"),
+        (partial(db.Cluster, silence_seconds=0.0), "silence_seconds=0.0"),
+        (partial(db.Cluster, silence_seconds=-1.0), "silence_seconds=-1.0"),
+        (partial(db.Downpour, n_fetch=0), "Downpour(n_fetch=0)"),
+        (partial(db.Downpour, n_push=-2), "Downpour(n_push=-2)"),
+        (partial(db.Downpour, backlog=0), "Downpour(backlog=0)"),
+        (partial(db.Downpour, warmstart=-1), "warmstart=-1"),
+        (partial(db.Downpour, refusals=-1), "refusals=-1"),
+        (partial(db.Downpour, clip_norm=0.0), "Downpour(clip_norm=0.0) must be positive"),
+        (partial(db.Downpour, clip_norm=float("nan")), "clip_norm=nan"),
+        (partial(db.Downpour, local_rate=-0.1), "local_rate=-0.1"),
+        (partial(db.Downpour, local_rate=0.1, n_fetch=3, n_push=2), "n_fetch=3, n_push=2"),
+        (partial(job, epochs=0), "Job(epochs=0)"),
+        (partial(job, batch_size=-1), "Job(batch_size=-1)"),
+        (partial(job, keep_checkpoints=0), "Job(keep_checkpoints=0)"),
+        (partial(job, evaluate_every=0), "evaluate_every=0"),
+        (partial(job, checkpoint_seconds=0.0), "checkpoint_seconds=0.0"),
+        (partial(job, checkpoint_seconds=float("nan")), "checkpoint_seconds=nan"),
+        (partial(job, loss=None), "neither was given"),
+        (partial(job, step=lambda model, batch: None), "both were given"),
+        (partial(job, model=classifier()), "Sequential that is built already"),
+        (partial(job, model="Net"), "str, which cannot be called"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_when_it_is_made(build: Callable[[], object], said: str) -> None:
+    assert said in refused(build)
+
+
+def test_values_are_frozen_equal_by_their_fields_and_travel_by_pickle() -> None:
+    for value in (db.Cluster(replicas=3), db.Downpour(n_push=2, update_rule=db.adam()), job()):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            value.replicas = 7  # type: ignore[misc, union-attr]
+    for value in (db.Cluster(replicas=3), db.Downpour(n_push=2, update_rule=db.adam())):
+        assert pickle.loads(pickle.dumps(value)) == value == dataclasses.replace(value)
+    assert pickle.loads(pickle.dumps(job())).cluster == job().cluster
+
+
+def test_more_shards_than_parameters_are_refused_with_both_numbers(tmp_path: Path) -> None:
+    message = refused_by_train(tmp_path, cluster=db.Cluster(shards=300, engine="simulated"))
+    assert "cannot cut 259 parameters into 300 shards" in message
+    assert "hint: use Cluster(shards=259) or fewer" in message
+
+
+def test_a_batch_larger_than_the_data_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    message = refused_by_train(tmp_path, batch_size=641)
+    assert "a mini-batch of 641 examples is larger than the data, which has 640" in message
+    assert "use batch_size=640 or less" in message
+    assert "is not empty" in refused_by_train(tmp_path, data=partial(points, 0))
+
+
+def frozen() -> nn.Module:
+    return classifier().requires_grad_(False)
+
+
+def doubly_owned() -> nn.Module:
+    module = classifier()
+    module.other = nn.Linear(12, 16, bias=False)
+    module.other.weight = nn.Parameter(module[0].weight.data)  # type: ignore[index]
+    return module
+
+
+def mixed() -> nn.Module:
+    module = classifier()
+    module.other = nn.Linear(2, 2).double()
+    return module
+
+
+def test_models_without_a_flat_vector_are_refused_by_the_names_of_their_parameters(tmp_path: Path) -> None:
+    assert "Sequential has no trainable parameters" in refused_by_train(tmp_path, model=frozen)
+    message = refused_by_train(tmp_path, model=doubly_owned)
+    assert "parameters 0.weight and other.weight are different views of the same memory" in message
+    message = refused_by_train(tmp_path, model=mixed)
+    assert "parameter other.weight has dtype torch.float64, 0.weight has torch.float32" in message
+
+
+def per_example(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output, target, reduction="none")
+
+
+def as_number(output: Tensor, target: Tensor) -> float:
+    return float(nn.functional.cross_entropy(output, target))
+
+
+def test_a_loss_that_is_no_scalar_is_refused_with_its_shape(tmp_path: Path) -> None:
+    assert "the loss is [16], not a scalar" in refused_by_train(tmp_path, loss=per_example)
+    assert "the loss is float, not a scalar" in refused_by_train(tmp_path, loss=as_number)
+
+
+class Stream(IterableDataset[Any]):
+    """Data without length and index."""
+
+    def __iter__(self) -> Any:
+        return iter([])
+
+
+def test_data_that_cannot_be_indexed_are_refused_by_their_type(tmp_path: Path) -> None:
+    for data, said in ((Stream(), "Job(data=...) is a Stream"), (None, "NoneType"), (partial(int, 3), "is a int")):
+        assert said in refused_by_train(tmp_path, data=data)
+    assert "Job(test=...) is a Stream" in refused_by_train(tmp_path, test=Stream())
+    assert "the test set is empty" in refused_by_train(tmp_path, test=[])
+
+
+class Ready(TensorDataset):
+    """A data set class that needs no arguments."""
+
+    def __init__(self) -> None:
+        super().__init__(*points(40).tensors)
+
+
+@pytest.mark.parametrize("data", [points(40), partial(points, 40), Ready, Ready(), list(points(40))])
+def test_data_may_be_a_data_set_a_list_or_whatever_builds_one(data: Any) -> None:
+    prepared, facts = prepare(job(data=data, test=None))
+    assert (facts.examples, len(prepared.data), facts.test_examples) == (40, 40, 0)
+    assert facts.layout.length == 259
+
+
+class Unpicklable(TensorDataset):
+    """A data set with an open file."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot pickle '_io.TextIOWrapper' object")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"data": Unpicklable(torch.zeros(40, 12), torch.zeros(40, dtype=torch.int64))},
+        {"data": lambda: points(40)},
+        {"model": lambda: classifier()},
+        {"metrics": {"accuracy": lambda output, target: 1.0}},
+    ],
+)
+def test_what_cannot_reach_other_processes_is_refused_before_one_starts(fields: dict[str, Any], tmp_path: Path) -> None:
+    message = refused_by_train(tmp_path, cluster=db.Cluster(engine="local"), **fields)
+    assert "the job cannot be handed to other processes" in message
+    assert "top level of a file" in message
+    assert "give data as a function" in message
+
+
+def test_a_run_folder_that_exists_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "model.txt").write_text("mine")
+    message = refused(lambda: db.train(job(run=tmp_path), view=False))
+    assert f"the run folder {tmp_path} exists" in message
+    assert f"distbelief resume {tmp_path}" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["model.txt"]
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused_with_the_systems_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    message = refused(lambda: db.train(job(run=tmp_path / "file" / "run"), view=False))
+    assert "cannot be written" in message
+    assert "Not a directory" in message
+
+
+def test_a_resume_without_a_run_says_so(tmp_path: Path) -> None:
+    for folder, said in ((tmp_path / "none", "is no run folder"), (tmp_path, "holds no complete checkpoint")):
+        with pytest.raises(db.CheckpointError, match=said):
+            db.train(job(), resume=folder, view=False)
+
+
+def raises_in_data() -> TensorDataset:
+    raise FileNotFoundError("my/recordings.tar")
+
+
+def raises_in_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 0 - 5))
+
+
+def raises_in_loss(output: Tensor, target: Tensor) -> Tensor:
+    return output @ target
+
+
+@pytest.mark.parametrize(
+    ("fields", "function", "error"),
+    [
+        ({"data": raises_in_data}, "raises_in_data", "my/recordings.tar"),
+        ({"model": raises_in_model}, "raises_in_model", "negative dimension -5"),
+        ({"loss": raises_in_loss}, "raises_in_loss", "size mismatch"),
+    ],
+)
+def test_a_function_of_the_user_that_raises_is_shown_with_its_own_traceback_first(
+    fields: dict[str, Any], function: str, error: str, tmp_path: Path
+) -> None:
+    with pytest.raises(db.UserCodeError) as caught:
+        db.train(job(run=tmp_path / "run", **fields), view=False)
+    message = str(caught.value)
+    assert message.startswith("Traceback (most recent call last)")
+    assert f", in {function}\n" in message
+    assert error in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_warmstart_is_derived_from_the_examples_and_the_replicas() -> None:
+    assert job(cluster=db.Cluster(replicas=4)).warmstart_examples(1000) == 50
+    assert job(cluster=db.Cluster(replicas=1)).warmstart_examples(1000) == 0
+    assert job(algorithm=db.Downpour(warmstart=7)).warmstart_examples(1000) == 7
+    assert job(algorithm=db.Downpour(warmstart=0), cluster=db.Cluster(replicas=4)).warmstart_examples(1000) == 0
+
+
+def test_threads_are_shared_among_replicas_and_never_none() -> None:
+    assert db.Cluster(threads_per_replica=3).threads == 3
+    assert db.Cluster(replicas=10_000).threads == 1
+    assert db.Cluster(replicas=1).threads >= 1
