@@ -110,7 +110,8 @@ def _launch(
         for name, parameter in inspect.signature(make_job).parameters.items()
     ]
     options_type = dataclasses.make_dataclass("Options", [*own, *_override_fields(Job)], kw_only=True)
-    options: Any = tyro.cli(options_type, args=list(arguments), prog=program, description=inspect.getdoc(make_job) or "")
+    about = inspect.getdoc(make_job) or ""
+    options: Any = tyro.cli(options_type, args=list(arguments), prog=program, description=about)
     given = {name: getattr(options, name) for name, _, _ in own}
     overrides = before.overrides | _given(options, [name for name, _, _ in own])
     job = _override(make_job(**given), overrides)

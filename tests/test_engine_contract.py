@@ -36,6 +36,8 @@ ROLES = [f"role/{index}" for index in range(100)]
 
 
 def kill_process(engine: LocalEngine, role: str) -> None:
+    while role not in engine.processes:
+        engine.sleep(0.01)
     os.kill(engine.processes[role], signal.SIGKILL)
 
 
@@ -150,6 +152,21 @@ class Caller:
         center.call(Center.report, self.home.name, [float(count), float(out.sum()), slept]).result()
         if self.fail:
             raise ValueError("the user's code has a bug")
+
+
+class Waiter:
+    """A role that waits for an answer thrice: not at all, too short, and long enough."""
+
+    def __init__(self, home: Home, other: str) -> None:
+        self.home, self.other = home, other
+
+    def run(self) -> None:
+        future = self.home.find(self.other, Clerk).call(Clerk.who)
+        numbers = []
+        for seconds in (0.0, 0.05, 20.0):
+            started = self.home.now()
+            numbers += [float(future.wait(seconds)), self.home.now() - started]
+            self.home.find(COORDINATOR, Center).call(Center.report, self.home.name, numbers).result()
 
 
 class Sleeper:
@@ -364,6 +381,25 @@ def test_background_work_is_an_answer(stage: Stage) -> None:
     assert stage.engine.background(lambda: 5).result() == 5
 
 
+def test_waiting_for_an_answer_ends_when_it_is_there_or_the_time_is_up(stage: Stage) -> None:
+    name = stage.name()
+    future = stage.find(name).call(Clerk.who)
+    waiter = stage.start(Waiter, name)
+    stage.until(lambda: len(stage.center.reports.get(waiter, [])) == 4)
+    started = stage.engine.now()
+    assert not future.wait(0.05)
+    assert 0.0499 < stage.engine.now() - started < 1.0
+    stage.start(Clerk, name=name)
+    assert future.wait(20.0)
+    assert future.done()
+    assert future.result() == (name, 0)
+    stage.until(lambda: len(stage.center.reports[waiter]) == 6)
+    none, at_once, too_short, seconds, enough, long = stage.center.reports[waiter]
+    assert (none, too_short, enough) == (0.0, 0.0, 1.0)
+    assert at_once < 0.04 < 0.0499 < seconds < 1.0
+    assert long < 5.0
+
+
 def test_time_never_goes_back_and_sleeping_takes_at_least_as_long_as_asked(stage: Stage) -> None:
     moments = [stage.engine.now()]
     for seconds in (0.0, 0.001, 0.03, -1.0):
@@ -560,28 +596,29 @@ def test_a_slow_role_computes_as_many_times_longer_as_the_script_says(own_stage:
 
 @pytest.mark.slow
 def test_a_role_dies_when_the_script_says(own_stage: Callable[..., Stage]) -> None:
-    stage = own_stage(faults=Faults(kill=((4.0, ROLES[0]), (4.0, ROLES[2]))))
+    stage = own_stage(faults=Faults(kill=((1.5, ROLES[0]), (1.6, ROLES[2]))))
+    started = stage.engine.now()
     names = [stage.up(Clerk) for _ in range(2)]
     assert stage.died() == []
     stage.until(stage.died)
+    assert stage.engine.now() - started >= 1.5
     stage.engine.sleep(0.3)
     assert stage.died() == [Death(names[0], 0, "killed by signal 9", None)]
-    assert stage.engine.now() >= 4.0
     assert stage.find(names[1]).call(Clerk.who).result() == (names[1], 0)
 
 
 @pytest.mark.slow
 def test_a_role_is_silent_for_as_long_as_the_script_says_and_then_goes_on(own_stage: Callable[..., Stage]) -> None:
-    stage = own_stage(faults=Faults(hang=((4.0, 6.5, ROLES[0]),)))
-    created = stage.engine.now()
+    stage = own_stage(faults=Faults(hang=((1.0, 2.5, ROLES[0]),)))
+    started = stage.engine.now()
     name = stage.up(Clerk)
-    stage.until(lambda: stage.died() or stage.engine.now() - created > 5.0)
+    stage.until(lambda: stage.died() or stage.engine.now() - started > 1.3)
     with pytest.raises(DeadlineExceeded):
         stage.find(name, 0.3).call(Clerk.note, 1).result()
     future = stage.find(name).call(Clerk.note, 2)
     stage.until(lambda: stage.died() or future.done())
     assert 2 in future.result()
-    assert stage.engine.now() - created > 5.5
+    assert stage.engine.now() - started >= 2.4
     assert stage.died() == []
 
 

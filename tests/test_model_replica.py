@@ -73,7 +73,7 @@ def convolutional() -> nn.Module:
 
 
 def channels_last() -> nn.Module:
-    return convolutional().to(memory_format=torch.channels_last)
+    return convolutional().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def doubled() -> nn.Module:
@@ -124,8 +124,8 @@ def flat_gradient(module: nn.Module, layout: Layout) -> Tensor:
 
 def batches(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [(3 * torch.randn(7, 6, generator=generator, dtype=dtype), torch.randn(7, 2, generator=generator, dtype=dtype))
-            for _ in range(count)]  # fmt: skip
+    numbers = torch.randn(count, 7, 8, generator=generator, dtype=dtype)
+    return [(3 * each[:, :6].contiguous(), each[:, 6:].contiguous()) for each in numbers]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -133,7 +133,7 @@ def batches(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> li
 @pytest.mark.parametrize("mean", [True, False])
 def test_the_accrued_gradient_is_that_of_autograd(model: Callable[[], nn.Module], count: int, mean: bool) -> None:
     replica = Replica(model)
-    dtype = replica.layout.dtype
+    dtype, rounded = replica.layout.dtype, model in ROUNDED
     for seed in range(3):
         given = batches(count, dtype, seed)
         for number, batch in enumerate(given):
@@ -143,7 +143,7 @@ def test_the_accrued_gradient_is_that_of_autograd(model: Callable[[], nn.Module]
         gradient = replica.it.take_gradient(mean=mean, clip_norm=None)
         assert gradient is not None
         expected = replica.plain_gradient(given) / (count if mean else 1)
-        torch.testing.assert_close(gradient, expected, **({} if model in ROUNDED else {"rtol": 0, "atol": 0}))
+        torch.testing.assert_close(gradient, expected, rtol=1e-5 * rounded, atol=1e-6 * rounded)
         assert gradient.any()
     assert torch.equal(flat_parameters(replica.module, replica.layout), replica.initial)
 
@@ -292,7 +292,7 @@ class Buffers(nn.Module):
         self.register_buffer("small", torch.randn(3).bfloat16(), persistent=False)
         self.register_buffer("bound", torch.tensor([-float("inf"), 1.0]))
         self.register_buffer("none", None)
-        self.norm.register_buffer("shared", self.small)
+        self.norm.register_buffer("shared", self.get_buffer("small"))
 
 
 def test_all_buffers_survive_the_way_through_one_flat_vector() -> None:

@@ -15,7 +15,15 @@ from torch import Tensor, nn, optim
 from distbelief import update_rule as rules
 from distbelief.channel.base import Remote, Signature
 from distbelief.errors import CheckpointError, DeadlineExceeded, Fenced, NotReady, PeerLost, RemoteError
-from distbelief.parameter_server import Applied, Insistent, ParameterServer, ParameterServerShard, Stamp, shard_name
+from distbelief.parameter_server import (
+    All,
+    Applied,
+    Insistent,
+    ParameterServer,
+    ParameterServerShard,
+    Stamp,
+    shard_name,
+)
 from distbelief.parameters import Layout, Piece, Span, cut
 from distbelief.shard_file import ShardFile
 
@@ -31,15 +39,21 @@ RULES = {
 
 
 @dataclass
-class Done:
-    """An answer that is here."""
+class Answer:
+    """An answer, or an error, that is here."""
 
-    value: Any
+    value: Any = None
+    error: Exception | None = None
 
     def done(self) -> bool:
         return True
 
+    def wait(self, seconds: float) -> bool:
+        return True
+
     def result(self) -> Any:
+        if self.error is not None:
+            raise self.error
         return self.value
 
 
@@ -53,7 +67,7 @@ class Here(Remote[Any]):
         value = getattr(self.role, signature.name)(*signature.join(fields, tensors))
         if hasattr(value, "result"):
             return value
-        return Done(signature.answer_decoder.decode(msgspec.msgpack.encode(value)))
+        return Answer(signature.answer_decoder.decode(msgspec.msgpack.encode(value)))
 
 
 @dataclass
@@ -75,7 +89,7 @@ class FakeHome:
         return Here(self.roles[role])
 
     def background(self, work: Callable[[], Any]) -> Any:
-        return Done(work())
+        return Answer(work())
 
     def spend(self, examples: int, started: float) -> None:
         self.clock += examples
@@ -325,71 +339,61 @@ def test_a_restored_shard_counts_exactly_the_acknowledged_pushes_that_it_lost(
     assert again.shards[0].status().lost_updates == lost
 
 
-def test_a_restore_that_cannot_give_the_whole_span_says_so(tmp_path: Path) -> None:
-    files = Servers(rules.adagrad(0.1), 2).snapshot(tmp_path)
-    half = len(cut(LENGTH, 2)[1])
-    for given, message in (
-        (files[:0], "lacks 331 of the 331"),
-        (files[:1], f"lacks {half} of"),
-        (files, "cannot be read"),
-    ):
-        if given is files:
-            (tmp_path / files[1].name).write_bytes(b"nothing")
-        servers = Servers(rules.adagrad(0.1), 1, ready=False)
+def test_a_restore_that_cannot_give_the_whole_span_or_is_of_another_rule_says_so(tmp_path: Path) -> None:
+    files, servers = Servers(rules.adagrad(0.1), 2).snapshot(tmp_path), Servers(rules.adagrad(0.1), 1, ready=False)
+    with pytest.raises(CheckpointError, match="resume with the rule of the checkpoint"):
+        Servers(rules.adam(0.1), 1, ready=False).restore(tmp_path, files)
+    for given, message in (([], "lacks 331 of the 331"), (files[:1], "lacks 166 of"), (files, "cannot be read")):
+        (tmp_path / files[1].name).write_bytes(b"nothing")
         with pytest.raises(CheckpointError, match=message):
             servers.restore(tmp_path, given)
         with pytest.raises(NotReady):
             servers.fetch()
 
 
-def test_a_checkpoint_of_another_rule_is_refused(tmp_path: Path) -> None:
-    first = Servers(rules.adagrad(0.1), 1)
-    train(first, 0, 2, {})
-    files = first.snapshot(tmp_path)
-    with pytest.raises(CheckpointError, match="resume with the rule of the checkpoint"):
-        Servers(rules.adam(0.1), 1, ready=False).restore(tmp_path, files)
-
-
-def test_a_shard_holds_its_span_once_for_the_parameters_and_once_per_vector_of_state(tmp_path: Path) -> None:
-    for rule, vectors in ((rules.sgd(0.1), 0), (rules.adagrad(0.1), 1), (rules.adam(0.1), 2)):
-        servers = Servers(rule, 3)
-        train(servers, 0, 3, {})
-        for shard, span in zip(servers.shards, servers.spans, strict=True):
-            own = [shard._parameters, *shard._rule.vectors().values()]
-            assert [tensor.untyped_storage().nbytes() for tensor in own] == [4 * len(span)] * (1 + vectors)
-
-
-@dataclass
-class Failing:
-    """An answer that never comes."""
-
-    error: Exception
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> Any:
-        raise self.error
+@pytest.mark.parametrize(("rule", "vectors"), [(rules.sgd(0.1), 0), (rules.adagrad(0.1), 1), (rules.adam(0.1), 2)])
+def test_a_shard_holds_its_span_once_and_once_more_per_vector_of_state(rule: Any, vectors: int) -> None:
+    servers = Servers(rule, 3)
+    train(servers, 0, 3, {})
+    for shard, span in zip(servers.shards, servers.spans, strict=True):
+        own = [shard._parameters, *shard._rule.vectors().values()]
+        assert [tensor.untyped_storage().nbytes() for tensor in own] == [4 * len(span)] * (1 + vectors)
 
 
 @pytest.mark.parametrize("error", [PeerLost("gone"), DeadlineExceeded("late"), NotReady("new")])
-def test_a_call_whose_peer_was_lost_is_made_again_until_it_is_answered(error: Exception) -> None:
-    for poll in (True, False):
-        home, answers = FakeHome(), iter([Failing(error), Failing(error), Failing(error), Done(8)])
-        call: Insistent[int] = Insistent(home, lambda: next(answers))
-        while poll and not call.done():
-            home.sleep(0.01)
-        assert call.result() == call.result() == 8
-        assert 0.3 <= home.now() < 0.5
+@pytest.mark.parametrize("poll", [True, False])
+def test_a_call_whose_peer_was_lost_is_made_again_until_it_is_answered(error: Exception, poll: bool) -> None:
+    home, answers = FakeHome(), iter([Answer(error=error)] * 3 + [Answer(8)])
+    call: Insistent[Any] = Insistent(home, lambda: next(answers))
+    while poll and not call.done():
+        home.sleep(0.01)
+    assert call.result() == call.result() == 8
+    assert 0.3 <= home.now() < 0.5
 
 
-def test_a_call_is_given_up_when_patience_ends_and_at_once_when_the_peer_answered_with_an_error() -> None:
+def test_waiting_for_a_lost_call_takes_no_longer_than_asked_for() -> None:
+    home = FakeHome()
+    call: Insistent[Any] = Insistent(home, lambda: Answer(error=PeerLost("gone")))
+    assert not call.wait(2.0)
+    assert 2.0 <= home.now() < 2.2
+    both: All[Any] = All(home, [Answer(1), call])
+    assert not both.done()
+    assert not both.wait(2.0)
+    assert 4.0 <= home.now() < 4.3
+
+
+def test_a_call_is_given_up_when_patience_ends() -> None:
     home = FakeHome()
     with pytest.raises(PeerLost, match="gone"):
-        Insistent(home, lambda: Failing(PeerLost("gone")), patience_seconds=5).result()
+        Insistent(home, lambda: Answer(error=PeerLost("gone")), patience_seconds=5).result()
     assert 5 <= home.now() < 6
-    for error in (Fenced("replaced"), RemoteError("raised")):
-        call: Insistent[Any] = Insistent(home, lambda: Failing(error))
-        assert call.done()
-        with pytest.raises(type(error)):
-            call.result()
+
+
+@pytest.mark.parametrize("error", [Fenced("replaced"), RemoteError("raised")])
+def test_an_error_of_the_method_itself_is_raised_at_once(error: Exception) -> None:
+    home = FakeHome()
+    call: Insistent[Any] = Insistent(home, lambda: Answer(error=error))
+    assert call.done()
+    with pytest.raises(type(error)):
+        call.result()
+    assert home.now() == 0

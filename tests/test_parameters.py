@@ -2,6 +2,7 @@
 """Laws of the flat vector: spans, layouts, and the models that cannot be one vector."""
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_spans_cover_every_parameter_once_and_differ_by_at_most_one_percent(shar
     for length in (100 * shards, 100 * shards + 1, 101 * shards - 1, 12_345_677):
         spans = cut(length, shards)
         assert [spans[0].start, spans[-1].stop] == [0, length]
-        assert all(left.stop == right.start for left, right in zip(spans, spans[1:], strict=False))
+        assert all(left.stop == right.start for left, right in pairwise(spans))
         assert max(len(span) for span in spans) / (length / shards) <= 1.01
 
 
@@ -99,7 +100,7 @@ def test_a_tied_parameter_is_counted_once_under_its_first_name() -> None:
 def test_frozen_parameters_and_buffers_are_left_out() -> None:
     module = normed(6)
     module.requires_grad_(False)
-    module[2].requires_grad_(True)  # type: ignore[index, operator, union-attr]
+    module.get_submodule("2").requires_grad_(True)
     assert [piece.name for piece in lay_out(module).pieces] == ["2.weight", "2.bias"]
 
 
@@ -140,7 +141,7 @@ def mixed() -> nn.Module:
 
 def overlapping() -> nn.Module:
     module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
-    module[1].weight = nn.Parameter(module[0].weight.data[:2])
+    module[1].weight = nn.Parameter(module[0].get_parameter("weight").data[:2])
     return module
 
 
@@ -173,7 +174,7 @@ def test_a_model_that_is_no_vector_is_refused_by_the_name_of_the_parameter(
 
 def test_freezing_the_odd_parameter_makes_a_mixed_model_acceptable_as_the_hint_says() -> None:
     module = mixed()
-    module[1].requires_grad_(False)  # type: ignore[index, operator, union-attr]
+    module.get_submodule("1").requires_grad_(False)
     assert lay_out(module).dtype == torch.float32
 
 

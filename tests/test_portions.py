@@ -8,6 +8,7 @@ and leave, and are compared with a ledger that notes every single position on ev
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -290,7 +291,7 @@ def test_warmstart_begins_with_one_replica_and_releases_the_others_in_growing_st
     assert released[-1] == count
     assert all(number == (1 if examples else count) for number in released[: max(1, examples)])
     stages = sorted(set(released))
-    assert all(later <= 2 * earlier for earlier, later in zip(stages, stages[1:], strict=False))
+    assert all(later <= 2 * earlier for earlier, later in pairwise(stages))
     if examples and count > 1:
         assert released[examples] == 2
 

@@ -154,7 +154,9 @@ class Ready(TensorDataset):
         super().__init__(*points(40).tensors)
 
 
-@pytest.mark.parametrize("data", [points(40), partial(points, 40), Ready, Ready(), list(points(40))])
+@pytest.mark.parametrize(
+    "data", [points(40), partial(points, 40), Ready, Ready(), [points(40)[index] for index in range(40)]]
+)
 def test_data_may_be_a_data_set_a_list_or_whatever_builds_one(data: Any) -> None:
     prepared, facts = prepare(job(data=data, test=None))
     assert (facts.examples, len(prepared.data), facts.test_examples) == (40, 40, 0)

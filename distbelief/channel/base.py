@@ -124,18 +124,18 @@ def signature_of(method: Callable[..., Any]) -> Signature:
     answer = hints.get("return", type(None))
     if typing.get_origin(answer) is Future:
         answer = typing.get_args(answer)[0]
+    fields = typing.cast(Any, tuple)[tuple(field_types)] if field_types else tuple[()]
     return Signature(
         name=method.__name__,
         parameters=names,
         tensor_modes=tuple(modes),
         outputs=tuple(mode for mode in modes if mode is not None),
         fields_encoder=msgspec.msgpack.Encoder(),
-        fields_decoder=msgspec.msgpack.Decoder(typing.cast(Any, tuple)[tuple(field_types)] if field_types else tuple[()]),
+        fields_decoder=msgspec.msgpack.Decoder(fields),
         answer_decoder=msgspec.msgpack.Decoder(answer),
     )
 
 
-@cache
 def exported_methods(role: type[Any]) -> dict[str, Callable[..., Any]]:
     """The methods of a role's class that may be called by name, and nothing else of it."""
     return {

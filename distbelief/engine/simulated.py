@@ -169,6 +169,7 @@ class SimulatedHome:
     def __init__(self, name: str, incarnation: int, engine: "SimulatedEngine") -> None:
         self.name, self.incarnation, self._engine = name, incarnation, engine
         self.role: Any = None
+        self.methods: dict[str, Callable[..., Any]] = {}
         self.alive = True
         self.activity: _Activity | None = None
         self.queue: deque[_Call] = deque()
@@ -352,7 +353,7 @@ class SimulatedEngine(SimulatedHome):
     def _run(self, home: SimulatedHome, call: _Call) -> tuple[Any, Exception | None]:
         self._serving_depth += 1
         try:
-            method = exported_methods(type(home.role)).get(call.signature.name)
+            method = home.methods.get(call.signature.name)
             if method is None:
                 raise ProtocolError(f"{type(home.role).__name__} exports no method {call.signature.name!r}")
             flat = [tensor.view(-1) for tensor in call.tensors]
@@ -375,7 +376,7 @@ class SimulatedEngine(SimulatedHome):
 
     def answer(self, role: object) -> None:
         """Let `role` answer calls to the coordinator."""
-        self.role = role
+        self.role, self.methods = role, exported_methods(type(role))
 
     def load(self, prepare: Callable[..., tuple[Any, T]], *arguments: Any) -> T:
         """Prepare in this process."""
@@ -398,7 +399,8 @@ class SimulatedEngine(SimulatedHome):
             return
 
         def life() -> None:
-            home.role = factory(home, *arguments)
+            home.role = role = factory(home, *arguments)
+            home.methods = exported_methods(type(role))
             for call in self._letterboxes.pop(home.name, []):
                 self.arrive(home.name, call)
             if hasattr(home.role, "run"):
