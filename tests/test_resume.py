@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint, resume, re-cut and export, through the public face and the command line."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import distbelief as db
+from distbelief import checkpoint
+from distbelief.events import CheckpointRejected, Evaluated, Observation
+from distbelief.export import export, state_dict
+from tests import problems
+
+ROOT = Path(__file__).parents[1]
+
+
+def trained(job: db.Job, run: Path, **options: Any) -> db.Result:
+    return db.train(dataclasses.replace(job, run=run), view=False, **options)
+
+
+def alone(**fields: Any) -> db.Job:
+    """One replica that awaits its fetches: the result is then a function of the job alone."""
+    given: dict[str, Any] = {
+        "cluster": db.Cluster(replicas=1, shards=2, engine="simulated"),
+        "algorithm": db.Downpour(fetch="awaited", update_rule=db.adagrad(0.1)),
+    }
+    return problems.job(**(given | fields))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    "rule", [db.adagrad(0.1), db.adam(0.01), db.sgd(0.1, momentum=0.9, schedule=db.linear_decay(3000, end=0.1))]
+)
+def test_a_resumed_run_continues_as_if_it_had_never_stopped_on_any_number_of_shards(
+    rule: db.UpdateRule, shards: int, tmp_path: Path
+) -> None:
+    job = alone(algorithm=db.Downpour(fetch="awaited", update_rule=rule), epochs=4)
+    whole = trained(job, tmp_path / "whole").model
+    trained(dataclasses.replace(job, epochs=2), tmp_path / "halves")
+    cluster = dataclasses.replace(job.cluster, shards=shards)
+    resumed = db.train(dataclasses.replace(job, cluster=cluster), resume=tmp_path / "halves", view=False)
+    assert problems.same_parameters(resumed.model, whole)
+    assert resumed.summary.examples.seen == 4 * 640
+
+
+def test_a_run_resumes_on_another_number_of_replicas_and_counts_every_example_once(tmp_path: Path) -> None:
+    job = problems.job(cluster=db.Cluster(replicas=2, shards=2, engine="simulated"), epochs=2)
+    trained(job, tmp_path / "run")
+    more = dataclasses.replace(job, epochs=5, cluster=db.Cluster(replicas=5, shards=4, engine="simulated"))
+    summary = db.train(more, resume=tmp_path / "run", view=False).summary
+    assert (summary.examples.seen, summary.examples.repeated, summary.examples.missing) == (5 * 640, 0, 0)
+    assert (summary.replicas, summary.shards) == (5, 4)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    job = problems.job(checkpoint_seconds=0.3, keep_checkpoints=2, epochs=6)
+    trained(job, tmp_path / "run", costs=db.Costs(example_seconds=2e-3))
+    kept = checkpoint.folders(tmp_path / "run")
+    assert len(kept) == 2
+    assert int(kept[0].name) > 4
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path) -> None:
+    job = problems.job(checkpoint_seconds=0.3, epochs=6)
+    trained(job, tmp_path / "run", costs=db.Costs(example_seconds=2e-3))
+    newest = checkpoint.folders(tmp_path / "run")[0]
+    damaged = newest / "shard-0.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 0xFF
+    damaged.write_bytes(content)
+    heard: list[Observation] = []
+    result = db.train(
+        dataclasses.replace(job, epochs=7), resume=tmp_path / "run", view=False, listeners=[heard.append]
+    )
+    (rejected,) = [one.event for one in heard if isinstance(one.event, CheckpointRejected)]
+    assert rejected.path == str(newest)
+    assert "was changed since it was written" in rejected.reason
+    assert result.summary.examples.missing == 0
+
+
+def test_resuming_with_another_model_names_the_parameters_that_differ(tmp_path: Path) -> None:
+    trained(problems.job(), tmp_path / "run")
+    other = problems.job(model=wider_classifier, epochs=3)
+    with pytest.raises(db.CheckpointError) as caught:
+        db.train(other, resume=tmp_path / "run", view=False)
+    assert "0.weight has shape [20, 12], the checkpoint [16, 12]" in str(caught.value)
+    assert "hint: resume with the model" in str(caught.value)
+
+
+def wider_classifier() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3))
+
+
+def test_resuming_with_other_data_is_refused(tmp_path: Path) -> None:
+    trained(problems.job(), tmp_path / "run")
+    other = problems.job(data=functools.partial(problems.points, 600), epochs=3)
+    with pytest.raises(db.CheckpointError, match=r"640 examples with seed 0, the job has 600 .*(\n.*)?hint"):
+        db.train(other, resume=tmp_path / "run", view=False)
+
+
+def test_resuming_a_run_that_is_complete_says_to_give_more_epochs(tmp_path: Path) -> None:
+    trained(problems.job(), tmp_path / "run")
+    with pytest.raises(db.ConfigurationError, match=r"has all 2 epochs behind it\nhint: give more epochs"):
+        db.train(problems.job(), resume=tmp_path / "run", view=False)
+
+
+def test_a_run_folder_that_exists_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("precious")
+    with pytest.raises(db.ConfigurationError, match=r"exists\nhint: choose another run folder"):
+        trained(problems.job(), tmp_path / "run")
+    assert os.listdir(tmp_path / "run") == ["mine"]
+
+
+def test_a_run_folder_that_cannot_be_written_is_said_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(db.ConfigurationError, match=r"cannot be written(.|\n)*hint: give run="):
+        trained(problems.job(), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("engine", ["simulated", "local"])
+def test_what_cannot_work_is_said_before_any_role_starts(engine: str, tmp_path: Path) -> None:
+    cluster = db.Cluster(replicas=2, shards=2, engine=engine)
+    bad = {
+        r"cannot cut 259 parameters into 300 shards\nhint: use Cluster\(shards=259\)": problems.job(
+            cluster=dataclasses.replace(cluster, shards=300)
+        ),
+        r"mini-batch of 1000 examples is larger than the data, which has 640\nhint: use batch_size=640": problems.job(
+            cluster=cluster, batch_size=1000
+        ),
+        r"has no trainable parameters\nhint": problems.job(cluster=cluster, model=frozen_classifier),
+        r"the loss is \[16\], not a scalar\nhint": problems.job(cluster=cluster, loss=loss_per_example),
+        r"parameters 0.weight and 1.weight are different views of the same memory\nhint": problems.job(
+            cluster=cluster, model=aliased_classifier
+        ),
+    }
+    for message, job in bad.items():
+        heard: list[Observation] = []
+        with pytest.raises(db.ConfigurationError, match=message):
+            trained(job, tmp_path / "run", listeners=[heard.append])
+        assert heard == []
+        assert not (tmp_path / "run").exists()
+
+
+def frozen_classifier() -> nn.Module:
+    return problems.classifier().requires_grad_(False)
+
+
+def aliased_classifier() -> nn.Module:
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 3), nn.Linear(3, 3))
+    model[1].weight = nn.Parameter(model[0].weight.data.view(-1)[:36].view(3, 12))
+    return model
+
+
+def loss_per_example(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(output, target, reduction="none")
+
+
+def test_a_job_that_cannot_be_pickled_says_so_before_any_process_starts(tmp_path: Path) -> None:
+    job = problems.job(loss=lambda output, target: output.sum(), cluster=db.Cluster(replicas=1, engine="local"))
+    with pytest.raises(db.ConfigurationError, match=r"cannot be handed to other processes(.|\n)*hint: define model"):
+        trained(job, tmp_path / "run")
+
+
+@pytest.mark.parametrize("model", [problems.classifier, problems.normalised_classifier])
+def test_the_export_is_a_state_dict_that_an_ordinary_module_takes(model: Any, tmp_path: Path) -> None:
+    result = trained(problems.job(model=model), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "model.safetensors")
+    module = model()
+    module.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    assert problems.same_parameters(module, result.model)
+    assert state_dict(tmp_path / "run").keys() == module.state_dict().keys()
+
+
+SCRIPT = '''
+import functools
+import distbelief as db
+from tests import problems
+
+def job(examples: int = 640) -> db.Job:
+    return problems.job(data=functools.partial(problems.points, examples),
+                        cluster=db.Cluster(replicas=2, shards=2, threads_per_replica=1))
+
+if __name__ == "__main__":
+    db.main(job)
+'''
+
+
+def command(*arguments: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    program = [sys.executable, "-c", "from distbelief.cli import command; command()"]
+    return subprocess.run(
+        [*program, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_resumes_shows_and_exports(tmp_path: Path) -> None:
+    (tmp_path / "points.py").write_text(SCRIPT)
+    first = command(
+        "train", "points.py", "--examples", "320", "--epochs", "2", "--run", "a", "--cluster.replicas", "3",
+        "--algorithm.n-push", "2", folder=tmp_path,
+    )  # fmt: skip
+    assert first.returncode == 0, first.stderr
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["examples"]["seen"] == 640
+    assert summary["replicas"] == 3
+    assert "distbelief resume a" in first.stdout
+    assert "distbelief export a model.safetensors" in first.stdout
+
+    again = command("resume", "a", "--cluster.shards", "3", "--epochs", "3", folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["examples"] | {"planned": 0} == {"seen": 960, "repeated": 0, "missing": 0, "planned": 0}
+    assert (summary["replicas"], summary["shards"]) == (3, 3)
+    for key in ("test", "staleness", "shard_balance", "faults", "wall_seconds", "reason"):
+        assert key in summary
+    assert {"median", "p95"} <= summary["staleness"].keys()
+
+    exported = command("export", "a", "model.safetensors", folder=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    problems.classifier().load_state_dict(load_file(tmp_path / "model.safetensors"))
+
+    shown = command("show", "a", folder=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "all epochs finished" in shown.stdout
+    assert len(list((tmp_path / "a" / "plots").glob("*.png"))) == 3
+    assert list((tmp_path / "a" / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+def test_a_script_of_ones_own_trains_and_its_run_resumes_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "points.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "points.py", "--run", "mine"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    resumed = command("resume", "mine", "--epochs", "3", folder=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    refused = command("train", "points.py", "--run", "mine", folder=tmp_path)
+    assert refused.returncode == 1
+    assert "exists" in refused.stderr
+    assert "hint:" in refused.stderr
+
+
+def test_evaluation_goes_on_during_training(tmp_path: Path) -> None:
+    heard: list[Observation] = []
+    job = problems.job(evaluate_every=320, epochs=3)
+    trained(job, tmp_path / "run", listeners=[heard.append], costs=db.Costs(example_seconds=2e-3))
+    moments = [one.event.examples for one in heard if isinstance(one.event, Evaluated)]
+    assert len(moments) >= 4
+    assert moments[-1] == 3 * 640
+    assert moments == sorted(moments)
+
+
+def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:
+    trained(problems.job(), tmp_path / "run")
+    folder = checkpoint.folders(tmp_path / "run")[0]
+    manifest = msgspec.json.decode((folder / "manifest.json").read_bytes())["manifest"]
+    assert manifest["format"] == checkpoint.FORMAT
+    assert manifest["examples"] == 2 * 640
+    assert {tuple(shape) for shape in manifest["pieces"].values()} == {(16, 12), (16,), (3, 16), (3,)}
