@@ -23,12 +23,17 @@ import pytest
 from distbelief.channel.base import Future
 from distbelief.channel.endpoint import Address, Endpoint, Peer
 
-MARK = f"DISTBELIEF_TESTS={secrets.token_hex(8)}"
-os.environ.update([MARK.split("=")])
+TOKEN = secrets.token_hex(8)
+MARK = f"DISTBELIEF_TESTS={TOKEN}"
 PATIENCE_SECONDS = 3.0
 """Ending takes a moment: a killed process until it is reaped, a thread until it has returned."""
 
 Settle = Callable[[], object]
+
+
+def pytest_configure() -> None:
+    """Mark this session. Not on import: roles import test modules, and this one with them."""
+    os.environ["DISTBELIEF_TESTS"] = TOKEN
 
 
 def marked_processes() -> list[str]:
@@ -56,7 +61,7 @@ def children() -> list[str]:
 
 
 def descriptors() -> list[str]:
-    """What this process has open, apart from devices, the kernel's own files and those of installed packages (fonts)."""
+    """What this process has open, apart from devices, the kernel's own files and installed packages' (fonts)."""
     found = []
     for name in os.listdir("/proc/self/fd"):
         try:

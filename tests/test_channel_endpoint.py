@@ -338,13 +338,11 @@ def test_a_method_that_raises_gives_its_traceback_to_the_caller(town: Town, peer
 
 @pytest.mark.parametrize("kind", AS_THEMSELVES)
 def test_an_error_that_callers_act_on_comes_back_as_itself(town: Town, peer: Peer[Clerk], kind: str) -> None:
-    with pytest.raises(AS_THEMSELVES[kind], match="^these are the reasons$"):
+    with pytest.raises(AS_THEMSELVES[kind], match=r"^these are the reasons$"):
         town.answer(peer.call(Clerk.refuse, kind))
 
 
-def test_an_answer_that_cannot_travel_is_the_callers_error_and_others_are_served(
-    town: Town, peer: Peer[Clerk]
-) -> None:
+def test_an_answer_that_cannot_travel_is_the_callers_error_and_others_are_served(town: Town, peer: Peer[Clerk]) -> None:
     with pytest.raises(RemoteError, match="TypeError"):
         town.answer(peer.call(Clerk.hand_out))
     assert town.answer(peer.call(Clerk.note, 1)) == [1]

@@ -303,9 +303,7 @@ def test_a_reference_to_memory_that_is_not_shared_is_refused_and_others_are_serv
     values = memory.allocate(10, torch.float32)
     honest = Connection.reference
     with monkeypatch.context() as patch:
-        patch.setattr(
-            Connection, "reference", lambda *given: msgspec.structs.replace(honest(*given), **change)
-        )
+        patch.setattr(Connection, "reference", lambda *given: msgspec.structs.replace(honest(*given), **change))
         future = peer.call(Keeper.total, values)
     with pytest.raises(ProtocolError):
         town.answer(future)

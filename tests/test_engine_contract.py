@@ -423,13 +423,16 @@ def test_a_method_that_raises_gives_its_traceback_to_the_caller(stage: Stage) ->
 @pytest.mark.parametrize("kind_of_error", [Fenced, NotReady])
 def test_an_error_that_callers_act_on_comes_back_as_itself(stage: Stage, kind_of_error: type[Exception]) -> None:
     clerk = stage.find(stage.start(Clerk))
-    with pytest.raises(kind_of_error, match="^these are the reasons$"):
+    with pytest.raises(kind_of_error, match=r"^these are the reasons$"):
         clerk.call(Clerk.refuse, kind_of_error is NotReady).result()
 
 
 def test_wrong_arguments_wrong_answers_and_unknown_methods_are_protocol_errors(stage: Stage) -> None:
     clerk = stage.find(stage.start(Clerk))
-    for method, arguments in ((Clerk.note, ("one",)), (Clerk.promise_a_number, ()), (Stranger.unknown, ())):
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (Clerk.note, ("one",)), (Clerk.promise_a_number, ()), (Stranger.unknown, ())
+    ]  # fmt: skip
+    for method, arguments in calls:
         with pytest.raises(ProtocolError, match=method.__name__):
             clerk.call(method, *arguments).result()
     assert clerk.call(Clerk.note, 1).result() == [1]
@@ -461,7 +464,7 @@ def test_a_role_that_raises_is_a_death_with_its_traceback(stage: Stage) -> None:
     assert deaths[names[0]].incarnation == 3
     assert "ValueError: the user's code has a bug" in (deaths[names[0]].failure or "")
     assert "in run" in (deaths[names[0]].failure or "")
-    assert "KeyError: \"the user's model has a bug\"" in (deaths[names[1]].failure or "")
+    assert 'KeyError: "the user\'s model has a bug"' in (deaths[names[1]].failure or "")
 
 
 def test_a_killed_role_is_a_death_without_a_traceback_and_is_reported_once(stage: Stage) -> None:

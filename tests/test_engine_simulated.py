@@ -103,11 +103,9 @@ def engines() -> Iterator[Callable[..., SimulatedEngine]]:
         engine.close()
 
 
-def story(seed: int, roles: int = 8, steps: int = 6, seconds: float = 6.0) -> tuple[list[tuple[int, float]], Any, str]:
+def story(seed: int, roles: int = 8, steps: int = 30, seconds: float = 6.0) -> tuple[list[tuple[int, float]], Any, str]:
     """What happened in a run with deaths, hangs, slow roles and missed deadlines: calls, deaths, and the bits left."""
-    faults = Faults(
-        slow={"worker/1": 3.0}, kill=((0.5, "worker/2"), (0.7, "store")), hang=((0.9, 1.1, "store"),)
-    )
+    faults = Faults(slow={"worker/1": 3.0}, kill=((0.24, "worker/2"), (0.27, "store")), hang=((0.6, 0.7, "store"),))
     with closing(SimulatedEngine(seed, faults=faults)) as engine:
         engine.load(prepare)
         engine.start("store", 0, Store)

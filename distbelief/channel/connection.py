@@ -44,6 +44,8 @@ class Connection:
         self.socket = link
         self.local = link.family == socket.AF_UNIX
         """Whether the peer is on this host and can map our memory."""
+        self.awaits_room = False
+        """Whether the endpoint's selector watches for room in the socket."""
         self._side: AcceptingSide | CallingSide | None = side
         """The authentication under way; no frame is read or sent before it is over."""
         self.staging: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}

@@ -277,8 +277,9 @@ class Endpoint:
         except ChannelError as error:
             self._drop(connection, error)
             return
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.sending else 0)
-        if connection in self._connections and self._selector.get_key(connection.socket).events != wanted:
+        if connection.sending != connection.awaits_room and connection in self._connections:
+            connection.awaits_room = connection.sending
+            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.awaits_room else 0)
             self._selector.modify(connection.socket, wanted, connection)
 
     def _drop(self, connection: Connection, error: ChannelError) -> None:
