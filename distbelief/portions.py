@@ -57,7 +57,7 @@ class Warmstart:
         if settled_examples < self.examples:
             return 1
         stages = 1 + (settled_examples - self.examples) // max(1, self.examples // 4)
-        return replicas if stages >= replicas.bit_length() else min(replicas, 1 << stages)
+        return replicas if stages >= replicas.bit_length() else 1 << stages
 
 
 def lease_size(examples: int, batch_size: int, replicas: int, n_push: int = 1) -> int:

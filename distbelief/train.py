@@ -271,8 +271,10 @@ class Record:
 
     def __call__(self, observation: Observation) -> None:
         """Hear an event."""
-        if self._heard and isinstance(self._heard[-1].event, events.Progress):
-            self._heard.pop()
+        last, event = self._heard[-1].event if self._heard else None, observation.event
+        if isinstance(last, events.Progress) and isinstance(event, events.Progress):
+            if last.loss is None or event.loss is not None:
+                self._heard.pop()
         self._heard.append(observation)
 
     def summary(self) -> Summary:

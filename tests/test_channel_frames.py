@@ -199,7 +199,12 @@ def test_a_tensor_larger_than_the_limit_is_refused_before_memory_is_taken(
     connection = wires().connection
     taken: list[int] = []
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda length, dtype: taken.append(length) or empty(length, dtype=dtype))
+
+    def watched(length: int, dtype: torch.dtype) -> torch.Tensor:
+        taken.append(length)
+        return empty(length, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", watched)
     for length in (BODY_LIMIT // 4 + 1, 2**62, -1):
         with pytest.raises(ProtocolError):
             connection.stage(0, TensorReference("float32", length))

@@ -29,7 +29,7 @@ def layout_of(width: int = 5) -> Layout:
 def write_shards(folder: Path, value: float, shards: int = 2, length: int | None = None) -> list[shard_file.ShardFile]:
     files = []
     for index, span in enumerate(cut(length or layout_of().length, shards)):
-        records = {0: ReplicaRecord(0, 3, {4: 10 + index, 5: 20}), 2: ReplicaRecord(1, 1, {5: 24 - index})}
+        records = {0: ReplicaRecord(0, 3, {4: 10 + index, 5: 20}), 2: ReplicaRecord(1, 1, {4: 3, 5: 24 - index})}
         state = ShardState(start=span.start, stop=span.stop, replicas=records)
         path = folder / f"shard-{index}.safetensors"
         shard_file.write(path, {"parameters": torch.full((len(span),), value)}, state)

@@ -375,7 +375,8 @@ def test_a_role_answers_while_its_activity_waits(stage: Stage) -> None:
 
 def test_background_work_is_an_answer(stage: Stage) -> None:
     clerk = stage.find(stage.start(Clerk))
-    assert clerk.call(Clerk.work, 4).result() == 25
+    answer: Any = clerk.call(Clerk.work, 4).result()
+    assert answer == 25
     with pytest.raises(RemoteError, match="ZeroDivisionError"):
         clerk.call(Clerk.work, 0).result()
     assert stage.engine.background(lambda: 5).result() == 5
@@ -496,7 +497,8 @@ def test_the_next_incarnation_answers_at_the_same_name(stage: Stage) -> None:
             stage.engine.stop(name)
         else:
             stage.kill(name)
-            stage.until(lambda incarnation=incarnation: [d for d in stage.died() if d.incarnation == incarnation - 1])
+            stage.until(stage.died)
+            stage.deaths.clear()
         stage.engine.sleep(0.1)
         stage.start(Clerk, name=name, incarnation=incarnation)
         assert answered(stage, lambda: clerk.call(Clerk.who)) == (name, incarnation)

@@ -81,7 +81,7 @@ def trained(model: Callable[[], nn.Module], run: Path, shards: int = 2) -> nn.Mo
     layout = lay_out(module, by_size)
     parameters = flat_parameters(module, layout) + torch.arange(layout.length) / 7
     buffers = flat_buffers(module)
-    buffers += (buffers > 1) * torch.arange(len(buffers))
+    buffers += (buffers > 1) * (torch.arange(len(buffers)) + 0.6)
     write_run(run, module, layout, parameters.to(layout.dtype), buffers, shards)
     load_parameters(module, layout, parameters)
     load_buffers(module, buffers)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import nn
 
@@ -44,6 +44,7 @@ def test_spans_cover_every_parameter_once_and_differ_by_at_most_one_percent(shar
         assert max(len(span) for span in spans) / (length / shards) <= 1.01
 
 
+@settings(deadline=None)
 @given(some.integers(1, 64), some.integers(0, 400))
 def test_no_span_is_empty_while_there_are_enough_parameters(shards: int, more: int) -> None:
     spans = cut(shards + more, shards)
@@ -52,6 +53,7 @@ def test_no_span_is_empty_while_there_are_enough_parameters(shards: int, more: i
     assert min(len(span) for span in spans) >= 1
 
 
+@settings(deadline=None)
 @given(SPANS, SPANS)
 def test_the_overlap_of_spans_is_the_intersection_of_their_positions(one: Span, other: Span) -> None:
     both = one.overlap(other)

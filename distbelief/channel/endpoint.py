@@ -148,7 +148,7 @@ class Endpoint:
 
     def wake(self) -> None:
         """Make a waiting `poll` return; may be called from any thread."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # it is awake already, or closed
             self._waker.send(b"w")
 
     def take_in(self, seconds: float) -> None:
