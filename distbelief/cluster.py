@@ -3,7 +3,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from distbelief.errors import ConfigurationError
 
@@ -37,12 +37,17 @@ class Cluster:
                 raise ConfigurationError(
                     f"Cluster({name}={count}): a job needs at least 1", hint=f"set {name} to 1 or more"
                 )
+        for name, known in (("engine", get_args(EngineName)), ("transport", get_args(TransportName))):
+            if getattr(self, name) not in known:
+                raise ConfigurationError(
+                    f"Cluster({name}={getattr(self, name)!r}) is not known", hint=f"use one of {', '.join(known)}"
+                )
         if self.threads_per_replica is not None and self.threads_per_replica < 1:
             raise ConfigurationError(
                 f"Cluster(threads_per_replica={self.threads_per_replica}) cannot compute",
                 hint="use 1 or more, or None to share the cores equally",
             )
-        if self.silence_seconds <= 0:
+        if not self.silence_seconds > 0:
             raise ConfigurationError(
                 f"Cluster(silence_seconds={self.silence_seconds}) would end every replica at once",
                 hint="use a positive number of seconds",

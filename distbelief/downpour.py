@@ -9,7 +9,7 @@ still under way when the next is due makes pushes rarer, up to a bound, before i
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import torch
 
@@ -22,6 +22,9 @@ from distbelief.model_replica import ModelReplica
 from distbelief.parameter_server import Applied, ParameterServer, Stamp
 from distbelief.portions import Lease
 from distbelief.update_rule import UpdateRule, adagrad
+
+FetchName = Literal["fresh", "overlapped", "awaited"]
+AccrueName = Literal["mean", "sum"]
 
 REPORT_SECONDS = 0.25
 BUFFERS_SECONDS = 2.0
@@ -38,11 +41,11 @@ class Downpour:
     """A replica fetches parameters every so many mini-batches."""
     n_push: int = 1
     """A replica pushes its accrued gradient every so many mini-batches."""
-    fetch: Literal["fresh", "overlapped", "awaited"] = "fresh"
+    fetch: FetchName = "fresh"
     """`overlapped`: compute while a fetch is under way, and adopt it when it is there at the next mini-batch.
     `fresh`: wait for it first, but no longer than half a mini-batch takes; a replica that is alone overlaps.
     `awaited`: wait for it however long it takes."""
-    accrue: Literal["mean", "sum"] = "mean"
+    accrue: AccrueName = "mean"
     """What a push holds of the gradients of its mini-batches."""
     warmstart: int | None = None
     """Examples that one replica trains on before the others are released in stages; None derives it, 0 is none."""
@@ -56,6 +59,11 @@ class Downpour:
     """Stop the job after so many pushes refused for a gradient that is not finite."""
 
     def __post_init__(self) -> None:
+        for name, known in (("fetch", get_args(FetchName)), ("accrue", get_args(AccrueName))):
+            if getattr(self, name) not in known:
+                raise ConfigurationError(
+                    f"Downpour({name}={getattr(self, name)!r}) is not known", hint=f"use one of {', '.join(known)}"
+                )
         for name in ("n_fetch", "n_push", "backlog"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from distbelief.cluster import Cluster
 from distbelief.data_shard import collect
@@ -135,6 +136,8 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
     check(job.algorithm.update_rule, [piece.options for piece in layout.pieces])
     with torch.no_grad():
         job.objective(module.train(), collect(data, torch.arange(min(job.batch_size, examples))))
+    if test is not None and job.evaluate is None:
+        job.measures.measure(module, Subset(test, range(min(job.batch_size, len(test)))), torch.device("cpu"))
     return Prepared(job, data, test), Facts(layout, examples, 0 if test is None else len(test))
 
 

@@ -61,6 +61,21 @@ def pick_device(name: str | None, index: int) -> torch.device:
     return torch.device("cuda", index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def check_device(name: str | None) -> None:
+    """Raise ConfigurationError for a device that torch does not know or that this machine has not."""
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"Cluster(device={name!r}) is no device: {error}", hint='use "cpu", "cuda", or None'
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"Cluster(device={name!r}): this machine has {torch.cuda.device_count()} CUDA devices",
+            hint="use Cluster(device=None) to take what there is",
+        )
+
+
 @final
 class ModelReplica:
     """The model of one replica and its buffers.

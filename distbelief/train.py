@@ -35,6 +35,7 @@ from distbelief.launch import Launch, of_main
 from distbelief.model_replica import (
     ModelReplica,
     build,
+    check_device,
     flat_buffers,
     flat_parameters,
     load_buffers,
@@ -108,14 +109,13 @@ def train(
 
     Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError.
     """
+    check_device(job.cluster.device)
     engine = _engine(job, faults, costs)
     with contextlib.closing(engine):
         facts = engine.load(prepare, job)
         spans = _spans(job, facts)
         module, layout = build(job.model, job.seed, job.groups)
         run = _open_run(job, resume)
-        (launch or of_main()).write(run)
-        write_template(run, module, layout)
         rejected: list[AnyEvent] = []
         restore = None
         if resume is not None:
@@ -123,11 +123,14 @@ def train(
                 run, lambda path, reason: rejected.append(events.CheckpointRejected(path=str(path), reason=reason))
             )
             checkpoint.check_same_model(restore[1], layout, restore[0])
+        leases = _leases(job, facts, restore)
+        (launch or of_main()).write(run)
+        write_template(run, module, layout)
         record = Record(run)
         with _reporting(record, run, engine, listeners, view) as emit:
             for event in rejected:
                 emit(event)
-            coordinator = _coordinator(job, engine, facts, run, spans, module, restore, emit)
+            coordinator = _coordinator(job, engine, facts, run, spans, leases, module, restore, emit)
             engine.answer(coordinator)
             reason = "failed"
             try:
@@ -194,18 +197,14 @@ def _open_run(job: Job, resume: Path | str | None) -> Path:
 
 
 def _coordinator(
-    job: Job, engine: Engine, facts: Facts, run: Path, spans: list[Span], module: nn.Module,
+    job: Job, engine: Engine, facts: Facts, run: Path, spans: list[Span], leases: Leases, module: nn.Module,
     restore: tuple[Path, Manifest] | None, emit: Callable[[AnyEvent], None],
 ) -> Coordinator:  # fmt: skip
     layout, cluster = facts.layout, job.cluster
     if restore is None:
-        size = lease_size(facts.examples, job.batch_size, cluster.replicas, job.algorithm.n_push)
-        leases = Leases(facts.examples, size, job.epochs)
         buffers, incarnation = flat_buffers(module), 0
     else:
-        folder, manifest = restore
-        leases = _resumed_leases(job, facts, folder, manifest)
-        buffers, incarnation = checkpoint.read_buffers(folder), manifest.incarnation
+        buffers, incarnation = checkpoint.read_buffers(restore[0]), restore[1].incarnation
     settings = Settings(
         run=run,
         replicas=[RoleSpec(replica_name(i), replica_role, (SHARED, i, spans)) for i in range(cluster.replicas)],
@@ -234,7 +233,12 @@ def _coordinator(
     return Coordinator(engine, settings, leases, buffers, manifest_of, emit, layout.dtype)
 
 
-def _resumed_leases(job: Job, facts: Facts, folder: Path, manifest: Manifest) -> Leases:
+def _leases(job: Job, facts: Facts, restore: tuple[Path, Manifest] | None) -> Leases:
+    """All examples of the job, or those that a checkpoint has not behind it."""
+    if restore is None:
+        size = lease_size(facts.examples, job.batch_size, job.cluster.replicas, job.algorithm.n_push)
+        return Leases(facts.examples, size, job.epochs)
+    folder, manifest = restore
     if manifest.leases.examples_per_epoch != facts.examples or manifest.seed != job.seed:
         raise CheckpointError(
             f"{folder} was trained on {manifest.leases.examples_per_epoch} examples with seed {manifest.seed}, "
@@ -272,9 +276,9 @@ class Record:
     def __call__(self, observation: Observation) -> None:
         """Hear an event."""
         last, event = self._heard[-1].event if self._heard else None, observation.event
-        if isinstance(last, events.Progress) and isinstance(event, events.Progress):
-            if last.loss is None or event.loss is not None:
-                self._heard.pop()
+        both = isinstance(last, events.Progress) and isinstance(event, events.Progress)
+        if both and (last.loss is None or event.loss is not None):
+            self._heard.pop()
         self._heard.append(observation)
 
     def summary(self) -> Summary:

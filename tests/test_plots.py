@@ -224,7 +224,7 @@ def test_without_a_terminal_each_notable_event_is_one_line() -> None:
         "replica 1 gave back 1 lease of 20 examples, 7 of them applied already",
         "replica 1 is back, incarnation 1",
         "tested after 500 examples: accuracy 0.875",
-        "shard 0 was restored at version 12, 3 updates lost",
+        "shard 0 was restored from its checkpoint at version 12",
         "replica 0 refused its push of step 12: not finite",
         "checkpoint c/2 could not be written: no space left on device",
         "checkpoint c/0 was passed over: checksum differs",

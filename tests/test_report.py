@@ -151,7 +151,11 @@ def test_a_summary_says_what_the_events_of_a_finished_run_add_up_to() -> None:
         "checkpoints": {"written": 1, "failed": 1, "rejected": 1},
         "faults": [
             {"seconds": 1.5, "type": "RoleLost", "text": "replica 1 was lost: killed by signal 9"},
-            {"seconds": 3.0, "type": "ShardRestored", "text": "shard 0 was restored at version 12, 3 updates lost"},
+            {
+                "seconds": 3.0,
+                "type": "ShardRestored",
+                "text": "shard 0 was restored from its checkpoint at version 12",
+            },
             {
                 "seconds": 3.2,
                 "type": "CheckpointFailed",

@@ -80,9 +80,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path) -> None:
     content[-3] ^= 0xFF
     damaged.write_bytes(content)
     heard: list[Observation] = []
-    result = db.train(
-        dataclasses.replace(job, epochs=7), resume=tmp_path / "run", view=False, listeners=[heard.append]
-    )
+    result = db.train(dataclasses.replace(job, epochs=7), resume=tmp_path / "run", view=False, listeners=[heard.append])
     (rejected,) = [one.event for one in heard if isinstance(one.event, CheckpointRejected)]
     assert rejected.path == str(newest)
     assert "was changed since it was written" in rejected.reason
@@ -183,7 +181,7 @@ def test_the_export_is_a_state_dict_that_an_ordinary_module_takes(model: Any, tm
     assert state_dict(tmp_path / "run").keys() == module.state_dict().keys()
 
 
-SCRIPT = '''
+SCRIPT = """
 import functools
 import distbelief as db
 from tests import problems
@@ -194,7 +192,7 @@ def job(examples: int = 640) -> db.Job:
 
 if __name__ == "__main__":
     db.main(job)
-'''
+"""
 
 
 def command(*arguments: str, folder: Path) -> "subprocess.CompletedProcess[str]":

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How calls and tensors travel between roles.
 
-    base          what a call is: exported methods, futures, remotes
-    frames        bytes on a socket
-    authenticate  both sides prove knowledge of the job's key before anything is parsed
-    memory        memory shared with other processes of this host, without names
-    connection    one socket: frames in, frames out, tensors without copies
-    endpoint      all connections of one process, and the role that answers
+base          what a call is: exported methods, futures, remotes
+frames        bytes on a socket
+authenticate  both sides prove knowledge of the job's key before anything is parsed
+memory        memory shared with other processes of this host, without names
+connection    one socket: frames in, frames out, tensors without copies
+endpoint      all connections of one process, and the role that answers
 """

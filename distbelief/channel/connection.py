@@ -142,12 +142,14 @@ class Connection:
     def receive(self) -> None:
         """Take what has arrived and deliver whole frames. Raises PeerLost, ProtocolError, AuthenticationError."""
         for _ in range(_ROUNDS):
+            emptied = False
             try:
                 if self._body:
                     count = self.socket.recv_into(self._body[0])
                     self._filled(count)
                 else:
                     count = self._receive_chunk()
+                    emptied = count < _CHUNK
             except BlockingIOError:
                 return
             except OSError as error:
@@ -155,7 +157,7 @@ class Connection:
             if count == 0:
                 raise PeerLost("the peer is gone: it closed the connection")
             self._parse()
-            if count < _CHUNK and not self._body:
+            if emptied and not self._body:
                 return
 
     def _receive_chunk(self) -> int:

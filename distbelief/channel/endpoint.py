@@ -42,7 +42,7 @@ Address = str | tuple[str, int]
 """An abstract Unix socket name beginning with a zero byte, or (host, port) for TCP."""
 
 CONNECT_SECONDS = 5.0
-SOCKET_BUFFER_BYTES = 4 << 20
+SOCKET_BUFFER_BYTES = 1 << 20
 STRANGERS = 256
 """Connections that may be open without having proved themselves; one more ends the oldest of them."""
 FAILURE_CHARACTERS = 1 << 20

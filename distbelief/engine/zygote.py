@@ -121,9 +121,7 @@ class Zygote:
     def _flush(self) -> None:
         with contextlib.suppress(BlockingIOError):
             del self._outbox[: self._control.send(self._outbox, socket.MSG_DONTWAIT)]
-        self._selector.modify(
-            self._control, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outbox else 0)
-        )
+        self._selector.modify(self._control, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outbox else 0))
 
     def _obey(self, message: tuple[Any, ...], descriptors: list[int]) -> None:
         tag = message[0]
