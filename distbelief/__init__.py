@@ -13,7 +13,7 @@ from distbelief.cli import main
 from distbelief.cluster import Cluster
 from distbelief.downpour import Downpour
 from distbelief.engine.base import Faults
-from distbelief.engine.simulated import Costs
+from distbelief.engine.virtual import Costs
 from distbelief.errors import (
     CheckpointError,
     ConfigurationError,

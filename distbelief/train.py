@@ -25,7 +25,8 @@ from distbelief.downpour import DownpourReplica
 from distbelief.engine.base import Engine, Faults, Home
 from distbelief.engine.local import LocalEngine
 from distbelief.engine.pickles import SHARED
-from distbelief.engine.simulated import Costs, SimulatedEngine
+from distbelief.engine.simulated import SimulatedEngine
+from distbelief.engine.virtual import Costs
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.evaluator import Evaluator
 from distbelief.events import AnyEvent, Listener, Observation
@@ -276,9 +277,9 @@ class Record:
     def __call__(self, observation: Observation) -> None:
         """Hear an event."""
         last, event = self._heard[-1].event if self._heard else None, observation.event
-        both = isinstance(last, events.Progress) and isinstance(event, events.Progress)
-        if both and (last.loss is None or event.loss is not None):
-            self._heard.pop()
+        match last, event:
+            case events.Progress(loss=before), events.Progress(loss=now) if before is None or now is not None:
+                self._heard.pop()
         self._heard.append(observation)
 
     def summary(self) -> Summary:

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from distbelief.channel.base import Future
-from distbelief.channel.endpoint import Address, Endpoint, Peer
+from distbelief.channel.endpoint import Address, Endpoint
+from distbelief.channel.peer import Peer
 
 TOKEN = secrets.token_hex(8)
 MARK = f"DISTBELIEF_TESTS={TOKEN}"

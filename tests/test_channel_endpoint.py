@@ -19,8 +19,10 @@ from conftest import Town
 from distbelief.channel import frames, memory
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
 from distbelief.channel.base import Future, Out, exported, signature_of
-from distbelief.channel.endpoint import STRANGERS, Address, BackgroundWork, Endpoint, Peer
+from distbelief.channel.endpoint import STRANGERS, Address, Endpoint
 from distbelief.channel.frames import Call
+from distbelief.channel.futures import BackgroundWork
+from distbelief.channel.peer import Peer
 from distbelief.errors import (
     AuthenticationError,
     CheckpointError,

@@ -20,8 +20,8 @@ from conftest import Town
 from distbelief.channel import frames, memory
 from distbelief.channel.base import Future, Out, exported
 from distbelief.channel.connection import Connection
-from distbelief.channel.endpoint import Peer
 from distbelief.channel.memory import Block
+from distbelief.channel.peer import Peer
 from distbelief.errors import PeerLost, ProtocolError
 
 pytestmark = pytest.mark.skipif(not memory.AVAILABLE, reason="this system has no memfd; tensors are streamed")

@@ -17,7 +17,8 @@ import torch
 from distbelief.channel import memory
 from distbelief.channel.base import Out, exported
 from distbelief.engine.base import COORDINATOR, Death, Faults, Home
-from distbelief.engine.simulated import Costs, SimulatedEngine
+from distbelief.engine.simulated import SimulatedEngine
+from distbelief.engine.virtual import Costs
 from distbelief.errors import DeadlineExceeded, PeerLost, RemoteError
 
 EXACT = Costs(

@@ -11,11 +11,9 @@ import errno
 import selectors
 import socket
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar, final
 
 import msgspec
@@ -23,9 +21,10 @@ import torch
 
 from distbelief.channel import frames
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
-from distbelief.channel.base import RAISED_AS_IS, Future, Remote, Signature, exported_methods, signature_of
+from distbelief.channel.base import RAISED_AS_IS, Future, Signature, exported_methods, signature_of
 from distbelief.channel.connection import Connection
 from distbelief.channel.frames import Answer, Call, Failure, Header
+from distbelief.channel.futures import BackgroundWork, PendingCall
 from distbelief.errors import (
     AuthenticationError,
     ChannelError,
@@ -48,52 +47,6 @@ STRANGERS = 256
 FAILURE_CHARACTERS = 1 << 20
 _RAISED_AS_IS = {kind.__name__: kind for kind in RAISED_AS_IS}
 _encode_value = msgspec.msgpack.Encoder().encode
-
-
-@final
-class PendingCall:
-    """A future whose answer is on its way over a connection."""
-
-    def __init__(self, endpoint: "Endpoint", signature: Signature, tensors: list[torch.Tensor], seconds: float) -> None:
-        self.signature = signature
-        self.tensors = tensors
-        """The call's tensors, kept alive and untouched until it is done."""
-        self.connection: Connection | None = None
-        self._endpoint = endpoint
-        self._seconds, self._deadline = seconds, time.monotonic() + seconds
-        self._value: Any = None
-        self._error: Exception | None = None
-        self.settled = False
-
-    def settle(self, value: Any = None, error: Exception | None = None) -> None:
-        """Complete the future, unless it is done already."""
-        if self.settled:
-            return
-        self._value, self._error, self.settled = value, error, True
-        self.tensors = []
-
-    def done(self) -> bool:
-        """Whether the answer is here, taking in what has arrived."""
-        if not self.settled:
-            self._endpoint.take_in(0.0)
-            if not self.settled and time.monotonic() > self._deadline:
-                self._endpoint.give_up(self, f"{self.signature.name} was not answered within {self._seconds:g} s")
-        return self.settled
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for the answer, at most so long."""
-        until = min(self._deadline, time.monotonic() + seconds)
-        while not self.settled and (left := until - time.monotonic()) > 0:
-            self._endpoint.take_in(min(0.5, left))
-        return self.done()
-
-    def result(self) -> Any:
-        """Wait for the answer."""
-        while not self.settled:
-            self.wait(self._seconds)
-        if self._error is not None:
-            raise self._error
-        return self._value
 
 
 @final
@@ -411,65 +364,3 @@ class Endpoint:
             for own in (self._waker, self._wakee, self._listener):
                 if own is not None:
                     own.close()
-
-
-@final
-class BackgroundWork:
-    """A future of work that a thread does beside the role; an exported method may return it as its answer."""
-
-    def __init__(self, work: Callable[[], Any], endpoint: Endpoint) -> None:
-        self._outcome: Any = None
-        self._error: Exception | None = None
-        self._endpoint = endpoint
-        self._finished = threading.Event()
-        threading.Thread(target=self._run, args=(work,), name="distbelief-background", daemon=True).start()
-
-    def _run(self, work: Callable[[], Any]) -> None:
-        try:
-            self._outcome = work()
-        except Exception as error:
-            self._error = error
-        self._finished.set()
-        self._endpoint.wake()
-
-    def done(self) -> bool:
-        """Whether the work has ended."""
-        return self._finished.is_set()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for the work to end, at most so long."""
-        until = time.monotonic() + seconds
-        while not self._finished.is_set() and (left := until - time.monotonic()) > 0:
-            self._endpoint.take_in(min(0.1, left))
-        return self._finished.is_set()
-
-    def result(self) -> Any:
-        """Wait for the outcome; raises what the work raised."""
-        while not self.wait(1.0):
-            continue
-        if self._error is not None:
-            raise self._error
-        return self._outcome
-
-
-@final
-@dataclass(eq=False)
-class Peer(Remote[R]):
-    """A role at an address. Connects on the first call and again after the connection broke."""
-
-    endpoint: Endpoint
-    address: Address
-    deadline_seconds: float = 60.0
-    _connection: Connection | None = None
-
-    def start(self, signature: Signature, fields: bytes, tensors: list[torch.Tensor]) -> Future[Any]:
-        """Send a call over the connection of this peer, making one if there is none."""
-        connection = self._connection
-        if connection is None or connection.socket.fileno() < 0:
-            try:
-                self._connection = connection = self.endpoint.connect(self.address)
-            except ChannelError as error:
-                failed = PendingCall(self.endpoint, signature, [], 0.0)
-                failed.settle(error=error)
-                return failed
-        return self.endpoint.start(connection, signature, fields, tensors, self.deadline_seconds)

@@ -28,7 +28,9 @@ import torch
 from distbelief.channel import memory
 from distbelief.channel.authenticate import new_key
 from distbelief.channel.base import Future, Remote, exported_methods
-from distbelief.channel.endpoint import Address, BackgroundWork, Endpoint, Peer
+from distbelief.channel.endpoint import Address, Endpoint
+from distbelief.channel.futures import BackgroundWork
+from distbelief.channel.peer import Peer
 from distbelief.engine import zygote
 from distbelief.engine.base import COORDINATOR, Death, Faults
 from distbelief.engine.pickles import Pickler

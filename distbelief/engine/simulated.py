@@ -27,8 +27,8 @@ import torch
 from distbelief.channel.base import RAISED_AS_IS, Future, Remote, Signature, exported_methods, signature_of
 from distbelief.engine.base import COORDINATOR, Death, Faults
 from distbelief.engine.pickles import SHARED
+from distbelief.engine.virtual import Activity, Answer, Costs
 from distbelief.errors import (
-    DeadlineExceeded,
     DistbeliefError,
     PeerLost,
     ProtocolError,
@@ -40,69 +40,6 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """How long things take in the simulation, in seconds."""
-
-    latency_seconds: float = 50e-6
-    """One way of a call or an answer, without its tensors."""
-    bytes_per_second: float = 1e12
-    """Bandwidth of tensors between any two roles; the default is shared memory, where they do not travel."""
-    serving_bytes_per_second: float = 10e9
-    """How fast a shard works through the tensors of a call: one fused optimizer pass measured 9.7e9."""
-    example_seconds: float = 125e-6
-    """Forward and backward for one example."""
-    jitter: float = 0.3
-    """Each time is multiplied by a gamma-distributed factor of mean 1 and this standard deviation: 0 is a clockwork, 1
-    (exponential) makes the order of the replicas' pushes random."""
-    start_seconds: float = 0.2
-    """From the start of a role until it works."""
-    death_seconds: float = 0.05
-    """From a death until others notice."""
-
-
-class _Killed(BaseException):
-    """Ends the thread of an activity that was killed."""
-
-
-@final
-class _Answer:
-    """A future of the simulation."""
-
-    def __init__(self, engine: "SimulatedEngine", deadline: float, what: str) -> None:
-        self._engine, self.deadline, self._what = engine, deadline, what
-        self._value: Any = None
-        self._error: Exception | None = None
-        self._settled = False
-        self.waiter: _Activity | None = None
-        self.waits_until = deadline
-
-    def settle(self, value: Any = None, error: Exception | None = None) -> None:
-        if self._settled:
-            return
-        self._value, self._error, self._settled = value, error, True
-        if self.waiter is not None:
-            self._engine.resume(self.waiter)
-            self.waiter = None
-
-    def done(self) -> bool:
-        if not self._settled and self._engine.now() >= self.deadline:
-            self.settle(error=DeadlineExceeded(f"{self._what} was not answered in time"))
-        return self._settled
-
-    def wait(self, seconds: float) -> bool:
-        if not self.done():
-            self._engine.wait(self, self._engine.clock + seconds)
-        return self.done()
-
-    def result(self) -> Any:
-        if not self.done():
-            self._engine.wait(self, self.deadline)
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
 @final
 @dataclass
 class _Call:
@@ -112,56 +49,7 @@ class _Call:
     signature: Signature
     fields: bytes
     tensors: list[torch.Tensor]
-    answer: _Answer
-
-
-@final
-class _Activity:
-    """A role's own activity: a thread that runs only while it holds the baton."""
-
-    def __init__(self, engine: "SimulatedEngine", life: Callable[[], None], failed: Callable[[str], None]) -> None:
-        self._engine, self._life, self._failed = engine, life, failed
-        self._turn = threading.Semaphore(0)
-        self.killed = self.over = False
-        self._thread = threading.Thread(target=self._run, name="distbelief-simulated", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        self._turn.acquire()
-        torch.set_num_threads(1)
-        try:
-            if not self.killed:
-                self._life()
-        except _Killed:
-            pass
-        except BaseException as error:
-            self._failed("".join(traceback.format_exception(error)))
-        self.over = True
-        self._engine.baton.release()
-
-    def run_until_it_waits(self) -> None:
-        """Called by the scheduler: hand over the baton and take it back."""
-        if self.over:
-            return
-        previous, self._engine.current = self._engine.current, self
-        self._turn.release()
-        self._engine.baton.acquire()
-        self._engine.current = previous
-
-    def wait(self) -> None:
-        """Called by the activity: hand the baton back until resumed."""
-        if self.killed:
-            raise _Killed  # unwinding, it must not wait for anything
-        self._engine.baton.release()
-        self._turn.acquire()
-        if self.killed:
-            raise _Killed
-
-    def kill(self) -> None:
-        """Called by the scheduler: unwind the thread."""
-        self.killed = True
-        self.run_until_it_waits()
-        self._thread.join()
+    answer: Answer
 
 
 class SimulatedHome:
@@ -172,7 +60,7 @@ class SimulatedHome:
         self.role: Any = None
         self.methods: dict[str, Callable[..., Any]] = {}
         self.alive = True
-        self.activity: _Activity | None = None
+        self.activity: Activity | None = None
         self.queue: deque[_Call] = deque()
         self.serving: _Call | None = None
 
@@ -197,7 +85,7 @@ class SimulatedHome:
 
     def background(self, work: Callable[[], T]) -> Future[T]:
         """Do it at once; files take no virtual time."""
-        answer = _Answer(self._engine, float("inf"), "background work")
+        answer = Answer(self._engine, float("inf"), "background work")
         try:
             answer.settle(work())
         except Exception as error:
@@ -217,7 +105,7 @@ class _SimulatedRemote(Remote[R]):
 
     def start(self, signature: Signature, fields: bytes, tensors: list[torch.Tensor]) -> Future[Any]:
         engine = self._engine
-        answer = _Answer(engine, engine.clock + self._deadline_seconds, signature.name)
+        answer = Answer(engine, engine.clock + self._deadline_seconds, signature.name)
         call = _Call(self._caller, signature, fields, tensors, answer)
         size = sum(t.nbytes for t, out in zip(tensors, signature.outputs, strict=True) if not out)
         # Calls of one caller to one role arrive in the order they were made.
@@ -236,7 +124,7 @@ class SimulatedEngine(SimulatedHome):
         self.costs, self.faults = costs or Costs(), faults or Faults()
         self.clock = 0.0
         self.baton = threading.Semaphore(0)
-        self.current: _Activity | None = None
+        self.current: Activity | None = None
         self._random = random.Random(seed)
         self._agenda: list[tuple[float, float, int, Callable[[], None]]] = []
         self._count = itertools.count()
@@ -246,8 +134,8 @@ class SimulatedEngine(SimulatedHome):
         self._deaths: list[Death] = []
         self._shared: Any = None
         self._serving_depth = 0
-        self._activities: list[_Activity] = []
-        self._waited: dict[_Answer, None] = {}
+        self._activities: list[Activity] = []
+        self._waited: dict[Answer, None] = {}
         """A dict for its order, which must not depend on addresses in memory."""
         self.at(1.0, self._end_missed_deadlines)
         for seconds, role in self.faults.kill:
@@ -270,7 +158,7 @@ class SimulatedEngine(SimulatedHome):
         """How long a message with so many bytes of tensors travels."""
         return self.jittered(self.costs.latency_seconds + size_bytes / self.costs.bytes_per_second)
 
-    def wait(self, answer: _Answer | None, until: float) -> None:
+    def wait(self, answer: Answer | None, until: float) -> None:
         """Let others go on until the answer is there or the moment has come."""
         if self._serving_depth and self.current is None:
             raise RuntimeError("an exported method must not wait for a future; return it or let the activity wait")
@@ -298,7 +186,7 @@ class SimulatedEngine(SimulatedHome):
         if answer is not None:
             self._waited.pop(answer, None)
 
-    def _stop_waiting(self, activity: _Activity, answer: _Answer, until: float) -> None:
+    def _stop_waiting(self, activity: Activity, answer: Answer, until: float) -> None:
         if answer.waiter is activity and answer.waits_until == until:
             answer.waiter = None
             activity.run_until_it_waits()
@@ -309,7 +197,7 @@ class SimulatedEngine(SimulatedHome):
             answer.done()
         self.at(self.clock + 1.0, self._end_missed_deadlines)
 
-    def resume(self, activity: _Activity) -> None:
+    def resume(self, activity: Activity) -> None:
         """Let an activity go on as soon as the scheduler is free."""
         self.at(self.clock, activity.run_until_it_waits)
 
@@ -362,7 +250,7 @@ class SimulatedEngine(SimulatedHome):
                 raise ProtocolError(f"{type(home.role).__name__} exports no method {call.signature.name!r}")
             flat = [tensor.view(-1) for tensor in call.tensors]
             value = method(home.role, *call.signature.join(call.fields, flat))
-            if isinstance(value, _Answer):
+            if isinstance(value, Answer):
                 value = value.result()
             encoded = signature_of(method).fields_encoder.encode(value)
         except Exception as raised:
@@ -415,7 +303,7 @@ class SimulatedEngine(SimulatedHome):
             self._end(home)
             self._deaths.append(Death(home.name, home.incarnation, "exit code 1", failure))
 
-        home.activity = _Activity(self, life, failed)
+        home.activity = Activity(self, life, failed)
         self._activities.append(home.activity)
         home.activity.run_until_it_waits()
 

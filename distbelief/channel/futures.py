@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Futures of one process: the answer to a call over a connection, and work that a thread does beside the role."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+
+from distbelief.channel.base import Signature
+from distbelief.channel.connection import Connection
+
+if TYPE_CHECKING:
+    from distbelief.channel.endpoint import Endpoint
+
+
+@final
+class PendingCall:
+    """A future whose answer is on its way over a connection."""
+
+    def __init__(self, endpoint: "Endpoint", signature: Signature, tensors: list[torch.Tensor], seconds: float) -> None:
+        self.signature = signature
+        self.tensors = tensors
+        """The call's tensors, kept alive and untouched until it is done."""
+        self.connection: Connection | None = None
+        self._endpoint = endpoint
+        self._seconds, self._deadline = seconds, time.monotonic() + seconds
+        self._value: Any = None
+        self._error: Exception | None = None
+        self.settled = False
+
+    def settle(self, value: Any = None, error: Exception | None = None) -> None:
+        """Complete the future, unless it is done already."""
+        if self.settled:
+            return
+        self._value, self._error, self.settled = value, error, True
+        self.tensors = []
+
+    def done(self) -> bool:
+        """Whether the answer is here, taking in what has arrived."""
+        if not self.settled:
+            self._endpoint.take_in(0.0)
+            if not self.settled and time.monotonic() > self._deadline:
+                self._endpoint.give_up(self, f"{self.signature.name} was not answered within {self._seconds:g} s")
+        return self.settled
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the answer, at most so long."""
+        until = min(self._deadline, time.monotonic() + seconds)
+        while not self.settled and (left := until - time.monotonic()) > 0:
+            self._endpoint.take_in(min(0.5, left))
+        return self.done()
+
+    def result(self) -> Any:
+        """Wait for the answer."""
+        while not self.settled:
+            self.wait(self._seconds)
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+@final
+class BackgroundWork:
+    """A future of work that a thread does beside the role; an exported method may return it as its answer."""
+
+    def __init__(self, work: Callable[[], Any], endpoint: "Endpoint") -> None:
+        self._outcome: Any = None
+        self._error: Exception | None = None
+        self._endpoint = endpoint
+        self._finished = threading.Event()
+        threading.Thread(target=self._run, args=(work,), name="distbelief-background", daemon=True).start()
+
+    def _run(self, work: Callable[[], Any]) -> None:
+        try:
+            self._outcome = work()
+        except Exception as error:
+            self._error = error
+        self._finished.set()
+        self._endpoint.wake()
+
+    def done(self) -> bool:
+        """Whether the work has ended."""
+        return self._finished.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the work to end, at most so long."""
+        until = time.monotonic() + seconds
+        while not self._finished.is_set() and (left := until - time.monotonic()) > 0:
+            self._endpoint.take_in(min(0.1, left))
+        return self._finished.is_set()
+
+    def result(self) -> Any:
+        """Wait for the outcome; raises what the work raised."""
+        while not self.wait(1.0):
+            continue
+        if self._error is not None:
+            raise self._error
+        return self._outcome

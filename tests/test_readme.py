@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README says: its commands exist, its options are known, its example runs, its first command learns."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import distbelief as db
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMAND_LINE = [sys.executable, "-c", "from distbelief.cli import command; command()"]
+
+
+def example() -> str:
+    """The one Python block."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return str(block)
+
+
+def commands() -> Iterator[list[str]]:
+    """Every command of the indented blocks, as words."""
+    for line in re.findall(r"^    (.*)$", README, re.MULTILINE):
+        for part in line.split("&&"):
+            if re.match(r" *(python3? |\.venv/bin/|distbelief |pip )", part):
+                yield shlex.split(part, comments=True)
+
+
+def run(command: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=110)
+
+
+def test_the_commands_exist() -> None:
+    found = list(commands())
+    verbs = {words[1] for words in found if Path(words[0]).name == "distbelief"}
+    help_text = run([*COMMAND_LINE, "--help"], ROOT).stdout
+    assert verbs == {"train", "resume", "export", "show"}
+    assert all(f"distbelief {verb} " in help_text for verb in verbs)
+    named = [word for words in found for word in words if word.startswith("examples/")]
+    assert named
+    assert all((ROOT / name).is_file() for name in named)
+    measured = {words[3] for words in found if words[:3] == ["python", "-m", "benchmarks"]}
+    assert len(measured) == 3
+    assert all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in measured)
+    assert [".venv/bin/python", "-m", "pytest"] in found
+
+
+def test_the_extras_that_are_installed_exist() -> None:
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = {name for group in re.findall(r"'\.\[([\w,]+)\]'", README) for name in group.split(",")}
+    assert {"examples", "test"} <= extras <= known.keys()
+
+
+def test_the_options_are_those_of_the_digits_example() -> None:
+    asked = run([*COMMAND_LINE, "train", str(ROOT / "examples" / "digits.py"), "--help"], ROOT)
+    assert asked.returncode == 0, asked.stderr
+    options = {word for words in commands() for word in words if word.startswith("--") and "distbelief" in words[0]}
+    assert {"--channels", "--cluster.replicas"} <= options
+    assert [option for option in sorted(options) if option not in asked.stdout] == []
+
+
+def test_every_name_of_the_package_that_is_used_exists() -> None:
+    names = set(re.findall(r"\bdb\.(\w+)", README))
+    assert {"Job", "train", "Downpour"} <= names
+    assert names <= set(db.__all__)
+
+
+def test_the_example_is_about_twenty_lines() -> None:
+    assert len([line for line in example().splitlines() if line.strip()]) <= 22
+
+
+@pytest.mark.slow
+def test_the_example_runs_and_its_run_can_be_resumed_shown_and_exported(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(example())
+    ran = run([sys.executable, "own.py"], tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["replicas"], summary["shards"], summary["epochs"]) == (4, 2, 10)
+    assert summary["examples"]["seen"] == 14_000
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    model.load_state_dict(torch.load(tmp_path / "digits.pt", weights_only=True))
+    for arguments in (["resume", str(folder), "--epochs", "11"], ["show", str(folder)]):
+        again = run([*COMMAND_LINE, *arguments], tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert "all epochs finished" in again.stdout
+    exported = run([*COMMAND_LINE, "export", str(folder), "model.safetensors"], tmp_path)
+    assert exported.returncode == 0, exported.stderr
+
+
+@pytest.mark.slow
+def test_the_first_command_trains_the_digits_to_96_percent(tmp_path: Path) -> None:
+    (words,) = [words for words in commands() if words[0] == ".venv/bin/distbelief"]
+    assert words[1:] == ["train", "examples/digits.py"]
+    ran = run([*COMMAND_LINE, "train", str(ROOT / words[2])], tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["replicas"], summary["shards"]) == (4, 2)
+    assert summary["test"]["accuracy"] >= 0.96
+    assert summary["examples"]["missing"] == summary["examples"]["repeated"] == 0
