@@ -27,7 +27,7 @@ from distbelief.job import Job
 from distbelief.launch import Launch
 from distbelief.report.files import read_events, read_summary
 from distbelief.report.plots import write_plots
-from distbelief.report.summary import text
+from distbelief.report.summary import summarize, text
 from distbelief.train import train
 
 NOT_OPTIONS = {"model", "data", "loss", "step", "test", "metrics", "evaluate", "groups", "update_rule"}
@@ -95,8 +95,10 @@ def _show(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise ConfigurationError("distbelief show takes a run folder", hint="distbelief show RUN")
     run = Path(arguments[0])
-    print(text(read_summary(run / "summary.json")))
-    for path in write_plots(read_events(run / "events.jsonl"), run / "plots"):
+    observations = read_events(run / "events.jsonl")
+    # A run that was killed has events and no summary.
+    print(text(read_summary(run / "summary.json") if (run / "summary.json").exists() else summarize(observations)))
+    for path in write_plots(observations, run / "plots"):
         print(f"plot          {path}")
 
 
@@ -105,6 +107,14 @@ def _launch(
 ) -> None:
     """Parse the options of the script and of the job together, build the job and train it."""
     hints = get_type_hints(make_job, include_extras=True)
+    fields = {item.name for item in dataclasses.fields(Job)}
+    for name, parameter in inspect.signature(make_job).parameters.items():
+        if name in fields or name not in hints or parameter.default is parameter.empty:
+            raise ConfigurationError(
+                f"parameter {name} of {make_job.__name__} cannot become an option"
+                + (": a job has a field of that name" if name in fields else ""),
+                hint="give every parameter a name of its own, a type and a default, for example `width: int = 512`",
+            )
     own = [
         (name, hints[name], dataclasses.field(default=before.options.get(name, parameter.default)))
         for name, parameter in inspect.signature(make_job).parameters.items()

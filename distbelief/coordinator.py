@@ -31,13 +31,16 @@ from distbelief.errors import (
 )
 from distbelief.parameter_server import All, Insistent, ParameterServer, ParameterServerShard, ShardStatus
 from distbelief.parameters import Span
-from distbelief.portions import Failures, Lease, Leases, Warmstart
+from distbelief.portions import Failures, Lease, Leases, Stages
 
 T = TypeVar("T")
 
 TICK_SECONDS = 0.05
 PROGRESS_SECONDS = 0.5
 LEAVE_SECONDS = 30.0
+FIRST_WORD_SECONDS = 600.0
+EVALUATION_SECONDS = 600.0
+"""The last evaluation is given up when it takes longer than this and than twenty times the slowest before it."""
 
 
 def replica_name(index: int) -> str:
@@ -94,7 +97,7 @@ class Settings:
     replicas: Sequence[RoleSpec]
     shards: Sequence[RoleSpec]
     evaluator: RoleSpec | None
-    warmstart: Warmstart
+    stages: Stages
     checkpoint_seconds: float
     keep_checkpoints: int
     evaluate_examples: int
@@ -112,6 +115,7 @@ class ReplicaRecord:
     heard: float
     slowest_seconds: float = 0.0
     left: bool = False
+    alive: bool = True
     buffers: torch.Tensor | None = None
 
 
@@ -147,16 +151,20 @@ class Coordinator:
         self._shards = [engine.find(spec.name, ParameterServerShard) for spec in settings.shards]
         self._counters = Counters(at=now, examples_before=leases.settled_examples)
         self._statuses: dict[int, ShardStatus] = {}
-        self._asked: Future[list[ShardStatus]] | None = None
+        self._asked: All[ShardStatus] | None = None
+        self._asked_at = 0.0
         self._errands: list[Callable[[], bool]] = []
-        self._failures = Failures()
+        self._failures = Failures(limit=max(8, 3 * len(self._specs())))
+        self._lost_updates: dict[int, int] = {}
+        """Shard -> pushes known to have been applied to it that its restarts have lost."""
         self._failure: DistbeliefError | None = None
         self._dead: list[Death] = []
-        self._released = settings.warmstart.released(leases.settled_examples, len(self._replicas))
+        self._released = self._allowed()
         self._epoch = leases.epoch
         self._evaluation_due = leases.settled_examples + settings.evaluate_examples
         self._evaluation: int | None = None
         self._evaluated: int | None = None
+        self._slowest_evaluation = 0.0
         self._evaluation_left = settings.evaluator is None
         self._stopping = False
         self._checkpoint_at = now + settings.checkpoint_seconds
@@ -176,7 +184,7 @@ class Coordinator:
         self._settle(replica, settled)
         if self._stopping or self.leases.finished:
             return Granted(None, True)
-        if replica >= self._released:
+        if replica >= self._allowed():
             return Granted(None, False)
         return Granted(self.leases.next(replica), False)
 
@@ -221,6 +229,7 @@ class Coordinator:
     def evaluated(self, examples: int, loss: float | None, metrics: dict[str, float], seconds: float) -> None:
         """What the evaluator measured."""
         self._evaluation, self._evaluated = None, examples
+        self._slowest_evaluation = max(self._slowest_evaluation, seconds)
         self._evaluation_due = max(self._evaluation_due, self.leases.settled_examples) + (
             self.settings.evaluate_examples - self.leases.settled_examples % self.settings.evaluate_examples
         )
@@ -302,7 +311,8 @@ class Coordinator:
         if not self._evaluation_left:
             if self._evaluation is None and self._evaluated != self.leases.settled_examples:
                 self._evaluation = self.leases.settled_examples
-            while self._evaluation is not None:
+            until = self.engine.now() + max(EVALUATION_SECONDS, 20 * self._slowest_evaluation)
+            while self._evaluation is not None and self.engine.now() < until:
                 self._tick()
             self._evaluation_left = True
         answers = [Insistent(self.engine, partial(shard.call, ParameterServerShard.status)) for shard in self._shards]
@@ -350,7 +360,7 @@ class Coordinator:
     def _lose_replica(self, index: int, death: Death) -> None:
         """Fence the dead incarnation on all shards, take its leases back, start the next incarnation."""
         record = self._replicas[index]
-        record.buffers = None
+        record.buffers, record.alive = None, False
 
         def fenced(applied: list[dict[int, int]]) -> None:
             loss = self.leases.lose(index, applied)
@@ -359,8 +369,9 @@ class Coordinator:
             )
             self._after_settling()
             record.incarnation, record.heard = self._incarnations[death.role], self.engine.now()
-            record.left = self._stopping
+            record.left, record.slowest_seconds = self._stopping, 0.0
             if not record.left:
+                record.alive = True
                 self._start(self.settings.replicas[index])
 
         answers = [
@@ -371,6 +382,7 @@ class Coordinator:
 
     def _restore_shard(self, index: int) -> None:
         """Start the shard again and give it the newest checkpoint; replicas wait for it and push again."""
+        known = self._statuses.get(index)
         self._start(self.settings.shards[index])
         shard = self._shards[index]
         folder, manifest = checkpoint.newest(self.settings.run, self._reject)
@@ -379,13 +391,27 @@ class Coordinator:
             for replica, record in enumerate(self._replicas):
                 if record.incarnation > self.settings.incarnation:
                     shard.call(ParameterServerShard.fence, replica, record.incarnation - 1)
+            lost = known.version - version if known is not None else 0
+            self._lost_updates[index] = self._lost_updates.get(index, 0) + max(0, lost)
             self.emit(events.ShardRestored(shard=index, version=version))
 
-        self._later(shard.call(ParameterServerShard.restore, str(folder), manifest.shards), restored)
+        # A shard that has its parameters does not take them again, so asking twice undoes nothing.
+        call = partial(shard.call, ParameterServerShard.restore, str(folder), manifest.shards)
+        self._later(Insistent(self.engine, call), restored)
 
     def _end_the_silent(self, now: float) -> None:
+        """Give up roles that hang: a shard first, since replicas that wait for it are silent too."""
+        if self._asked is not None and not self._asked.done() and now - self._asked_at > self.settings.silence_seconds:
+            self._asked_at = now
+            for index in self._asked.outstanding():
+                name = self.settings.shards[index].name
+                self._end(name, self._incarnations[name], f"not heard of for {self.settings.silence_seconds:.0f} s")
+            for record in self._replicas:
+                record.heard = now
         for index, record in enumerate(self._replicas):
-            limit = max(self.settings.silence_seconds, 20 * record.slowest_seconds)
+            # Before its first word a replica builds its model, which may take longer than any mini-batch.
+            patience = 20 * record.slowest_seconds if record.slowest_seconds else FIRST_WORD_SECONDS
+            limit = max(self.settings.silence_seconds, patience)
             if not record.left and now - record.heard > limit:
                 record.heard = now
                 self._end(replica_name(index), record.incarnation, f"not heard of for {limit:.0f} s")
@@ -413,6 +439,10 @@ class Coordinator:
 
     # progress
 
+    def _allowed(self) -> int:
+        leases = self.leases
+        return self.settings.stages.released(leases.settled_examples, leases.examples_to_come, len(self._replicas))
+
     def _settle(self, replica: int, settled: tuple[tuple[int, int], ...]) -> None:
         for identifier, position in settled:
             self.leases.settle(replica, identifier, position)
@@ -421,7 +451,7 @@ class Coordinator:
 
     def _after_settling(self) -> None:
         settled = self.leases.settled_examples
-        released = self.settings.warmstart.released(settled, len(self._replicas))
+        released = self._allowed()
         if released > self._released:
             self._released = released
             self.emit(events.ReplicasReleased(replicas=released, examples=settled))
@@ -448,7 +478,7 @@ class Coordinator:
                 pushes=pushes,
                 staleness_median=events.staleness_quantile(staleness, 0.5),
                 staleness_p95=events.staleness_quantile(staleness, 0.95),
-                replicas_alive=sum(not record.left for record in self._replicas),
+                replicas_alive=sum(record.alive and not record.left for record in self._replicas),
             )
         )
         counters.loss_sum, counters.loss_examples = 0.0, 0
@@ -457,8 +487,9 @@ class Coordinator:
     def _ask_statuses(self) -> None:
         """Ask the shards for their counters; what they answer is used the next time."""
         if self._asked is None or self._asked.done():
-            self._asked = All(self.engine, [Insistent(self.engine, partial(shard.call, ParameterServerShard.status))
-                               for shard in self._shards])  # fmt: skip
+            self._asked_at = self.engine.now()
+            calls = [partial(shard.call, ParameterServerShard.status) for shard in self._shards]
+            self._asked = All(self.engine, [Insistent(self.engine, call) for call in calls])
             self._later(self._asked, lambda answers: self._statuses.update(enumerate(answers)))
 
     @property
@@ -481,7 +512,9 @@ class Coordinator:
         return events.JobFinished(
             reason=reason, seen=seen, repeated=self.leases.repeated, missing=self.leases.total_examples - seen,
             refused=self._counters.refused,
-            lost_updates=sum(status.lost_updates for status in self._statuses.values()),
+            lost_updates=sum(
+                max(status.lost_updates, self._lost_updates.get(index, 0)) for index, status in self._statuses.items()
+            ),
             pushes=self.pushes, staleness=self.staleness, resume_command=resume, export_command=export,
         )  # fmt: skip
 

@@ -16,7 +16,7 @@ import torch
 from distbelief.channel.base import Future
 from distbelief.coordinator import Coordinator, Granted, Refusal, Report
 from distbelief.data_shard import DataShard
-from distbelief.engine.base import COORDINATOR, Home
+from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Home
 from distbelief.errors import ConfigurationError, Fenced
 from distbelief.model_replica import ModelReplica
 from distbelief.parameter_server import Applied, ParameterServer, Stamp
@@ -49,6 +49,8 @@ class Downpour:
     """What a push holds of the gradients of its mini-batches."""
     warmstart: int | None = None
     """Examples that one replica trains on before the others are released in stages; None derives it, 0 is none."""
+    cooldown: int | None = None
+    """Examples that one replica trains on at the end, the others leaving in stages; None derives it, 0 is none."""
     local_rate: float | None = None
     """Rate of a local gradient step after each mini-batch, for n_fetch > 1; None for none."""
     clip_norm: float | None = None
@@ -69,10 +71,11 @@ class Downpour:
                 raise ConfigurationError(
                     f"Downpour({name}={getattr(self, name)}) would never happen", hint=f"set {name} to 1 or more"
                 )
-        if (self.warmstart is not None and self.warmstart < 0) or self.refusals < 0:
+        if min(self.warmstart or 0, self.cooldown or 0, self.refusals) < 0:
             raise ConfigurationError(
-                f"Downpour(warmstart={self.warmstart}, refusals={self.refusals}): counts cannot be negative",
-                hint="use 0 or more, or warmstart=None to derive it",
+                f"Downpour(warmstart={self.warmstart}, cooldown={self.cooldown}, refusals={self.refusals}): "
+                "counts cannot be negative",
+                hint="use 0 or more, or None for warmstart and cooldown to derive them",
             )
         for name in ("clip_norm", "local_rate"):
             value = getattr(self, name)
@@ -107,7 +110,7 @@ class DownpourReplica:
         """Whether this is the job's only replica, so that nobody else changes the parameters meanwhile."""
         self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
         self.rule = downpour
-        self.coordinator = home.find(COORDINATOR, Coordinator)
+        self.coordinator = home.find(COORDINATOR, Coordinator, COORDINATOR_SECONDS)
         self.versions: list[int] = []
         self.base_versions: list[int] = []
         self.fetching: Future[list[int]] | None = None

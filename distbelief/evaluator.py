@@ -14,7 +14,7 @@ from torch import nn
 
 from distbelief.coordinator import Coordinator
 from distbelief.data_shard import collect, to_device
-from distbelief.engine.base import COORDINATOR, Home
+from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Home
 from distbelief.model_replica import flat_buffers, load_buffers, load_parameters
 from distbelief.parameter_server import ParameterServer
 from distbelief.parameters import Layout
@@ -65,7 +65,7 @@ class Evaluator:
     ) -> None:
         self._home, self._module, self._layout, self._server = home, module, layout, server
         self._dataset, self._measures = dataset, measures
-        self._coordinator = home.find(COORDINATOR, Coordinator)
+        self._coordinator = home.find(COORDINATOR, Coordinator, COORDINATOR_SECONDS)
         self._parameters = home.allocate(layout.length, layout.dtype)
 
     def run(self) -> None:

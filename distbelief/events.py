@@ -6,7 +6,6 @@ The coordinator emits; nothing else does. On disk (`events.jsonl`) an event is o
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
@@ -211,8 +210,3 @@ def staleness_quantile(counts: dict[int, int], quantile: float) -> float:
         if reached >= quantile * total:
             return float(staleness)
     return 0.0
-
-
-def as_dictionary(event: Event) -> dict[str, Any]:
-    """Plain fields of an event, for writers that want a mapping."""
-    return {name: getattr(event, name) for name in event.__struct_fields__}

@@ -17,10 +17,13 @@ from distbelief.errors import ConfigurationError
 from distbelief.evaluator import Measures, Metric
 from distbelief.model_replica import Objective, Step, build
 from distbelief.parameters import Groups, Layout
+from distbelief.portions import Stages
 from distbelief.update_rule import check
 
-DEFAULT_WARMSTART = 0.05
-"""Share of the job's examples that one replica trains on alone; measured on the speech task, docs/decisions/."""
+STAGE_SHARE = 0.02
+"""Share of the job's examples that one replica trains on alone, first and last; measured on the speech task."""
+STAGE_MINI_BATCHES = 100
+"""No fewer mini-batches than these, in jobs so small that a share would be nothing, up to a tenth of the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +101,15 @@ class Job:
         """What to measure on the test set."""
         return Measures(self.loss, self.step, dict(self.metrics), self.evaluate)
 
-    def warmstart_examples(self, total_examples: int) -> int:
-        """Examples that one replica trains on alone."""
-        if self.algorithm.warmstart is not None:
-            return self.algorithm.warmstart
-        return int(DEFAULT_WARMSTART * total_examples) if self.cluster.replicas > 1 else 0
+    def stages(self, total_examples: int) -> Stages:
+        """When how many replicas train."""
+        if self.cluster.replicas == 1:
+            return Stages()
+        derived = max(
+            int(STAGE_SHARE * total_examples), min(STAGE_MINI_BATCHES * self.batch_size, total_examples // 10)
+        )
+        warmstart, cooldown = self.algorithm.warmstart, self.algorithm.cooldown
+        return Stages(derived if warmstart is None else warmstart, derived if cooldown is None else cooldown)
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,12 @@ class ParameterServerShard:
 
     @exported
     def restore(self, folder: str, files: list[ShardFile]) -> int:
-        """Take the span from a checkpoint's files, cut anyhow; answers the version. Raises CheckpointError."""
+        """Take the span from a checkpoint's files, cut anyhow, unless this shard has its parameters already.
+
+        Answers the version. Raises CheckpointError.
+        """
+        if self._ready:
+            return self._state.version
         vectors = shard_file.read_span(Path(folder), files, self._span)
         own = [file for file in files if len(Span(file.start, file.stop).overlap(self._span))]
         states = [shard_file.read_state(Path(folder) / file.name) for file in own]
@@ -263,6 +268,10 @@ class All(Generic[T]):
         """Whether all are done."""
         # Each is asked, since asking makes a lost call again.
         return all([future.done() for future in self._futures])  # noqa: C419
+
+    def outstanding(self) -> list[int]:
+        """The positions of those that are not done."""
+        return [position for position, future in enumerate(self._futures) if not future.done()]
 
     def wait(self, seconds: float) -> bool:
         """Wait for all, at most so long."""

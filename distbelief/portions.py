@@ -44,20 +44,27 @@ class LeaseState(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Warmstart:
-    """One replica trains first; then the others are released in stages (paper, section 4.1)."""
+class Stages:
+    """How many replicas train when: one first, then the others in stages (paper, section 4.1), one at the end again.
 
-    examples: int = 0
-    """Examples after which the second replica is released."""
+    Staleness grows with the number of replicas, and what it harms is a step that is large against the progress made so
+    far: so the number doubles whenever the examples seen have doubled. Towards the end it halves in the same way, so
+    that the last steps are made on fresh parameters.
+    """
 
-    def released(self, settled_examples: int, replicas: int) -> int:
-        """How many replicas may train: one until `examples`, then twice as many after each further quarter of it."""
-        if self.examples <= 0:
-            return replicas
-        if settled_examples < self.examples:
-            return 1
-        stages = 1 + (settled_examples - self.examples) // max(1, self.examples // 4)
-        return replicas if stages >= replicas.bit_length() else 1 << stages
+    warmstart: int = 0
+    """Examples after which the second replica is released; twice as many for the third and fourth, and so on."""
+    cooldown: int = 0
+    """Examples that the first replica is given at the end, when the others get no more."""
+
+    def released(self, settled_examples: int, examples_to_come: int, replicas: int) -> int:
+        """How many replicas may be given work; `examples_to_come` have not been handed out yet."""
+        allowed = replicas
+        if self.warmstart:
+            allowed = min(allowed, 1 << (settled_examples // self.warmstart).bit_length())
+        if self.cooldown:
+            allowed = min(allowed, 1 << (examples_to_come // self.cooldown).bit_length())
+        return allowed
 
 
 def lease_size(examples: int, batch_size: int, replicas: int, n_push: int = 1) -> int:
@@ -91,6 +98,13 @@ class Leases:
         left = sum(lease.examples for lease in self.unsettled())
         epoch, index = divmod(self._issued, self.leases_per_epoch)
         return epoch * self.examples_per_epoch + min(index * self.lease_examples, self.examples_per_epoch) - left
+
+    @property
+    def examples_to_come(self) -> int:
+        """Examples that have never been handed out."""
+        epoch, index = divmod(self._issued, self.leases_per_epoch)
+        issued = epoch * self.examples_per_epoch + min(index * self.lease_examples, self.examples_per_epoch)
+        return self.total_examples - issued
 
     @property
     def finished(self) -> bool:

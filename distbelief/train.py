@@ -45,14 +45,11 @@ from distbelief.model_replica import (
 )
 from distbelief.parameter_server import ParameterServer, ParameterServerShard, shard_name
 from distbelief.parameters import Span, cut
-from distbelief.portions import Leases, Warmstart, lease_size
+from distbelief.portions import Leases, lease_size
 from distbelief.report.files import EventFile, read_events, write_summary
 from distbelief.report.summary import Summary, summarize, text
 from distbelief.report.tensorboard import tensorboard_files
 from distbelief.report.terminal import Terminal
-
-FRAME_BYTES_PER_PARAMETER = 8
-FRAME_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -214,7 +211,7 @@ def _coordinator(
             for i, span in enumerate(spans)
         ],
         evaluator=RoleSpec(EVALUATOR, evaluator_role, (SHARED, spans)) if facts.test_examples else None,
-        warmstart=Warmstart(job.warmstart_examples(leases.total_examples)),
+        stages=job.stages(leases.total_examples),
         checkpoint_seconds=job.checkpoint_seconds,
         keep_checkpoints=job.keep_checkpoints,
         evaluate_examples=job.evaluate_every or facts.examples,

@@ -104,7 +104,7 @@ def test_a_replica_that_hangs_is_given_up_and_replaced(tmp_path: Path) -> None:
 
 def test_a_job_whose_roles_die_without_progress_stops_and_says_so(tmp_path: Path) -> None:
     kills = tuple((0.5 + 0.3 * number, f"replica/{replica}") for number in range(60) for replica in range(4))
-    with pytest.raises(db.TrainingFailed, match=r"9 roles died without an example being finished.*\n.*hint"):
+    with pytest.raises(db.TrainingFailed, match=r"25 roles died without an example being finished.*\n.*hint"):
         trained(simulated(), tmp_path, faults=db.Faults(kill=kills), costs=db.Costs(example_seconds=1.0))
 
 
@@ -205,6 +205,32 @@ def test_killing_replicas_and_shards_for_real_loses_no_example(tmp_path: Path) -
     assert (result.summary.examples.seen, result.summary.examples.missing) == (64000, 0)
     assert len(of(ShardRestored, heard)) == 1
     assert (result.test["accuracy"] or 0) > 0.9
+
+
+@pytest.mark.slow
+def test_killing_the_process_that_starts_roles_loses_no_example(tmp_path: Path) -> None:
+    heard: list[Observation] = []
+    killed: list[int] = []
+
+    def kill(observation: Observation) -> None:
+        heard.append(observation)
+        if observation.seconds > 2.0 and not killed:
+            zygotes = [pid for pid in descendants(os.getpid()) if parent_of(pid) == os.getpid()]
+            killed.extend(zygotes)
+            for pid in zygotes:
+                os.kill(pid, signal.SIGKILL)
+
+    job = dataclasses.replace(big_local(epochs=6), run=tmp_path / "run")
+    slow = {f"replica/{index}": 4.0 for index in range(3)}
+    result = db.train(job, view=False, listeners=[kill], faults=db.Faults(slow=slow))
+    assert len(killed) == 1
+    assert len(of(RoleLost, heard)) >= 6
+    assert len(of(ShardRestored, heard)) == 2
+    assert (result.summary.examples.seen, result.summary.examples.missing) == (6400 * 6, 0)
+
+
+def parent_of(pid: int) -> int:
+    return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.slow

@@ -8,13 +8,12 @@ and leave, and are compared with a ledger that notes every single position on ev
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from distbelief.portions import Failures, Lease, Leases, LeaseState, Warmstart, lease_size
+from distbelief.portions import Failures, Lease, Leases, LeaseState, Stages, lease_size
 
 Position = tuple[int, int]
 """(epoch, position in its permutation)."""
@@ -291,25 +290,37 @@ def test_a_lease_is_whole_mini_batches_a_push_at_least_and_a_small_part_of_the_e
         assert -(-examples // size) >= 8 * replicas
 
 
+PLENTY = 1 << 60
+
+
 @settings(deadline=None)
-@given(some.integers(0, 1000), some.integers(1, 300))
-def test_warmstart_begins_with_one_replica_and_releases_the_others_in_growing_stages(examples: int, count: int) -> None:
-    released = [Warmstart(examples).released(settled, count) for settled in range(4 * examples + 10)]
+@given(some.integers(0, 300), some.integers(1, 300))
+def test_warmstart_begins_with_one_replica_and_doubles_them_as_the_examples_double(warmstart: int, count: int) -> None:
+    stages = Stages(warmstart, 0)
+    moments = [max(0, warmstart * factor + shift) for factor in (0, 1, 2, 3, 4, 8, 16, 512) for shift in (-1, 0, 1)]
+    released = [stages.released(settled, PLENTY, count) for settled in sorted(moments)]
     assert released == sorted(released)
+    assert released[0] == (1 if warmstart else count)
     assert released[-1] == count
-    assert all(number == (1 if examples else count) for number in released[: max(1, examples)])
-    stages = sorted(set(released))
-    assert all(later <= 2 * earlier for earlier, later in pairwise(stages))
-    if examples and count > 1:
-        assert released[examples] == 2
+    if warmstart:
+        assert stages.released(warmstart - 1, PLENTY, count) == 1
+        for doubling in range(6):
+            assert stages.released(warmstart << doubling, PLENTY, count) == min(count, 2 << doubling)
 
 
-def test_a_single_replica_is_never_held_back_by_warmstart() -> None:
-    assert {Warmstart(100).released(settled, 1) for settled in range(300)} == {1}
+@settings(deadline=None)
+@given(some.integers(1, 300), some.integers(1, 300), some.integers(0, 100_000))
+def test_the_cooldown_withdraws_replicas_as_warmstart_released_them(cooldown: int, count: int, left: int) -> None:
+    assert Stages(0, cooldown).released(PLENTY, left, count) == Stages(cooldown, 0).released(left, PLENTY, count)
+    assert Stages(0, cooldown).released(PLENTY, 0, count) == 1
+
+
+def test_a_single_replica_is_never_held_back() -> None:
+    assert {Stages(100, 100).released(settled, 300 - settled, 1) for settled in range(300)} == {1}
 
 
 def test_a_job_resumed_past_its_warmstart_releases_everybody_at_once() -> None:
-    assert Warmstart(100).released(10_000, 64) == 64
+    assert Stages(100, 0).released(10_000, PLENTY, 64) == 64
 
 
 def test_failures_stop_the_job_only_when_nothing_is_settled_in_between() -> None:

@@ -96,6 +96,16 @@ def test_resuming_with_another_model_names_the_parameters_that_differ(tmp_path: 
     assert "hint: resume with the model" in str(caught.value)
 
 
+def test_a_refused_resume_changes_nothing_in_the_run_folder(tmp_path: Path) -> None:
+    result = trained(problems.job(), tmp_path / "run")
+    with pytest.raises(db.CheckpointError):
+        db.train(problems.job(model=wider_classifier, epochs=3), resume=tmp_path / "run", view=False)
+    export(tmp_path / "run", tmp_path / "model.safetensors")
+    module = problems.classifier()
+    module.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert problems.same_parameters(module, result.model)
+
+
 def wider_classifier() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3))
 

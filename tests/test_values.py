@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from problems import classifier, job, points
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 import distbelief as db
 from distbelief.job import prepare
+from distbelief.portions import Stages
+from tests.problems import classifier, job, points
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -239,11 +240,13 @@ def test_a_function_of_the_user_that_raises_is_shown_with_its_own_traceback_firs
     assert not (tmp_path / "run").exists()
 
 
-def test_warmstart_is_derived_from_the_examples_and_the_replicas() -> None:
-    assert job(cluster=db.Cluster(replicas=4)).warmstart_examples(1000) == 50
-    assert job(cluster=db.Cluster(replicas=1)).warmstart_examples(1000) == 0
-    assert job(algorithm=db.Downpour(warmstart=7)).warmstart_examples(1000) == 7
-    assert job(algorithm=db.Downpour(warmstart=0), cluster=db.Cluster(replicas=4)).warmstart_examples(1000) == 0
+def test_warmstart_and_cooldown_are_derived_from_the_examples_and_the_replicas() -> None:
+    four = db.Cluster(replicas=4)
+    assert job(cluster=four).stages(1_000_000) == Stages(20_000, 20_000)
+    assert job(cluster=four).stages(40_000) == Stages(1600, 1600)  # a hundred mini-batches of 16
+    assert job(cluster=four).stages(1000) == Stages(100, 100)  # but no more than a tenth
+    assert job(cluster=db.Cluster(replicas=1)).stages(1_000_000) == Stages(0, 0)
+    assert job(algorithm=db.Downpour(warmstart=7, cooldown=0), cluster=four).stages(1000) == Stages(7, 0)
 
 
 def test_threads_are_shared_among_replicas_and_never_none() -> None:

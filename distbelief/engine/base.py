@@ -18,6 +18,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 COORDINATOR = "coordinator"
+COORDINATOR_SECONDS = 1e6
+"""Deadline of calls to the coordinator: it may be paused (Ctrl-Z); when it dies, roles end by themselves."""
 
 
 class Home(Protocol):

@@ -254,6 +254,8 @@ class LocalEngine(LocalHome):
         if code == 0:
             return
         reason = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        if failure.startswith(zygote.LOST.decode()):
+            reason, failure = failure[len(zygote.LOST) :], ""
         self._deaths.append(Death(role, incarnation, reason, failure or None))
 
     def _lose_zygote(self) -> None:

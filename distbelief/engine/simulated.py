@@ -299,9 +299,9 @@ class SimulatedEngine(SimulatedHome):
                 home.role.run()
                 self._end(home)
 
-        def failed(failure: str) -> None:
+        def failed(reason: str, failure: str | None) -> None:
             self._end(home)
-            self._deaths.append(Death(home.name, home.incarnation, "exit code 1", failure))
+            self._deaths.append(Death(home.name, home.incarnation, reason, failure))
 
         home.activity = Activity(self, life, failed)
         self._activities.append(home.activity)

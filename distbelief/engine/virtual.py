@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from distbelief.errors import DeadlineExceeded
+from distbelief.errors import ChannelError, DeadlineExceeded
 
 if TYPE_CHECKING:
     from distbelief.engine.simulated import SimulatedEngine
@@ -86,7 +86,9 @@ class Answer:
 class Activity:
     """A role's own activity: a thread that runs only while it holds the baton."""
 
-    def __init__(self, engine: "SimulatedEngine", life: Callable[[], None], failed: Callable[[str], None]) -> None:
+    def __init__(
+        self, engine: "SimulatedEngine", life: Callable[[], None], failed: Callable[[str, str | None], None]
+    ) -> None:
         self._engine, self._life, self._failed = engine, life, failed
         self._turn = threading.Semaphore(0)
         self.killed = self.over = False
@@ -101,8 +103,10 @@ class Activity:
                 self._life()
         except Killed:
             pass
+        except ChannelError as error:
+            self._failed(f"{type(error).__name__}: {error}", None)
         except BaseException as error:
-            self._failed("".join(traceback.format_exception(error)))
+            self._failed("exit code 1", "".join(traceback.format_exception(error)))
         self.over = True
         self._engine.baton.release()
 

@@ -27,10 +27,12 @@ from collections.abc import Callable
 from typing import Any
 
 from distbelief.engine.pickles import Unpickler
-from distbelief.errors import DistbeliefError, UserCodeError
+from distbelief.errors import ChannelError, DistbeliefError, UserCodeError
 
 LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
+LOST = b"\0"
+"""Begins a role's last words when they are no traceback but the reason of a death."""
 
 
 def send(control: socket.socket, message: Any, descriptors: tuple[int, ...] = ()) -> None:
@@ -69,6 +71,11 @@ def run_role(build: Callable[[], Callable[[], None]], report: int) -> None:
     code = 0
     try:
         build()()
+    except ChannelError as error:
+        # Not the user's doing: somebody this role needs is gone. It counts as a death and the role is replaced.
+        code = 1
+        with contextlib.suppress(OSError):
+            os.write(report, LOST + f"{type(error).__name__}: {error}".encode()[:1000])
     except BaseException as error:
         code = 1
         text = "".join(traceback.format_exception(error))
