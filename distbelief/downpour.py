@@ -43,7 +43,8 @@ class Downpour:
     """A replica pushes its accrued gradient every so many mini-batches."""
     fetch: FetchName = "fresh"
     """`overlapped`: compute while a fetch is under way, and adopt it when it is there at the next mini-batch.
-    `fresh`: wait for it first, but no longer than half a mini-batch takes; a replica that is alone overlaps.
+    `fresh`: wait for it first, but no longer than half a mini-batch takes; one or two replicas overlap all the same,
+    since their staleness is small.
     `awaited`: wait for it however long it takes."""
     accrue: AccrueName = "mean"
     """What a push holds of the gradients of its mini-batches."""
@@ -104,10 +105,10 @@ class DownpourReplica:
 
     def __init__(
         self, home: Home, index: int, model: ModelReplica, data: DataShard, server: ParameterServer,
-        downpour: Downpour, *, alone: bool,
+        downpour: Downpour, *, others: int,
     ) -> None:  # fmt: skip
-        self.alone = alone
-        """Whether this is the job's only replica, so that nobody else changes the parameters meanwhile."""
+        self.others = others
+        """How many replicas change the parameters besides this one."""
         self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
         self.rule = downpour
         self.coordinator = home.find(COORDINATOR, Coordinator, COORDINATOR_SECONDS)
@@ -197,7 +198,7 @@ class DownpourReplica:
         """How long to wait for a fetch before computing on the parameters that are here."""
         if self.rule.fetch == "awaited":
             return math.inf
-        return self.report.mini_batch_seconds / 2 if self.rule.fetch == "fresh" and not self.alone else 0.0
+        return self.report.mini_batch_seconds / 2 if self.rule.fetch == "fresh" and self.others > 1 else 0.0
 
     def compute(self, batch: Any, examples: int, lease: Lease, position: int) -> None:
         """Accrue the gradient of one mini-batch."""
