@@ -2,6 +2,8 @@
 """Frame accuracy of the speech example after equal examples: the plain loop, and Downpour with ever more replicas.
 
 Downpour runs with its default settings, for real and, where the machine has too few cores, on the simulated engine.
+There the times of mini-batches are exponentially distributed, so that the order of pushes is random, and shards answer
+at once, as if there were as many of them as it takes: mean staleness is then the number of other replicas.
 """
 
 import contextlib
@@ -25,6 +27,8 @@ METRIC = "frame_accuracy"
 RATE = 0.01
 PLAIN = "plain loop"
 SHARDS = 2
+SEEDS = (0, 1, 2)
+COSTS = db.Costs(jitter=1.0, serving_bytes_per_second=1e12)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def run(data: str, quick: bool) -> list[Row]:
     if quick:
         train = Subset(train, range(0, len(train), 10))
     job = replace(job, data=train, test=test, epochs=1 if quick else 3, batch_size=32)
-    seeds = (0,) if quick else (0, 1, 2)
+    seeds = SEEDS[:1] if quick else SEEDS
     with tempfile.TemporaryDirectory() as folder:
         measured = {PLAIN: _each_seed(PLAIN, seeds, partial(plain_accuracy, job))}
         for way in WAYS:
@@ -101,7 +105,7 @@ def downpour_accuracy(job: db.Job, way: Way, folder: Path, seed: int) -> float:
     cluster = db.Cluster(replicas=way.replicas, shards=SHARDS, engine=way.engine)
     run = folder / f"{way.replicas}-{way.engine}-{seed}"
     with contextlib.redirect_stdout(io.StringIO()):
-        result = db.train(replace(job, cluster=cluster, seed=seed, run=run))
+        result = db.train(replace(job, cluster=cluster, seed=seed, run=run), costs=COSTS)
     return float(result.test[METRIC])
 
 
