@@ -7,13 +7,11 @@ here happens in one thread. Exported methods answer replicas at once and only no
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import TypeVar, final
 
-import msgspec
 import torch
 
 from distbelief import checkpoint, events
@@ -31,7 +29,9 @@ from distbelief.errors import (
 )
 from distbelief.parameter_server import All, Insistent, ParameterServer, ParameterServerShard, ShardStatus
 from distbelief.parameters import Span
-from distbelief.portions import Failures, Lease, Leases, Stages
+from distbelief.portions import Failures, Leases
+from distbelief.progress import Meter
+from distbelief.roster import Granted, Refusal, ReplicaRecord, Report, RoleSpec, Settings, replica_name
 
 T = TypeVar("T")
 
@@ -41,95 +41,6 @@ LEAVE_SECONDS = 30.0
 FIRST_WORD_SECONDS = 600.0
 EVALUATION_SECONDS = 600.0
 """The last evaluation is given up when it takes longer than this and than twenty times the slowest before it."""
-
-
-def replica_name(index: int) -> str:
-    """The role name of replica `index`."""
-    return f"replica/{index}"
-
-
-EVALUATOR = "evaluator"
-
-
-class Refusal(msgspec.Struct, array_like=True, frozen=True):
-    """A push that a replica refused."""
-
-    step: int
-    examples: int
-    reason: str
-
-
-class Report(msgspec.Struct, array_like=True, frozen=True):
-    """What a replica did since its last report."""
-
-    replica: int
-    incarnation: int
-    settled: tuple[tuple[int, int], ...]
-    """(lease, position): every shard has acknowledged the lease's examples before the position."""
-    examples: int
-    loss_sum: float
-    slowest_seconds: float
-    """The slowest mini-batch so far."""
-    refused: tuple[Refusal, ...]
-
-
-class Granted(msgspec.Struct, array_like=True, frozen=True):
-    """The answer to a request for a lease: one, or none now, or none ever."""
-
-    lease: Lease | None
-    finished: bool
-
-
-@dataclass(frozen=True)
-class RoleSpec:
-    """How to start a role, again and again."""
-
-    name: str
-    factory: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the coordinator needs to know of a job."""
-
-    run: Path
-    replicas: Sequence[RoleSpec]
-    shards: Sequence[RoleSpec]
-    evaluator: RoleSpec | None
-    stages: Stages
-    checkpoint_seconds: float
-    keep_checkpoints: int
-    evaluate_examples: int
-    silence_seconds: float
-    refusals: int
-    incarnation: int
-    """First incarnation of every role; higher than any that an earlier run of the job used."""
-
-
-@dataclass
-class ReplicaRecord:
-    """What is known of one replica."""
-
-    incarnation: int
-    heard: float
-    slowest_seconds: float = 0.0
-    left: bool = False
-    alive: bool = True
-    buffers: torch.Tensor | None = None
-
-
-@dataclass
-class Counters:
-    """Sums since the last progress event, and over the run."""
-
-    loss_sum: float = 0.0
-    loss_examples: int = 0
-    refused: int = 0
-    refused_pushes: int = 0
-    pushes_before: int = 0
-    examples_before: int = 0
-    at: float = 0.0
 
 
 @final
@@ -149,7 +60,8 @@ class Coordinator:
         self._replicas = [ReplicaRecord(settings.incarnation, now) for _ in settings.replicas]
         self._incarnations = {spec.name: settings.incarnation for spec in self._specs()}
         self._shards = [engine.find(spec.name, ParameterServerShard) for spec in settings.shards]
-        self._counters = Counters(at=now, examples_before=leases.settled_examples)
+        self._meter = Meter(now, leases.settled_examples)
+        self._refused_examples = self._refused_pushes = 0
         self._statuses: dict[int, ShardStatus] = {}
         self._asked: All[ShardStatus] | None = None
         self._asked_at = 0.0
@@ -193,8 +105,7 @@ class Coordinator:
         """Take a replica's report; the answer is whether it should stop. Raises Fenced."""
         record = self._hear(report.replica, report.incarnation)
         record.slowest_seconds = max(record.slowest_seconds, report.slowest_seconds)
-        self._counters.loss_sum += report.loss_sum
-        self._counters.loss_examples += report.examples
+        self._meter.count(report.loss_sum, report.examples)
         for refusal in report.refused:
             self._refuse(report.replica, refusal)
         self._settle(report.replica, report.settled)
@@ -424,15 +335,14 @@ class Coordinator:
         return record
 
     def _refuse(self, replica: int, refusal: Refusal) -> None:
-        counters = self._counters
-        counters.refused += refusal.examples
-        counters.refused_pushes += 1
+        self._refused_examples += refusal.examples
+        self._refused_pushes += 1
         self.emit(
             events.PushRefused(replica=replica, step=refusal.step, examples=refusal.examples, reason=refusal.reason)
         )
-        if counters.refused_pushes > self.settings.refusals and self._failure is None:
+        if self._refused_pushes > self.settings.refusals and self._failure is None:
             self._failure = TrainingFailed(
-                f"{counters.refused_pushes} pushes were refused, the limit is {self.settings.refusals}; the last by "
+                f"{self._refused_pushes} pushes were refused, the limit is {self.settings.refusals}; the last by "
                 f"replica {replica} at its step {refusal.step}: {refusal.reason}\n"
                 "hint: lower the learning rate, set Downpour(clip_norm=...), or check the data for NaN"
             )
@@ -461,28 +371,13 @@ class Coordinator:
             self._epoch += 1
 
     def _progress(self, seconds: float) -> None:
-        counters, now = self._counters, self.engine.now()
-        elapsed = now - counters.at
-        if elapsed < seconds or elapsed <= 0:
+        """Report, unless the last report is younger than `seconds`."""
+        now = self.engine.now()
+        if not self._meter.due(now, seconds):
             return
         self._ask_statuses()
-        examples, pushes, staleness = self.leases.settled_examples, self.pushes, self.staleness
-        self.emit(
-            events.Progress(
-                epoch=min(self.leases.epoch, self.leases.epochs - 1),
-                examples=examples,
-                total_examples=self.leases.total_examples,
-                loss=counters.loss_sum / counters.loss_examples if counters.loss_examples else None,
-                examples_per_second=(examples - counters.examples_before) / elapsed,
-                pushes_per_second=(pushes - counters.pushes_before) / elapsed,
-                pushes=pushes,
-                staleness_median=events.staleness_quantile(staleness, 0.5),
-                staleness_p95=events.staleness_quantile(staleness, 0.95),
-                replicas_alive=sum(record.alive and not record.left for record in self._replicas),
-            )
-        )
-        counters.loss_sum, counters.loss_examples = 0.0, 0
-        counters.examples_before, counters.pushes_before, counters.at = examples, pushes, now
+        alive = sum(record.alive and not record.left for record in self._replicas)
+        self.emit(self._meter.progress(now, self.leases, self.pushes, self.staleness, alive))
 
     def _ask_statuses(self) -> None:
         """Ask the shards for their counters; what they answer is used the next time."""
@@ -511,7 +406,7 @@ class Coordinator:
         seen = self.leases.settled_examples
         return events.JobFinished(
             reason=reason, seen=seen, repeated=self.leases.repeated, missing=self.leases.total_examples - seen,
-            refused=self._counters.refused,
+            refused=self._refused_examples,
             lost_updates=sum(
                 max(status.lost_updates, self._lost_updates.get(index, 0)) for index, status in self._statuses.items()
             ),

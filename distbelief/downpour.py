@@ -14,13 +14,14 @@ from typing import Any, Literal, final, get_args
 import torch
 
 from distbelief.channel.base import Future
-from distbelief.coordinator import Coordinator, Granted, Refusal, Report
+from distbelief.coordinator import Coordinator
 from distbelief.data_shard import DataShard
 from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Home
 from distbelief.errors import ConfigurationError, Fenced
 from distbelief.model_replica import ModelReplica
 from distbelief.parameter_server import Applied, ParameterServer, Stamp
 from distbelief.portions import Lease
+from distbelief.roster import Granted, Refusal, Report
 from distbelief.update_rule import UpdateRule, adagrad
 
 FetchName = Literal["fresh", "overlapped", "awaited"]

@@ -19,7 +19,7 @@ from torch import nn
 
 from distbelief import checkpoint, events
 from distbelief.checkpoint import Manifest
-from distbelief.coordinator import EVALUATOR, Coordinator, RoleSpec, Settings, replica_name
+from distbelief.coordinator import Coordinator
 from distbelief.data_shard import DataShard
 from distbelief.downpour import DownpourReplica
 from distbelief.engine.base import Engine, Faults, Home
@@ -50,6 +50,7 @@ from distbelief.report.files import EventFile, read_events, write_summary
 from distbelief.report.summary import Summary, summarize, text
 from distbelief.report.tensorboard import tensorboard_files
 from distbelief.report.terminal import Terminal
+from distbelief.roster import EVALUATOR, RoleSpec, Settings, replica_name
 
 
 @dataclass(frozen=True)
