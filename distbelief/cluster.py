@@ -24,7 +24,7 @@ class Cluster:
     transport: TransportName = "shared_memory"
     """How tensors travel on the local engine: memory shared between processes, or TCP over loopback."""
     threads_per_replica: int | None = None
-    """Torch threads of each replica; None shares the cores equally."""
+    """Torch threads of each replica; None shares the cores equally, but for one that is left to the shards."""
     device: str | None = None
     """Where replicas compute: "cpu", "cuda", "cuda:1"; None takes CUDA when there is one."""
     silence_seconds: float = 60.0
@@ -45,7 +45,7 @@ class Cluster:
         if self.threads_per_replica is not None and self.threads_per_replica < 1:
             raise ConfigurationError(
                 f"Cluster(threads_per_replica={self.threads_per_replica}) cannot compute",
-                hint="use 1 or more, or None to share the cores equally",
+                hint="use 1 or more, or None to share the cores",
             )
         if not self.silence_seconds > 0:
             raise ConfigurationError(
@@ -55,8 +55,11 @@ class Cluster:
 
     @property
     def threads(self) -> int:
-        """Torch threads of each replica."""
-        return self.threads_per_replica or max(1, available_cores() // self.replicas)
+        """Torch threads of each replica.
+
+        One core is left to the shards: threads that wait for each other suffer most from a core that is taken away.
+        """
+        return self.threads_per_replica or max(1, (available_cores() - 1) // self.replicas)
 
 
 def available_cores() -> int:

@@ -44,8 +44,7 @@ class Downpour:
     """A replica pushes its accrued gradient every so many mini-batches."""
     fetch: FetchName = "fresh"
     """`overlapped`: compute while a fetch is under way, and adopt it when it is there at the next mini-batch.
-    `fresh`: wait for it first, but no longer than half a mini-batch takes; one or two replicas overlap all the same,
-    since their staleness is small.
+    `fresh`: wait for it first, but no longer than half a mini-batch takes.
     `awaited`: wait for it however long it takes."""
     accrue: AccrueName = "mean"
     """What a push holds of the gradients of its mini-batches."""
@@ -106,10 +105,8 @@ class DownpourReplica:
 
     def __init__(
         self, home: Home, index: int, model: ModelReplica, data: DataShard, server: ParameterServer,
-        downpour: Downpour, *, others: int,
+        downpour: Downpour,
     ) -> None:  # fmt: skip
-        self.others = others
-        """How many replicas change the parameters besides this one."""
         self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
         self.rule = downpour
         self.coordinator = home.find(COORDINATOR, Coordinator, COORDINATOR_SECONDS)
@@ -199,7 +196,7 @@ class DownpourReplica:
         """How long to wait for a fetch before computing on the parameters that are here."""
         if self.rule.fetch == "awaited":
             return math.inf
-        return self.report.mini_batch_seconds / 2 if self.rule.fetch == "fresh" and self.others > 1 else 0.0
+        return self.report.mini_batch_seconds / 2 if self.rule.fetch == "fresh" else 0.0
 
     def compute(self, batch: Any, examples: int, lease: Lease, position: int) -> None:
         """Accrue the gradient of one mini-batch."""

@@ -78,8 +78,7 @@ def replica_role(home: Home, prepared: Prepared, index: int, spans: Sequence[Spa
     torch.manual_seed(job.seed + 1_000_003 * (index + 1) + 7_919 * home.incarnation)
     model = ModelReplica(module, layout, job.objective, pick_device(job.cluster.device, index), home.allocate)
     data = DataShard(prepared.data, job.batch_size, job.seed)
-    server, others = ParameterServer(home, spans, index), job.cluster.replicas - 1
-    return DownpourReplica(home, index, model, data, server, job.algorithm, others=others)
+    return DownpourReplica(home, index, model, data, ParameterServer(home, spans, index), job.algorithm)
 
 
 def evaluator_role(home: Home, prepared: Prepared, spans: Sequence[Span]) -> Evaluator:
