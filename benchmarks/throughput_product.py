@@ -52,7 +52,9 @@ def examples_per_second(replicas: int, n: int, batch_size: int, seconds: float, 
     with tempfile.TemporaryDirectory() as folder:
         job = db.Job(
             model=acoustic_model, loss=nn.functional.cross_entropy, data=frames,
-            algorithm=db.Downpour(update_rule=db.adagrad(0.01), n_fetch=n, n_push=n, fetch="overlapped", warmstart=0, cooldown=0),
+            algorithm=db.Downpour(
+                update_rule=db.adagrad(0.01), n_fetch=n, n_push=n, fetch="overlapped", warmstart=0, cooldown=0
+            ),
             cluster=db.Cluster(replicas=replicas, shards=1, threads_per_replica=1),
             epochs=1000, batch_size=batch_size, checkpoint_seconds=1e6, run=Path(folder) / "run",
         )  # fmt: skip
