@@ -3,6 +3,9 @@
 
 It lives in the user's process and knows no algorithm: what a replica does with a lease is its own affair. Everything
 here happens in one thread. Exported methods answer replicas at once and only note what is to be done; `run` does it.
+
+The file is longer than others because it is one class: what replicas ask, and the supervision that their questions
+feed, share the same records. Decisions without I/O are apart: portions.py, progress.py.
 """
 
 import contextlib
