@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.table import document, machine, machine_line
 
-NAMES = ("push_fetch", "throughput", "accuracy")
+NAMES = ("push_fetch", "throughput", "accuracy", "memory", "partition", "figure_3")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,13 +18,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: under a minute, wider spread")
     parser.add_argument("--data", metavar="PATH", help="accuracy only: the Free Spoken Digit recordings, folder or tar")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="figure_3 only: draw it into this PNG file")
     options = parser.parse_args(arguments)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json {options.json}: there is no folder {options.json.absolute().parent}; create it first")
+    for name in ("json", "picture"):
+        path = getattr(options, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"--{name} {path}: there is no folder {path.absolute().parent}; create it first")
     if options.name == "accuracy" and options.data is None:
         parser.error("accuracy needs --data PATH: the Free Spoken Digit recordings, a folder or a tar")
     if options.name != "accuracy" and options.data is not None:
         parser.error(f"{options.name} uses no recordings; leave --data out")
+    if options.name != "figure_3" and options.picture is not None:
+        parser.error(f"{options.name} draws nothing; leave --picture out")
 
     described = machine()
     print(machine_line(described), flush=True)
@@ -33,6 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.json is not None:
         options.json.write_text(json.dumps(document(options.name, options.quick, described, rows), indent=1) + "\n")
         print(f"rows written to {options.json}")
+    if options.picture is not None:
+        benchmark.draw(rows, options.picture)
+        print(f"drawn into {options.picture}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from distbelief import adagrad
 from distbelief.channel.base import Out, exported
 from distbelief.engine.base import Home
 from distbelief.engine.local import LocalEngine
-from distbelief.parameter_server import ParameterServer, ParameterServerShard, Stamp, shard_name
+from distbelief.parameter_server import ParameterServer, ParameterServerShard, shard_name
 from distbelief.parameters import Layout, Piece, Span
+from distbelief.section import Stamp
 
 Transport = Literal["shared_memory", "tcp"]
 
@@ -44,15 +45,17 @@ def product(parameters: int, transport: Transport) -> Iterator[Callable[[], None
         shard = engine.find(shard_name(0), ParameterServerShard)
         gradient, fetched = (engine.allocate(parameters, torch.float32) for _ in range(2))
         gradient.normal_()
-        shard.call(ParameterServerShard.initialise, fetched).result()
-        server = ParameterServer(engine, [span], 0)
+        shard.call(ParameterServerShard.initialise, 0, fetched).result()
+        server = ParameterServer(engine, [span], span, 0)
         sequence, version = 0, 0
 
         def push_and_fetch() -> None:
             nonlocal sequence, version
             sequence += 1
-            pushing = server.push([Stamp(0, 0, sequence, version, 32, ((0, sequence),))], gradient)
-            version = server.fetch(fetched).result()[0]
+            with engine.together():
+                pushing = server.push([Stamp(0, 0, sequence, version, 32, ((0, sequence),))], gradient)
+                fetching = server.fetch(fetched)
+            version = fetching.result()[0]
             pushing.result()
 
         yield push_and_fetch

@@ -22,6 +22,9 @@ from distbelief.errors import (
     UserCodeError,
 )
 from distbelief.job import Job
+from distbelief.layers import L2Pool2d, LocalContrastNorm2d, LocallyConnected2d
+from distbelief.partition.rules import register_rule
+from distbelief.plan import Plan, channels, grid, on, rows
 from distbelief.report.summary import Summary
 from distbelief.train import Result, train
 from distbelief.update_rule import (
@@ -48,6 +51,10 @@ __all__ = [
     "Downpour",
     "Faults",
     "Job",
+    "L2Pool2d",
+    "LocalContrastNorm2d",
+    "LocallyConnected2d",
+    "Plan",
     "Result",
     "Summary",
     "TrainingFailed",
@@ -57,10 +64,15 @@ __all__ = [
     "adam",
     "adamw",
     "adaptive_revision",
+    "channels",
     "cosine_decay",
+    "grid",
     "linear_decay",
     "main",
+    "on",
     "optimizer",
+    "register_rule",
+    "rows",
     "sgd",
     "train",
     "warmup",

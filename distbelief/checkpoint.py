@@ -3,34 +3,77 @@
 
     run/
       checkpoints/00000042/          the number is the order of writing
-        shard-0.safetensors ...      parameters and rule state by span, each at one version
-        buffers.safetensors          mean of the live replicas' buffers
+        shard-0-0.safetensors ...    parameters and rule state by span, each at one version
+        buffers.safetensors          mean of the live replicas' buffers, partition after partition
         manifest.json                written last, atomically: without it the folder is no checkpoint
 
 The leases are noted before the shards are asked, and what is settled has been acknowledged by every shard; so a
-checkpoint never claims an example whose gradient it does not hold.
+checkpoint never claims an example whose gradient it does not hold. What lies where on the line is in the manifest: the
+files can be read without the model, and be cut again.
 """
 
+import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch import nn
 
 from distbelief import shard_file
 from distbelief.errors import CheckpointError
-from distbelief.parameters import Layout, Span, changed_pieces
+from distbelief.parameters import Layout, Piece, Span, changed_pieces, trainable
+from distbelief.partition.box import count, sizes, whole
+from distbelief.partition.units import OwnedPiece
 from distbelief.portions import LeaseState
 from distbelief.shard_file import ShardFile, ShardState
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 BUFFERS = "buffers.safetensors"
+BUFFERS_DTYPE = torch.float64
+
+
+class Place(msgspec.Struct, array_like=True, frozen=True):
+    """Where a piece lies; its options are not kept, they are the job's."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    whole: tuple[int, ...] | None
+    corner: tuple[int, ...]
+
+
+class LayoutRecord(msgspec.Struct, frozen=True):
+    """A layout, as a manifest keeps it."""
+
+    dtype: str
+    edges: tuple[int, ...]
+    places: tuple[Place, ...]
+
+    @classmethod
+    def of(cls, layout: Layout) -> "LayoutRecord":
+        """The record of a layout."""
+        places = (
+            Place(piece.name, piece.shape, piece.span.start, piece.whole, piece.corner) for piece in layout.pieces
+        )
+        return cls(str(layout.dtype), layout.edges, tuple(places))
+
+    @property
+    def layout(self) -> Layout:
+        """The layout again, without the options of its pieces."""
+        pieces = (
+            Piece(
+                place.name, place.shape, Span(place.start, place.start + math.prod(place.shape)),
+                whole=place.whole, corner=place.corner,
+            )
+            for place in self.places
+        )  # fmt: skip
+        return Layout(tuple(pieces), getattr(torch, self.dtype.removeprefix("torch.")), self.edges)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,8 +81,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     format: int
     fingerprint: str
+    """Of the layout."""
     pieces: dict[str, tuple[int, ...]]
-    dtype: str
+    """Shapes of the whole parameters, however the model is cut."""
+    layout: LayoutRecord
+    buffer_layout: LayoutRecord
+    """Of the buffers, which are a line of their own: see `lay_out_buffers`."""
     rule: str
     seed: int
     incarnation: int
@@ -58,6 +105,41 @@ class Sealed(msgspec.Struct, frozen=True):
     manifest: msgspec.Raw
 
 
+def manifests(module: nn.Module, layout: Layout, buffers: Layout, *, rule: str, seed: int) -> Callable[..., Manifest]:
+    """Makes the manifests of a model of such parts, which may be on the meta device, of what differs between them."""
+    return partial(
+        Manifest, format=FORMAT, fingerprint=layout.fingerprint(), pieces=_shapes(module), rule=rule, seed=seed,
+        layout=LayoutRecord.of(layout), buffer_layout=LayoutRecord.of(buffers),
+    )  # fmt: skip
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in trainable(module)}
+
+
+def lay_out_buffers(module: nn.Module, held: Sequence[Sequence[OwnedPiece]] | None = None) -> Layout:
+    """Where the buffers of the model lie: partition after partition, each as what it has `held`, by default one of all.
+
+    A complex buffer lies there as its real and imaginary parts. One that several partitions hold is there repeatedly.
+    """
+    named = dict(module.named_buffers())
+    if held is None:
+        held = [[OwnedPiece(name, whole(buffer.shape), tuple(buffer.shape)) for name, buffer in named.items()]]
+    pieces: list[Piece] = []
+    edges: list[int] = []
+    start = 0
+    for partition in held:
+        for owned in partition:
+            pair = (2,) if named[owned.name].is_complex() else ()
+            box, full_shape = (*owned.box, *whole(pair)), (*owned.full_shape, *pair)
+            span = Span(start, start + count(box))
+            corner = tuple(low for low, _ in box)
+            pieces.append(Piece(owned.name, sizes(box), span, whole=full_shape, corner=corner))
+            start = span.stop
+        edges.append(start)
+    return Layout(tuple(pieces), BUFFERS_DTYPE, tuple(edges[:-1]))
+
+
 def folders(run: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first, complete or not."""
     found = (run / "checkpoints").glob("*")
@@ -72,11 +154,15 @@ def next_folder(run: Path) -> Path:
     return folder
 
 
-def commit(folder: Path, manifest: Manifest, buffers: torch.Tensor) -> None:
-    """Make the folder a checkpoint: buffers, then the manifest, forced to disk in that order. Raises OSError."""
-    whole = ShardState(start=0, stop=len(buffers))
-    shard_file.write(folder / BUFFERS, {"buffers": buffers}, whole)
-    manifest = msgspec.structs.replace(manifest, buffers=shard_file.seal(folder / BUFFERS, whole))
+def commit(folder: Path, manifest: Manifest, buffers: Sequence[torch.Tensor]) -> Manifest:
+    """Make the folder a checkpoint: buffers, then the manifest, forced to disk in that order.
+
+    `buffers` are those of each partition on their line. Returns what the manifest became. Raises OSError.
+    """
+    line = torch.cat([*buffers, torch.empty(0, dtype=BUFFERS_DTYPE)])
+    state = ShardState(start=0, stop=len(line))
+    shard_file.write(folder / BUFFERS, {"buffers": line}, state)
+    manifest = msgspec.structs.replace(manifest, buffers=shard_file.seal(folder / BUFFERS, state))
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
     part = folder / (MANIFEST + ".part")
     with part.open("wb") as file:
@@ -88,6 +174,7 @@ def commit(folder: Path, manifest: Manifest, buffers: torch.Tensor) -> None:
         descriptor = os.open(directory, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+    return manifest
 
 
 def discard(folder: Path) -> None:
@@ -96,11 +183,16 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def complete(run: Path) -> list[Path]:
+    """The checkpoints of a run that were completed, newest first, damaged since or not."""
+    return [folder for folder in folders(run) if (folder / MANIFEST).exists()]
+
+
 def keep_newest(run: Path, count: int) -> None:
     """Remove all complete checkpoints but the newest `count`, and incomplete ones older than the newest."""
-    complete = [folder for folder in folders(run) if (folder / MANIFEST).exists()]
+    kept = complete(run)[:count]
     for folder in folders(run):
-        if complete and folder < complete[0] and folder not in complete[:count]:
+        if kept and folder < kept[0] and folder not in kept:
             discard(folder)
 
 
@@ -132,31 +224,27 @@ def newest(run: Path, rejected: Callable[[Path, str], None]) -> tuple[Path, Mani
     raise CheckpointError(f"{run} holds no complete checkpoint; nothing can be resumed or exported from it")
 
 
-def check_same_model(manifest: Manifest, layout: Layout, folder: Path) -> None:
-    """Raise CheckpointError naming the parameters that differ from the checkpoint's."""
-    if manifest.fingerprint == layout.fingerprint():
-        return
-    differences = changed_pieces(manifest.pieces, {piece.name: piece.shape for piece in layout.pieces})
+def check_same_model(manifest: Manifest, module: nn.Module, folder: Path) -> None:
+    """Raise CheckpointError naming the parameters that differ from the checkpoint's, however either model is cut.
+
+    The module may be on the meta device.
+    """
+    differences = changed_pieces(manifest.pieces, _shapes(module))
+    dtypes = {str(parameter.dtype) for _, parameter in trainable(module)} - {manifest.layout.dtype}
+    differences += [f"its parameters are {dtype}, the checkpoint's {manifest.layout.dtype}" for dtype in dtypes]
     if not differences:
-        differences = [f"the order of the parameters or their dtype changed (the checkpoint has {manifest.dtype})"]
+        return
     shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
     raise CheckpointError(
         f"{folder} is of another model: {shown}\nhint: resume with the model that the run was started with"
     )
 
 
-def read_vector(folder: Path, manifest: Manifest) -> torch.Tensor:
-    """The whole parameter vector, shape (n,)."""
-    length = max(file.stop for file in manifest.shards)
-    return shard_file.read_span(folder, manifest.shards, Span(0, length))["parameters"]
-
-
-def read_buffers(folder: Path) -> torch.Tensor:
-    """The buffers as `flat_buffers` makes them, float64. Raises CheckpointError."""
-    try:
-        return load_file(folder / BUFFERS)["buffers"]
-    except (SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(f"{folder / BUFFERS} cannot be read: {error}") from error
+def read_buffers(folder: Path, manifest: Manifest) -> list[torch.Tensor]:
+    """The buffers of each partition, as they were committed. Raises CheckpointError."""
+    assert manifest.buffers is not None
+    line = shard_file.read_span(folder, [manifest.buffers], Span(0, manifest.buffers.stop), {"buffers": BUFFERS_DTYPE})
+    return [line["buffers"][span.start : span.stop] for span in manifest.buffer_layout.layout.partitions]
 
 
 def read_replica_positions(folder: Path, manifest: Manifest) -> Iterator[dict[int, int]]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: builds the same values as a script would.
 
-distbelief train FILE.py [--width 512] [--cluster.replicas 4] [--algorithm.n-push 2] [--epochs 3]
+distbelief train FILE.py [--width 512] [--cluster.replicas 4] [--algorithm.rate 0.02] [--epochs 3]
+distbelief plan FILE.py --cluster.partitions 4 [--picture plan.png]
 distbelief resume RUN [--cluster.shards 3]
 distbelief export RUN model.safetensors
 distbelief show RUN
@@ -14,7 +15,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
@@ -25,19 +26,32 @@ from distbelief.errors import ConfigurationError, DistbeliefError
 from distbelief.export import export
 from distbelief.job import Job
 from distbelief.launch import Launch
+from distbelief.outline import outline
+from distbelief.plan import Plan
 from distbelief.report.files import read_events, read_summary
+from distbelief.report.plan import plan_text
+from distbelief.report.plan_picture import plan_picture
 from distbelief.report.plots import write_plots
 from distbelief.report.summary import summarize, text
 from distbelief.train import train
+from distbelief.update_rule import UpdateRule, adagrad, adam, adamw, adaptive_revision, sgd
+from distbelief.update_rule.adaptive_revision import AdaptiveRevision
+from distbelief.update_rule.torch_rule import TorchRule
 
-NOT_OPTIONS = {"model", "data", "loss", "step", "test", "metrics", "evaluate", "groups", "update_rule"}
+NOT_OPTIONS = {"model", "data", "loss", "step", "test", "metrics", "evaluate", "groups"}
 """Fields that hold code or data and cannot be written on a command line."""
+
+RuleName = Literal["adagrad", "sgd", "adam", "adamw", "adaptive_revision"]
+RULES: dict[str, Callable[..., UpdateRule]] = {
+    "adagrad": adagrad, "sgd": sgd, "adam": adam, "adamw": adamw, "adaptive_revision": adaptive_revision,
+}  # fmt: skip
+"""The update rules that a command line can name; each takes its rate first."""
 
 
 def command() -> None:
     """Entry point of `distbelief`."""
     verbs: dict[str, Callable[[list[str]], None]] = {
-        "train": _train, "resume": _resume, "export": _export, "show": _show,
+        "train": _train, "plan": _plan, "resume": _resume, "export": _export, "show": _show,
     }  # fmt: skip
     arguments = sys.argv[1:]
     if not arguments or arguments[0] not in verbs:
@@ -52,7 +66,7 @@ def main(make_job: Callable[..., Job]) -> None:
     `make_job` is a function of the script with typed keyword parameters that all have defaults.
     """
     script = str(Path(inspect.getfile(make_job)).resolve())
-    _run(lambda: _launch(make_job, Launch(script), sys.argv[1:], f"python {sys.argv[0]}", None))
+    _run(lambda: _start(make_job, Launch(script), sys.argv[1:], f"python {sys.argv[0]}", None))
 
 
 def _run(action: Callable[[], None]) -> None:
@@ -69,7 +83,22 @@ def _train(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         raise ConfigurationError("distbelief train needs a file", hint="distbelief train FILE.py [options]")
     path = Path(arguments[0])
-    _launch(launch.job_of(path), Launch(str(path.resolve())), arguments[1:], f"distbelief train {path}", None)
+    _start(launch.job_of(path), Launch(str(path.resolve())), arguments[1:], f"distbelief train {path}", None)
+
+
+def _plan(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigurationError("distbelief plan needs a file", hint="distbelief plan FILE.py --cluster.partitions 4")
+    path = Path(arguments[0])
+    picture = _option("picture", Path, "PNG file to draw into: which partition holds which part of each layer.")
+    job, _, extra = _parse(
+        launch.job_of(path), Launch(str(path.resolve())), arguments[1:], f"distbelief plan {path}", [picture]
+    )
+    plan = outline(job)
+    print(plan_text(plan))
+    if extra["picture"] is not None:
+        plan_picture(plan, extra["picture"])
+        print(f"\npicture     {extra['picture']}")
 
 
 def _resume(arguments: list[str]) -> None:
@@ -79,9 +108,10 @@ def _resume(arguments: list[str]) -> None:
     before = launch.read(run)
     if before.script is None:
         raise ConfigurationError(
-            f"{run} was started in an interactive session", hint=f"call distbelief.train(job, resume={str(run)!r})"
+            f"{run} was not started from a script that defines job",
+            hint=f"call distbelief.train(job, resume={str(run)!r})",
         )
-    _launch(launch.job_of(Path(before.script)), before, arguments[1:], f"distbelief resume {run}", run)
+    _start(launch.job_of(Path(before.script)), before, arguments[1:], f"distbelief resume {run}", run)
 
 
 def _export(arguments: list[str]) -> None:
@@ -102,30 +132,43 @@ def _show(arguments: list[str]) -> None:
         print(f"plot          {path}")
 
 
-def _launch(
+def _start(
     make_job: Callable[..., Job], before: Launch, arguments: Sequence[str], program: str, run: Path | None
 ) -> None:
     """Parse the options of the script and of the job together, build the job and train it."""
+    job, launched, _ = _parse(make_job, before, arguments, program)
+    train(job, resume=run, launch=launched)
+
+
+def _parse(
+    make_job: Callable[..., Job], before: Launch, arguments: Sequence[str], program: str,
+    more: Sequence[tuple[str, Any, Any]] = (),
+) -> tuple[Job, Launch, dict[str, Any]]:  # fmt: skip
+    """The job of the script's options and its own, how to start it again, and the values of `more` options."""
     hints = get_type_hints(make_job, include_extras=True)
-    fields = {item.name for item in dataclasses.fields(Job)}
+    extra = [name for name, _, _ in more]
+    fields = {item.name for item in dataclasses.fields(Job)} - NOT_OPTIONS | {*extra}
     for name, parameter in inspect.signature(make_job).parameters.items():
         if name in fields or name not in hints or parameter.default is parameter.empty:
             raise ConfigurationError(
                 f"parameter {name} of {make_job.__name__} cannot become an option"
-                + (": a job has a field of that name" if name in fields else ""),
+                + (": distbelief has an option of that name" if name in fields else ""),
                 hint="give every parameter a name of its own, a type and a default, for example `width: int = 512`",
             )
     own = [
         (name, hints[name], dataclasses.field(default=before.options.get(name, parameter.default)))
         for name, parameter in inspect.signature(make_job).parameters.items()
     ]
-    options_type = dataclasses.make_dataclass("Options", [*own, *_override_fields(Job)], kw_only=True)
+    options_type = dataclasses.make_dataclass("Options", [*own, *more, *_override_fields(Job)], kw_only=True)
     about = inspect.getdoc(make_job) or ""
     options: Any = tyro.cli(options_type, args=list(arguments), prog=program, description=about)
     given = {name: getattr(options, name) for name, _, _ in own}
-    overrides = before.overrides | _given(options, [name for name, _, _ in own])
-    job = _override(make_job(**given), overrides)
-    train(job, resume=run, launch=Launch(before.script, given, overrides))
+    overrides = before.overrides | _given(options, [*given, *extra])
+    return (
+        _override(make_job(**given), overrides),
+        Launch(before.script, given, overrides),
+        {name: getattr(options, name) for name in extra},
+    )
 
 
 def _override_fields(value: type) -> list[tuple[str, Any, Any]]:
@@ -140,9 +183,20 @@ def _override_fields(value: type) -> list[tuple[str, Any, Any]]:
             nested = dataclasses.make_dataclass(hint.__name__, _override_fields(hint), kw_only=True)
             fields.append((item.name, nested, dataclasses.field(default_factory=nested)))
             continue
-        about = tyro.conf.arg(help=documentation.get(item.name, ""), help_behavior_hint="(default: as in the file)")
-        fields.append((item.name, Annotated[hint | None, about], dataclasses.field(default=None)))
+        about = documentation.get(item.name, "")
+        if hint == int | Plan:  # a plan by hand is written in the file
+            hint = int
+        if hint is UpdateRule:
+            hint, about = RuleName, f"{about} Named here, it has its default options."
+            fields.append(_option("rate", float, "Learning rate of the update rule."))
+        fields.append(_option(item.name, hint, about))
     return fields
+
+
+def _option(name: str, hint: Any, about: str) -> tuple[str, Any, Any]:
+    """A field that is None unless it is given on the command line."""
+    annotation = tyro.conf.arg(help=about, help_behavior_hint="(default: as in the file)")
+    return name, Annotated[hint | None, annotation], dataclasses.field(default=None)
 
 
 def _field_documentation(value: type) -> dict[str, str]:
@@ -175,5 +229,26 @@ def _override(job: Job, overrides: dict[str, Any]) -> Job:
     flat = {name: value for name, value in overrides.items() if "." not in name}
     for part in {name.partition(".")[0] for name in overrides if "." in name}:
         inner = {name.partition(".")[2]: value for name, value in overrides.items() if name.startswith(f"{part}.")}
+        if part == "algorithm" and {"update_rule", "rate"} & inner.keys():
+            name, rate = inner.pop("update_rule", None), inner.pop("rate", None)
+            inner["update_rule"] = _update_rule(job.algorithm.update_rule, name, rate)
         flat[part] = dataclasses.replace(getattr(job, part), **inner)
     return dataclasses.replace(job, **flat)
+
+
+def _update_rule(own: UpdateRule, name: str | None, rate: float | None) -> UpdateRule:
+    """The rule of that name with default options, else the job's own one; at that rate, where one is given."""
+    if name is not None:
+        if rate is None and inspect.signature(RULES[name]).parameters["rate"].default is inspect.Parameter.empty:
+            raise ConfigurationError(f"the update rule {name} has no default rate", hint="add --algorithm.rate 0.1")
+        return RULES[name]() if rate is None else RULES[name](rate)
+    match own:
+        case TorchRule():
+            return dataclasses.replace(own, options=tuple((dict(own.options) | {"lr": rate}).items()))
+        case AdaptiveRevision():
+            assert rate is not None
+            return dataclasses.replace(own, rate=rate)
+    raise ConfigurationError(
+        f"the rate of {own!r} can be set in the file only",
+        hint=f"name another rule: --algorithm.update-rule {', '.join(RULES)}",
+    )

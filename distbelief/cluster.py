@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from distbelief.errors import ConfigurationError
+from distbelief.plan import Plan
 
 EngineName = Literal["local", "simulated"]
 TransportName = Literal["shared_memory", "tcp"]
@@ -16,7 +17,9 @@ class Cluster:
     """How many model replicas and parameter server shards, and where they live."""
 
     replicas: int = 2
-    """Model replicas N; each is one process that computes gradients."""
+    """Model replicas N; each computes gradients, in as many processes as `partitions` says."""
+    partitions: int | Plan = 1
+    """Processes that one replica, and the evaluator, spans, each holding a part of the model; or a plan by hand."""
     shards: int = 1
     """Parameter server shards M; each is one process that stores n/M parameters and updates them."""
     engine: EngineName = "local"
@@ -24,9 +27,11 @@ class Cluster:
     transport: TransportName = "shared_memory"
     """How tensors travel on the local engine: memory shared between processes, or TCP over loopback."""
     threads_per_replica: int | None = None
-    """Torch threads of each replica; None shares the cores equally, but for one that is left to the shards."""
+    """Torch threads of each process of a replica; None shares the cores equally, but for one, left to the shards."""
     device: str | None = None
     """Where replicas compute: "cpu", "cuda", "cuda:1"; None takes CUDA when there is one."""
+    memory_bytes: int | None = None
+    """What one partition may hold of parameters, gradients and states; a plan that needs more is refused."""
     silence_seconds: float = 60.0
     """A replica not heard of for so long, and for twenty of its slowest mini-batches, is ended and replaced."""
 
@@ -37,6 +42,13 @@ class Cluster:
                 raise ConfigurationError(
                     f"Cluster({name}={count}): a job needs at least 1", hint=f"set {name} to 1 or more"
                 )
+        plan = self.plan
+        if plan.partitions > 1 and self.engine == "simulated":
+            raise ConfigurationError(
+                f"Cluster(partitions={plan.partitions}, engine='simulated'): partitions wait for each other in ways "
+                "that a virtual clock does not see",
+                hint="use engine='local', or partitions=1",
+            )
         for name, known in (("engine", get_args(EngineName)), ("transport", get_args(TransportName))):
             if getattr(self, name) not in known:
                 raise ConfigurationError(
@@ -47,6 +59,11 @@ class Cluster:
                 f"Cluster(threads_per_replica={self.threads_per_replica}) cannot compute",
                 hint="use 1 or more, or None to share the cores",
             )
+        if self.memory_bytes is not None and self.memory_bytes < 1:
+            raise ConfigurationError(
+                f"Cluster(memory_bytes={self.memory_bytes}) holds nothing",
+                hint="give the bytes that each process may use, or None",
+            )
         if not self.silence_seconds > 0:
             raise ConfigurationError(
                 f"Cluster(silence_seconds={self.silence_seconds}) would end every replica at once",
@@ -55,11 +72,16 @@ class Cluster:
 
     @property
     def threads(self) -> int:
-        """Torch threads of each replica.
+        """Torch threads of each process of a replica.
 
         One core is left to the shards: threads that wait for each other suffer most from a core that is taken away.
         """
-        return self.threads_per_replica or max(1, (available_cores() - 1) // self.replicas)
+        return self.threads_per_replica or max(1, (available_cores() - 1) // (self.replicas * self.plan.partitions))
+
+    @property
+    def plan(self) -> Plan:
+        """How the model is cut."""
+        return self.partitions if isinstance(self.partitions, Plan) else Plan(self.partitions)
 
 
 def available_cores() -> int:

@@ -10,10 +10,10 @@ feed, share the same records. Decisions without I/O are apart: portions.py, prog
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, final
+from typing import Any, TypeVar, final
 
 import torch
 
@@ -21,20 +21,23 @@ from distbelief import checkpoint, events
 from distbelief.channel.base import Future, Out, exported
 from distbelief.checkpoint import Manifest
 from distbelief.engine.base import Death, Engine
+from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import (
     ChannelError,
     DeadlineExceeded,
     DistbeliefError,
     Fenced,
+    NotReady,
     PeerLost,
     TrainingFailed,
     UserCodeError,
 )
-from distbelief.parameter_server import All, Insistent, ParameterServer, ParameterServerShard, ShardStatus
+from distbelief.parameter_server import ParameterServer, ParameterServerShard
 from distbelief.parameters import Span
 from distbelief.portions import Failures, Leases
-from distbelief.progress import Meter
-from distbelief.roster import Granted, Refusal, ReplicaRecord, Report, RoleSpec, Settings, replica_name
+from distbelief.progress import Counters, Meter
+from distbelief.roster import Granted, Refusal, ReplicaRecord, Report, RoleSpec, Settings
+from distbelief.section import SectionStatus
 
 T = TypeVar("T")
 
@@ -42,6 +45,8 @@ TICK_SECONDS = 0.05
 PROGRESS_SECONDS = 0.5
 LEAVE_SECONDS = 30.0
 FIRST_WORD_SECONDS = 600.0
+FIRST_CHECKPOINT_TRIES = 3
+"""A shard may die while it is written; a full disk stays full."""
 EVALUATION_SECONDS = 600.0
 """The last evaluation is given up when it takes longer than this and than twenty times the slowest before it."""
 
@@ -51,27 +56,34 @@ class Coordinator:
     """The center of one job. Its exported methods are what replicas and the evaluator may ask of it."""
 
     def __init__(
-        self, engine: Engine, settings: Settings, leases: Leases, buffers: torch.Tensor,
-        manifest: Callable[..., Manifest], emit: Callable[[events.AnyEvent], None], dtype: torch.dtype,
+        self, engine: Engine, settings: Settings, leases: Leases, buffers: Sequence[torch.Tensor],
+        manifest: Callable[..., Manifest], emit: Callable[[events.AnyEvent], None],
     ) -> None:  # fmt: skip
         self.engine, self.settings, self.leases, self.emit = engine, settings, leases, emit
         self.interrupted: str | None = None
         """Set from outside (a signal handler) to make the job stop cleanly with this reason."""
         self._manifest = manifest
-        self._initial_buffers = buffers
+        self._initial_buffers = list(buffers)
+        """Per partition."""
+        self._meetings: dict[str, bytes] = {}
+        """What partitions tell each other to form a replica: by their replica, its incarnation, and a key of theirs."""
+        self._begun = False
+        """Whether there is a checkpoint that a shard can come back from; no example is handed out before."""
         now = engine.now()
         self._replicas = [ReplicaRecord(settings.incarnation, now) for _ in settings.replicas]
         self._incarnations = {spec.name: settings.incarnation for spec in self._specs()}
         self._shards = [engine.find(spec.name, ParameterServerShard) for spec in settings.shards]
         self._meter = Meter(now, leases.settled_examples)
         self._refused_examples = self._refused_pushes = 0
-        self._statuses: dict[int, ShardStatus] = {}
-        self._asked: All[ShardStatus] | None = None
+        self.counters = Counters()
+        self._asked: All[list[SectionStatus]] | None = None
         self._asked_at = 0.0
         self._errands: list[Callable[[], bool]] = []
+        self._restoring: set[int] = set()
+        """Shards that are being given a checkpoint; until they have it, none is begun and none is removed."""
+        self._writing: Path | None = None
+        """The checkpoint under way."""
         self._failures = Failures(limit=max(8, 3 * len(self._specs())))
-        self._lost_updates: dict[int, int] = {}
-        """Shard -> pushes known to have been applied to it that its restarts have lost."""
         self._failure: DistbeliefError | None = None
         self._dead: list[Death] = []
         self._released = self._allowed()
@@ -80,15 +92,13 @@ class Coordinator:
         self._evaluation: int | None = None
         self._evaluated: int | None = None
         self._slowest_evaluation = 0.0
-        self._evaluation_left = settings.evaluator is None
+        self._evaluation_left = not settings.evaluator
         self._stopping = False
         self._checkpoint_at = now + settings.checkpoint_seconds
-        spans: list[Span] = [spec.arguments[0] for spec in settings.shards]
-        self._spans, self._final = spans, engine.allocate(spans[-1].stop, dtype)
 
     def _specs(self) -> list[RoleSpec]:
         own = self.settings
-        return [*own.shards, *own.replicas, *([own.evaluator] if own.evaluator else [])]
+        return [*own.shards, *(member for replica in own.replicas for member in replica), *own.evaluator]
 
     # what replicas may ask
 
@@ -99,7 +109,7 @@ class Coordinator:
         self._settle(replica, settled)
         if self._stopping or self.leases.finished:
             return Granted(None, True)
-        if replica >= self._allowed():
+        if replica >= self._allowed() or not self._begun:
             return Granted(None, False)
         return Granted(self.leases.next(replica), False)
 
@@ -121,14 +131,29 @@ class Coordinator:
         self.leases.give_back(replica)
 
     @exported
-    def take_buffers(self, replica: int, values: torch.Tensor) -> None:
-        """A replica's BatchNorm statistics and counters, float64 of shape (b,)."""
-        self._replicas[replica].buffers = values.clone()
+    def take_buffers(self, replica: int, partition: int, values: torch.Tensor) -> None:
+        """The BatchNorm statistics and counters of one partition of a replica, float64 of shape (b,)."""
+        self._replicas[replica].buffers[partition] = values.clone()
 
     @exported
-    def mean_buffers(self, values: Out) -> None:
+    def mean_buffers(self, partition: int, values: Out) -> None:
         """The mean of the live replicas' buffers, float64 of shape (b,)."""
-        values.copy_(self.buffers())
+        values.copy_(self.buffers()[partition])
+
+    @exported
+    def wants_parameters(self, replica: int) -> bool:
+        """Whether this replica should give the shards its initial parameters: the first one, until the job begins."""
+        return replica == 0 and not self._begun
+
+    @exported
+    def keep(self, meeting: str, key: str, value: bytes) -> None:
+        """Remember what a partition says to those that it meets."""
+        self._meetings[f"{meeting}/{key}"] = value
+
+    @exported
+    def look(self, meeting: str, key: str) -> bytes | None:
+        """What was said at a meeting, if anything."""
+        return self._meetings.get(f"{meeting}/{key}")
 
     # what the evaluator may ask
 
@@ -153,26 +178,30 @@ class Coordinator:
 
     # the activity
 
-    def start(self, initial: torch.Tensor | None, restore: tuple[Path, Manifest] | None) -> None:
-        """Start every role; the shards take the initial vector, shape (n,), or a checkpoint's."""
+    def start(self, restore: tuple[Path, Manifest] | None) -> None:
+        """Start every role; the shards take the first replica's initial parameters, or a checkpoint's."""
+        self._begun = restore is not None
         for spec in self._specs():
             self._start(spec)
         if restore is not None:
             folder, manifest = restore
-            self._wait(All(self.engine, [shard.call(ParameterServerShard.restore, str(folder), manifest.shards)
+            self._wait(All(self.engine, [shard.call(ParameterServerShard.restore, str(folder), manifest.shards, {})
                             for shard in self._shards]))  # fmt: skip
             return
-        assert initial is not None
-        self._wait(All(self.engine, [shard.call(ParameterServerShard.initialise, initial[span.start : span.stop])
-                        for shard, span in zip(self._shards, self._spans, strict=True)]))  # fmt: skip
-        if not self.checkpoint():
-            raise TrainingFailed(f"the first checkpoint could not be written below {self.settings.run}")
+        failed = 0
+        while not self._begun:
+            self._tick()
+            if all(section.ready for sections in self._wait(self._status()) for section in sections):
+                self._begun = self.checkpoint()
+                failed += not self._begun
+            if failed == FIRST_CHECKPOINT_TRIES:
+                raise TrainingFailed(f"the first checkpoint could not be written below {self.settings.run}")
 
     def run(self) -> str:
         """Watch over the job until it is finished; returns the reason why it ended. Raises what ended it badly."""
         while not (self.leases.finished or self._stopping):
             self._tick()
-            if self.engine.now() >= self._checkpoint_at:
+            if self.engine.now() >= self._checkpoint_at and not self._restoring:
                 self.checkpoint()
         if self.interrupted:
             self.emit(events.JobStopping(reason=self.interrupted))
@@ -185,6 +214,7 @@ class Coordinator:
         now = self.engine.now()
         self._bury_the_dead()
         self._end_the_silent(now)
+        # An errand that leads to another appends it to this very list, so it has its turn too.
         self._errands = [errand for errand in self._errands if not errand()]
         if self._failure is not None:
             raise self._failure
@@ -220,7 +250,7 @@ class Coordinator:
             if self.engine.now() > until:
                 for index, record in enumerate(self._replicas):
                     if not record.left:
-                        self._end(replica_name(index), record.incarnation, "did not leave in time")
+                        self._end(self._leader(index), record.incarnation, "did not leave in time")
                 until = math.inf
         if not self._evaluation_left:
             if self._evaluation is None and self._evaluated != self.leases.settled_examples:
@@ -229,11 +259,12 @@ class Coordinator:
             while self._evaluation is not None and self.engine.now() < until:
                 self._tick()
             self._evaluation_left = True
-        answers = [Insistent(self.engine, partial(shard.call, ParameterServerShard.status)) for shard in self._shards]
-        self._statuses.update(enumerate(self._wait(All(self.engine, answers))))
+        self.counters.update(self._wait(self._status()))
         self.checkpoint()
-        server = ParameterServer(self.engine, self._spans, -1)
-        self._wait(server.fetch(self._final))
+
+    def fetch(self, into: torch.Tensor, spans: Sequence[Span]) -> None:
+        """The parameters after `run`, shape (n,), of a replica of one process, from shards of these spans."""
+        self._wait(ParameterServer(self.engine, spans, Span(0, len(into)), -1).fetch(into))
 
     # life and death
 
@@ -261,57 +292,95 @@ class Coordinator:
                     f"{self._failures.limit + 1} roles died without an example being finished in between; the last was "
                     f"{death.role} ({death.reason}).\nhint: look for lack of memory (dmesg), then resume the run"
                 )
-            self._incarnations[death.role] += 1
-            kind, _, index = death.role.partition("/")
+            kind, *index = death.role.split("/")
             if kind == "replica":
-                self._lose_replica(int(index), death)
+                self._give_up(self.settings.replicas[int(index[0])])
+                self._lose_replica(int(index[0]), death.incarnation)
             elif kind == "shard":
-                self._restore_shard(int(index))
+                self._incarnations[death.role] += 1
+                self._restore_shard(int(index[0]))
             else:
-                assert self.settings.evaluator is not None
-                self._start(self.settings.evaluator)
+                self._give_up(self.settings.evaluator)
+                for member in self.settings.evaluator:
+                    self._start(member)
 
-    def _lose_replica(self, index: int, death: Death) -> None:
+    def _give_up(self, members: Sequence[RoleSpec]) -> None:
+        """End what is left of a replica that lost a partition; those that saw it go are ending already."""
+        for member in members:
+            self.engine.stop(member.name)
+            self._incarnations[member.name] += 1
+        if len(members) > 1:
+            gone = members[0].name.removesuffix("0")
+            self._meetings = {key: value for key, value in self._meetings.items() if not key.startswith(gone)}
+
+    def _leader(self, replica: int) -> str:
+        return self.settings.replicas[replica][-1].name
+
+    def _lose_replica(self, index: int, incarnation: int) -> None:
         """Fence the dead incarnation on all shards, take its leases back, start the next incarnation."""
         record = self._replicas[index]
-        record.buffers, record.alive = None, False
+        record.buffers, record.alive = {}, False
 
-        def fenced(applied: list[dict[int, int]]) -> None:
-            loss = self.leases.lose(index, applied)
+        def fenced(applied: list[list[dict[int, int]]]) -> None:
+            loss = self.leases.lose(index, [section for shard in applied for section in shard])
             self.emit(
                 events.LeasesReturned(replica=index, leases=loss.leases, examples=loss.examples, repeated=loss.repeated)
             )
             self._after_settling()
-            record.incarnation, record.heard = self._incarnations[death.role], self.engine.now()
+            record.incarnation, record.heard = self._incarnations[self._leader(index)], self.engine.now()
             record.left, record.slowest_seconds = self._stopping, 0.0
             if not record.left:
                 record.alive = True
-                self._start(self.settings.replicas[index])
+                for member in self.settings.replicas[index]:
+                    self._start(member)
 
+        if not self._begun:
+            fenced([])  # nothing has been handed out, and the shards may be waiting for this very replica
+            return
         answers = [
-            Insistent(self.engine, partial(shard.call, ParameterServerShard.fence, index, death.incarnation))
+            Insistent(self.engine, partial(shard.call, ParameterServerShard.fence, index, incarnation))
             for shard in self._shards
         ]
         self._later(All(self.engine, answers), fenced)
 
     def _restore_shard(self, index: int) -> None:
-        """Start the shard again and give it the newest checkpoint; replicas wait for it and push again."""
-        known = self._statuses.get(index)
+        """Start the shard again and give it the newest checkpoint; replicas wait for it and push again.
+
+        Which one is the newest that is whole shows when all of it has been read; that happens beside the coordinator.
+        """
         self._start(self.settings.shards[index])
+        if not self._begun:
+            return  # the first replica gives it the initial parameters
         shard = self._shards[index]
-        folder, manifest = checkpoint.newest(self.settings.run, self._reject)
+        self._restoring.add(index)
+        damaged: list[events.CheckpointRejected] = []
 
-        def restored(version: int) -> None:
-            for replica, record in enumerate(self._replicas):
-                if record.incarnation > self.settings.incarnation:
-                    shard.call(ParameterServerShard.fence, replica, record.incarnation - 1)
-            lost = known.version - version if known is not None else 0
-            self._lost_updates[index] = self._lost_updates.get(index, 0) + max(0, lost)
-            self.emit(events.ShardRestored(shard=index, version=version))
+        def reject(folder: Path, reason: str) -> None:
+            if folder != self._writing:
+                damaged.append(events.CheckpointRejected(path=str(folder), reason=reason))
 
-        # A shard that has its parameters does not take them again, so asking twice undoes nothing.
-        call = partial(shard.call, ParameterServerShard.restore, str(folder), manifest.shards)
-        self._later(Insistent(self.engine, call), restored)
+        def found(newest: tuple[Path, Manifest]) -> None:
+            for event in damaged:
+                self.emit(event)
+            folder, files = str(newest[0]), newest[1].shards
+
+            def restore() -> Future[list[int]]:
+                return shard.call(ParameterServerShard.restore, folder, files, self._replaced())
+
+            # A shard that has its parameters does not take them again, so asking twice undoes nothing.
+            self._later(Insistent(self.engine, restore), restored)
+
+        def restored(versions: list[int]) -> None:
+            self._restoring.discard(index)
+            self.counters.restored(index, versions)
+            self.emit(events.ShardRestored(shard=index, version=max(versions)))
+
+        self._later(self.engine.background(partial(checkpoint.newest, self.settings.run, reject)), found)
+
+    def _replaced(self) -> dict[int, int]:
+        """Replica -> its newest incarnation that is given up, for those that died at least once."""
+        newest = {index: self._incarnations[self._leader(index)] - 1 for index in range(len(self._replicas))}
+        return {index: incarnation for index, incarnation in newest.items() if incarnation >= self.settings.incarnation}
 
     def _end_the_silent(self, now: float) -> None:
         """Give up roles that hang: a shard first, since replicas that wait for it are silent too."""
@@ -328,7 +397,7 @@ class Coordinator:
             limit = max(self.settings.silence_seconds, patience)
             if not record.left and now - record.heard > limit:
                 record.heard = now
-                self._end(replica_name(index), record.incarnation, f"not heard of for {limit:.0f} s")
+                self._end(self._leader(index), record.incarnation, f"not heard of for {limit:.0f} s")
 
     def _hear(self, replica: int, incarnation: int) -> ReplicaRecord:
         record = self._replicas[replica]
@@ -380,50 +449,38 @@ class Coordinator:
             return
         self._ask_statuses()
         alive = sum(record.alive and not record.left for record in self._replicas)
-        self.emit(self._meter.progress(now, self.leases, self.pushes, self.staleness, alive))
+        self.emit(self._meter.progress(now, self.leases, self.counters, alive))
 
     def _ask_statuses(self) -> None:
         """Ask the shards for their counters; what they answer is used the next time."""
         if self._asked is None or self._asked.done():
             self._asked_at = self.engine.now()
-            calls = [partial(shard.call, ParameterServerShard.status) for shard in self._shards]
-            self._asked = All(self.engine, [Insistent(self.engine, call) for call in calls])
-            self._later(self._asked, lambda answers: self._statuses.update(enumerate(answers)))
+            self._asked = self._status()
+            self._later(self._asked, self.counters.update)
 
-    @property
-    def pushes(self) -> int:
-        """Pushes applied by the shard that has applied most."""
-        return max((status.version for status in self._statuses.values()), default=0)
-
-    @property
-    def staleness(self) -> dict[int, int]:
-        """Staleness -> pushes, over all shards."""
-        counts: dict[int, int] = {}
-        for status in self._statuses.values():
-            for staleness, count in status.staleness.items():
-                counts[staleness] = counts.get(staleness, 0) + count
-        return counts
+    def _status(self) -> All[list[SectionStatus]]:
+        """Every shard's counters."""
+        calls = [partial(shard.call, ParameterServerShard.status) for shard in self._shards]
+        return All(self.engine, [Insistent(self.engine, call) for call in calls])
 
     def finished(self, reason: str, resume: str, export: str) -> events.JobFinished:
         """The last event of the run."""
         seen = self.leases.settled_examples
         return events.JobFinished(
             reason=reason, seen=seen, repeated=self.leases.repeated, missing=self.leases.total_examples - seen,
-            refused=self._refused_examples,
-            lost_updates=sum(
-                max(status.lost_updates, self._lost_updates.get(index, 0)) for index, status in self._statuses.items()
-            ),
-            pushes=self.pushes, staleness=self.staleness, resume_command=resume, export_command=export,
+            refused=self._refused_examples, lost_updates=self.counters.lost_updates, pushes=self.counters.pushes,
+            mini_batches=self.counters.mini_batches, staleness=self.counters.staleness,
+            resume_command=resume, export_command=export,
         )  # fmt: skip
 
-    def parameters(self) -> torch.Tensor:
-        """The shards' parameters after `run`, shape (n,)."""
-        return self._final
-
-    def buffers(self) -> torch.Tensor:
-        """The mean of the live replicas' buffers; the initial ones before any has reported."""
-        reported = [record.buffers for record in self._replicas if record.buffers is not None]
-        return torch.stack(reported).mean(0) if reported else self._initial_buffers
+    def buffers(self) -> list[torch.Tensor]:
+        """Per partition, the mean of the live replicas' buffers; before any has reported, the initial ones."""
+        reported = [
+            [record.buffers[partition] for record in self._replicas if partition in record.buffers]
+            for partition in range(len(self._initial_buffers))
+        ]
+        means = [torch.stack(some).mean(0) if some else None for some in reported]
+        return [first if mean is None else mean for mean, first in zip(means, self._initial_buffers, strict=True)]
 
     # checkpoints
 
@@ -433,27 +490,27 @@ class Coordinator:
         state, settled = self.leases.state(), self.leases.settled_examples
         folder: Path | None = None
         try:
-            folder = checkpoint.next_folder(self.settings.run)
+            folder = self._writing = checkpoint.next_folder(self.settings.run)
             answers = [
-                shard.call(ParameterServerShard.snapshot, str(folder / f"shard-{index}.safetensors"))
+                shard.call(ParameterServerShard.snapshot, str(folder / f"shard-{index}"))
                 for index, shard in enumerate(self._shards)
             ]
-            files = self._wait(All(self.engine, answers))
+            sections: list[Any] = self._wait(All(self.engine, answers))
+            files = [file for section in sections for file in section]
             incarnation = max(self._incarnations.values()) + 1
             manifest = self._manifest(leases=state, shards=files, examples=settled, incarnation=incarnation)
             checkpoint.commit(folder, manifest, self.buffers())
-            checkpoint.keep_newest(self.settings.run, self.settings.keep_checkpoints)
-        except (OSError, ChannelError) as error:
+            if not self._restoring:
+                checkpoint.keep_newest(self.settings.run, self.settings.keep_checkpoints)
+        except (OSError, ChannelError, NotReady) as error:
             if folder is not None:
                 checkpoint.discard(folder)
             where = folder or self.settings.run / "checkpoints"
             self.emit(events.CheckpointFailed(path=str(where), reason=str(error).strip().splitlines()[-1]))
             return False
         finally:
+            self._writing = None
             self._checkpoint_at = self.engine.now() + self.settings.checkpoint_seconds
         seconds = self.engine.now() - started
         self.emit(events.CheckpointWritten(path=str(folder), examples=settled, checkpoint_seconds=seconds))
         return True
-
-    def _reject(self, folder: Path, reason: str) -> None:
-        self.emit(events.CheckpointRejected(path=str(folder), reason=reason))

@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One replica's examples: a lease's mini-batches, in the order that the seed gives the epoch (paper, section 4.1)."""
+"""One replica's examples: a lease's mini-batches, in the order that the seed gives the epoch (paper, section 4.1).
 
-from collections.abc import Iterator
+While the replica computes a mini-batch, the next one is prepared beside it. That takes a data set that is slow to
+answer; what is in memory is there sooner than another thread could be asked.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
 from torch.utils.data import TensorDataset, default_collate
 
+from distbelief.channel.base import Future
+from distbelief.engine.base import Home
 from distbelief.portions import Lease
+
+PREFETCH_SECONDS = 1e-3
+"""Mini-batches that take longer to prepare are prepared beside the computing: ten times what the hand-over costs."""
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> torch.Tensor:
@@ -45,18 +54,58 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 @final
 class DataShard:
-    """The examples that one replica is given, lease by lease."""
+    """The examples that one replica is given, lease by lease.
 
-    def __init__(self, dataset: Any, batch_size: int, seed: int) -> None:
-        self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
+    The data set is asked for one mini-batch at a time, by the role's own thread or by its second one.
+    """
+
+    def __init__(self, home: Home, dataset: Any, batch_size: int, seed: int) -> None:
+        self._home, self._dataset, self._batch_size, self._seed = home, dataset, batch_size, seed
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
+        self._seconds = 0.0
+        """What it took to prepare the latest mini-batch."""
+        self._ahead: tuple[Lease, Future[Any]] | None = None
+        """The mini-batch that is being prepared beside, as the part of its lease that it is."""
 
-    def mini_batches(self, lease: Lease) -> Iterator[tuple[int, int, Any]]:
-        """(position after the mini-batch, examples in it, the mini-batch) for each mini-batch of the lease."""
-        if lease.epoch != self._epoch:
-            self._order = epoch_order(len(self._dataset), self._seed, lease.epoch)
-            self._epoch = lease.epoch
+    def mini_batches(
+        self, lease: Lease, upcoming: Callable[[], Lease | None] = lambda: None
+    ) -> Iterator[tuple[int, int, Any]]:
+        """(position after the mini-batch, examples in it, the mini-batch) for each mini-batch of the lease.
+
+        `upcoming` tells which lease will be next, as soon as that is known, so that the first mini-batch of it can be
+        prepared while the last one of this lease is computed.
+        """
         for start in range(lease.start, lease.stop, self._batch_size):
-            stop = min(start + self._batch_size, lease.stop)
-            yield stop, stop - start, collect(self._dataset, self._order[start:stop])
+            part = self._part(lease, start)
+            batch = self._take(part)
+            if self._seconds > PREFETCH_SECONDS:
+                following = lease if part.stop < lease.stop else upcoming()
+                if following is not None:
+                    self._begin(self._part(following, part.stop if following is lease else following.start))
+            yield part.stop, part.examples, batch
+
+    def _part(self, lease: Lease, start: int) -> Lease:
+        """The part of the lease that is one mini-batch."""
+        return Lease(lease.identifier, lease.epoch, start, min(start + self._batch_size, lease.stop))
+
+    def _begin(self, part: Lease) -> None:
+        self._ahead = part, self._home.background(lambda: self._prepare(part))
+
+    def _take(self, part: Lease) -> Any:
+        """The mini-batch; raises what the data set raised."""
+        if self._ahead is not None:
+            (ahead, prepared), self._ahead = self._ahead, None
+            batch = prepared.result()  # awaited in any case: the data set is asked for one at a time
+            if ahead == part:
+                return batch
+        return self._prepare(part)
+
+    def _prepare(self, part: Lease) -> Any:
+        started = self._home.now()
+        if part.epoch != self._epoch:
+            self._order = epoch_order(len(self._dataset), self._seed, part.epoch)
+            self._epoch = part.epoch
+        batch = collect(self._dataset, self._order[part.start : part.stop])
+        self._seconds = self._home.now() - started
+        return batch

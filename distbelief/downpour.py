@@ -19,9 +19,10 @@ from distbelief.data_shard import DataShard
 from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Home
 from distbelief.errors import ConfigurationError, Fenced
 from distbelief.model_replica import ModelReplica
-from distbelief.parameter_server import Applied, ParameterServer, Stamp
+from distbelief.parameter_server import ParameterServer
 from distbelief.portions import Lease
 from distbelief.roster import Granted, Refusal, Report
+from distbelief.section import Applied, Stamp
 from distbelief.update_rule import UpdateRule, adagrad
 
 FetchName = Literal["fresh", "overlapped", "awaited"]
@@ -59,7 +60,10 @@ class Downpour:
     backlog: int = 4
     """While a push is under way, accrue at most so many times n_push mini-batches before waiting for it."""
     refusals: int = 10
-    """Stop the job after so many pushes refused for a gradient that is not finite."""
+    """Stop the job after so many pushes refused for a gradient that is not finite.
+
+    One such mini-batch spoils what was accrued with it: the whole push is refused, up to n_push * backlog mini-batches.
+    """
 
     def __post_init__(self) -> None:
         for name, known in (("fetch", get_args(FetchName)), ("accrue", get_args(AccrueName))):
@@ -108,10 +112,14 @@ class DownpourReplica:
         downpour: Downpour,
     ) -> None:  # fmt: skip
         self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
-        self.rule = downpour
+        self.rule, self.group = downpour, model.group
         self.coordinator = home.find(COORDINATOR, Coordinator, COORDINATOR_SECONDS)
         self.versions: list[int] = []
         self.base_versions: list[int] = []
+        self.leads = self.group.index == self.group.size - 1
+        """Whether this partition speaks for the replica: on it the output comes out, so it knows the loss."""
+        self.asked: Future[Granted]
+        """The answer to the latest request for a lease, where this partition leads."""
         self.fetching: Future[list[int]] | None = None
         self.pushing: Pushing | None = None
         self.sequence = 0
@@ -119,9 +127,13 @@ class DownpourReplica:
         """Lease -> position reached by what is accrued and not pushed."""
         self.examples = 0
         """Examples accrued and not pushed."""
+        self.buffers: list[torch.Tensor] = []
+        """The module's buffers as the coordinator last knew them."""
         self.report = Tally(home.now())
         self.reporting: Future[bool] | None = None
-        self.stopping = False
+        self.told_to_stop = self.stopping = False
+        self.carried: list[tuple[int, int]] = []
+        """What this partition's acknowledged pushes carried; settled when the other partitions' are acknowledged."""
         model.local_rate = downpour.local_rate
 
     def run(self) -> None:
@@ -129,19 +141,23 @@ class DownpourReplica:
         n_fetch, n_push = self.rule.n_fetch, self.rule.n_push
         step = 0
         self.load_buffers()
+        self.initialise()
         self.start_fetch()
         self.adopt(math.inf)
         try:
             for lease in self.leases():
-                for position, examples, batch in self.data.mini_batches(lease):
-                    self.adopt(0.0)
-                    if step % n_fetch == 0 and step > 0:
-                        self.start_fetch()
+                for position, examples, batch in self.data.mini_batches(lease, self.upcoming):
                     self.adopt(self.patience())
                     self.compute(batch, examples, lease, position)
                     step += 1
-                    if self.model.accrued >= n_push:
-                        self.push(wait=self.model.accrued >= n_push * self.rule.backlog)
+                    pushes = self.model.accrued >= n_push and self.may_push()
+                    self.adopt(0.0)
+                    with self.home.together():
+                        if pushes:
+                            self.push()
+                        if step % n_fetch == 0:
+                            self.start_fetch()
+                    self.send_report(REPORT_SECONDS)
                     if self.stopping:
                         break
         except Fenced:
@@ -151,30 +167,53 @@ class DownpourReplica:
 
     def leases(self) -> Iterator[Lease]:
         """Leases to work on; the next one is asked for while this one is computed."""
-        asked, idle = self.ask(), False
+        self.ask()
+        idle = False
         while not self.stopping:
-            answer = asked.result()
+            answer = self.granted()
             if answer.finished:
                 break
             if answer.lease is None:
                 # Nothing to hand out now: others may die, so wait with everything pushed and settled.
                 self.flush()
                 self.home.sleep(IDLE_SECONDS)
-                asked, idle = self.ask(), True
+                self.ask()
+                idle = True
                 continue
             if idle:
                 self.adopt(math.inf)
                 self.start_fetch()
                 self.adopt(math.inf)
-            asked, idle = self.ask(), False
+            self.ask()
+            idle = False
             yield answer.lease
         self.flush()
-        self.coordinator.call(Coordinator.leave, self.index, self.home.incarnation).result()
+        if self.leads:
+            self.coordinator.call(Coordinator.leave, self.index, self.home.incarnation).result()
 
-    def ask(self) -> Future[Granted]:
+    def upcoming(self) -> Lease | None:
+        """The lease after this one, if it has been granted and the other partitions need not be told of it."""
+        return self.asked.result().lease if self.group.size == 1 and self.asked.done() else None
+
+    def ask(self) -> None:
         """Ask for the next lease."""
-        settled, self.report.settled = tuple(self.report.settled), []
-        return self.coordinator.call(Coordinator.lease, self.index, self.home.incarnation, settled)
+        if self.leads:
+            settled, self.report.settled = tuple(self.report.settled), []
+            self.asked = self.coordinator.call(Coordinator.lease, self.index, self.home.incarnation, settled)
+
+    def granted(self) -> Granted:
+        """The answer, told to all partitions."""
+        if self.group.size == 1:
+            return self.asked.result()
+        words = torch.zeros(6, dtype=torch.int64)
+        if self.leads:
+            answer = self.asked.result()
+            held = answer.lease or Lease(0, 0, 0, 0)
+            words = torch.tensor(
+                [answer.finished, answer.lease is not None, held.identifier, held.epoch, held.start, held.stop]
+            )
+        finished, some, *lease = self.group.share(words, self.group.size - 1).tolist()
+        return Granted(Lease(*lease) if some else None, bool(finished))
 
     # the three weakly synchronised activities
 
@@ -209,40 +248,54 @@ class DownpourReplica:
         self.portions[lease.identifier] = position
         self.report.count(loss, examples, self.home.now() - started)
 
-    def push(self, *, wait: bool) -> None:
-        """Start pushing what is accrued, once the previous push has been acknowledged."""
-        if self.pushing is not None:
-            if not wait and not self.pushing.future.done():
-                return
+    def may_push(self) -> bool:
+        """Whether the previous pushes have been acknowledged; waits for that when too much is accrued meanwhile."""
+        full = self.model.accrued >= self.rule.n_push * self.rule.backlog
+        if self.pushing is not None and (full or self.pushing.future.done()):
             self.settle(self.pushing)
-        portions = tuple(self.portions.items())
+        return self.all_settled()
+
+    def all_settled(self) -> bool:
+        """Whether no partition of this replica waits for a push; so they all push after the same mini-batches."""
+        busy, self.stopping = self.group.any(self.pushing is not None, self.told_to_stop or self.stopping)
+        if not busy:
+            self.report.settled.extend(self.carried)
+            self.carried = []
+        return not busy
+
+    def push(self) -> None:
+        """Start pushing what is accrued."""
+        portions, mini_batches = tuple(self.portions.items()), self.model.accrued
         gradient = self.model.take_gradient(mean=self.rule.accrue == "mean", clip_norm=self.rule.clip_norm)
         if gradient is None:
             reason = "the gradient is NaN or infinite"
             self.report.refused.append(Refusal(self.report.mini_batches_ever, self.examples, reason))
-            self.report.settled.extend(portions)
+            self.carried.extend(portions)
         else:
             self.sequence += 1
+            who = (self.index, self.home.incarnation, self.sequence)
             stamps = [
-                Stamp(self.index, self.home.incarnation, self.sequence, base, self.examples, portions)
+                Stamp(*who, base, self.examples, portions, mini_batches, self.group.index)
                 for base in self.base_versions
             ]
             self.pushing = Pushing(self.server.push(stamps, gradient), portions)
         self.portions, self.examples = {}, 0
-        self.send_report(REPORT_SECONDS)
 
     def settle(self, pushing: Pushing) -> None:
         """Wait for a push and note what it settles."""
         pushing.future.result()
         self.pushing = None
-        self.report.settled.extend(pushing.portions)
+        self.carried.extend(pushing.portions)
 
     def flush(self) -> None:
         """Push the remainder, wait for every acknowledgement, and report."""
-        if self.model.accrued:
-            self.push(wait=True)
         if self.pushing is not None:
             self.settle(self.pushing)
+        if self.model.accrued:
+            self.push()
+        if self.pushing is not None:
+            self.settle(self.pushing)
+        self.all_settled()
         self.send_buffers(0.0)
         self.send_report(0.0)
         self.hear()
@@ -256,30 +309,43 @@ class DownpourReplica:
             return
         self.hear()
         message = self.report.take(self.index, self.home.incarnation, now)
-        self.reporting = self.coordinator.call(Coordinator.report, message)
+        if self.leads:
+            self.reporting = self.coordinator.call(Coordinator.report, message)
         self.send_buffers(BUFFERS_SECONDS)
 
     def hear(self) -> None:
         """Take the answer to the last report: whether to stop."""
         if self.reporting is not None:
-            self.stopping = self.reporting.result() or self.stopping
+            self.told_to_stop |= self.reporting.result()
             self.reporting = None
 
     def send_buffers(self, seconds: float) -> None:
-        """Send BatchNorm statistics and counters, unless that was done less than `seconds` ago."""
+        """Send BatchNorm statistics and counters if they changed, unless that was done less than `seconds` ago.
+
+        Until then this replica has no part in the mean: its buffers are the ones that it was given, or constants.
+        """
         if self.home.now() - self.report.buffers_sent < seconds:
             return
         self.report.buffers_sent = self.home.now()
-        buffers = self.model.buffers()
-        if len(buffers):
-            self.coordinator.call(Coordinator.take_buffers, self.index, buffers).result()
+        own = self.model.part.buffers.values()
+        if not all(map(torch.equal, own, self.buffers)):
+            self.buffers = [buffer.clone() for buffer in own]
+            given = self.model.buffers()
+            self.coordinator.call(Coordinator.take_buffers, self.index, self.group.index, given).result()
 
     def load_buffers(self) -> None:
         """Begin with the mean of the live replicas' buffers."""
         buffers = self.model.buffers()
         if len(buffers):
-            self.coordinator.call(Coordinator.mean_buffers, buffers).result()
+            self.coordinator.call(Coordinator.mean_buffers, self.group.index, buffers).result()
             self.model.set_buffers(buffers)
+        self.buffers = [buffer.clone() for buffer in self.model.part.buffers.values()]
+
+    def initialise(self) -> None:
+        """Give the shards the initial parameters for as long as they want them: no other process holds them."""
+        while self.coordinator.call(Coordinator.wants_parameters, self.index).result():
+            self.server.initialise(self.model.spare).result()
+            self.home.sleep(IDLE_SECONDS)
 
 
 @final
@@ -292,15 +358,14 @@ class Tally:
         self.refused: list[Refusal] = []
         self.mini_batches_ever = 0
         self._examples = 0
-        self._loss: torch.Tensor | None = None
+        self._losses: list[tuple[torch.Tensor, int]] = []
         self._slowest = 0.0
         self.mini_batch_seconds = 0.0
         """What the latest mini-batch took."""
 
     def count(self, loss: torch.Tensor, examples: int, seconds: float) -> None:
         """Count one mini-batch; the loss stays on its device, so counting does not wait for it."""
-        weighted = loss.double() * examples
-        self._loss = weighted if self._loss is None else self._loss + weighted
+        self._losses.append((loss, examples))
         self._examples += examples
         self._slowest = max(self._slowest, seconds)
         self.mini_batch_seconds = seconds
@@ -310,8 +375,8 @@ class Tally:
         """The report, leaving nothing."""
         report = Report(
             replica, incarnation, tuple(self.settled), self._examples,
-            0.0 if self._loss is None else float(self._loss), self._slowest, tuple(self.refused),
+            sum(float(loss) * examples for loss, examples in self._losses), self._slowest, tuple(self.refused),
         )  # fmt: skip
-        self.settled, self.refused, self._examples, self._loss = [], [], 0, None
+        self.settled, self.refused, self._examples, self._losses = [], [], 0, []
         self.sent = now
         return report

@@ -2,10 +2,11 @@
 """The evaluator: measures the servers' parameters on held-out data while training goes on.
 
 It fetches like a replica that never pushes, so training does not wait for it, and it uses the mean of the live
-replicas' buffers.
+replicas' buffers. Where replicas span several processes, the evaluator does: nobody gathers the model. One of its
+partitions asks, measures and tells; when it calls the model, the others compute their parts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,12 +16,17 @@ from torch import nn
 from distbelief.coordinator import Coordinator
 from distbelief.data_shard import collect, to_device
 from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Home
-from distbelief.model_replica import flat_buffers, load_buffers, load_parameters
+from distbelief.errors import ConfigurationError
+from distbelief.model_replica import Part, flat_buffers, load_buffers, load_parameters
 from distbelief.parameter_server import ParameterServer
 from distbelief.parameters import Layout
+from distbelief.partition.group import Group
 
 Metric = Callable[[Any, Any], torch.Tensor | float]
 EVALUATION_BATCH = 1024
+MAX_DIMENSIONS = 8
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
+"""Of the inputs that the partitions of an evaluator can be told."""
 POLL_SECONDS = 0.1
 
 
@@ -57,22 +63,64 @@ class Measures:
 
 
 @final
+class Led(nn.Module):
+    """A model of several partitions as the one calls it on which its output comes out; the others follow."""
+
+    def __init__(self, share: nn.Module, group: Group) -> None:
+        super().__init__()
+        self.share, self._group = share, group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The output; `x` is told to the others."""
+        if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
+            raise ConfigurationError(
+                f"the model was called with {getattr(x, 'dtype', type(x).__name__)} during the evaluation",
+                hint=f"call a partitioned model with one tensor of {', '.join(map(str, DTYPES))}",
+            )
+        self._tell(1 + DTYPES.index(x.dtype), x.shape)
+        self._group.share(x.contiguous(), self._group.size - 1)
+        output: torch.Tensor = self.share(x)
+        return output
+
+    def over(self) -> None:
+        """Let the others go."""
+        self._tell(0, ())
+
+    def _tell(self, word: int, shape: Sequence[int]) -> None:
+        words = torch.tensor([word, len(shape), *shape, *[0] * (MAX_DIMENSIONS - len(shape))])
+        self._group.share(words, self._group.size - 1)
+
+
+def follow(share: nn.Module, group: Group) -> None:
+    """Compute this partition's part whenever the leading one calls the model, until it is over."""
+    device = group.device
+    while True:
+        word, dimensions, *shape = group.share(
+            torch.zeros(2 + MAX_DIMENSIONS, dtype=torch.int64), group.size - 1
+        ).tolist()
+        if word == 0:
+            return
+        share(group.share(torch.empty(shape[:dimensions], dtype=DTYPES[word - 1], device=device), group.size - 1))
+
+
+@final
 class Evaluator:
     """The role: asks the coordinator when to evaluate, and tells it what it measured."""
 
     def __init__(
-        self, home: Home, module: nn.Module, layout: Layout, server: ParameterServer, dataset: Any, measures: Measures
-    ) -> None:
-        self._home, self._module, self._layout, self._server = home, module, layout, server
+        self, home: Home, part: Part, layout: Layout, server: ParameterServer, group: Group, dataset: Any,
+        measures: Measures,
+    ) -> None:  # fmt: skip
+        self._home, self._part, self._layout, self._server, self._group = home, part, layout, server, group
         self._dataset, self._measures = dataset, measures
         self._coordinator = home.find(COORDINATOR, Coordinator, COORDINATOR_SECONDS)
         self._parameters = home.allocate(layout.length, layout.dtype)
+        self._leads = group.index == group.size - 1
 
     def run(self) -> None:
         """Evaluate whenever it is due, until there is nothing more to evaluate."""
-        device = next(self._module.parameters()).device
         while True:
-            examples, last = self._coordinator.call(Coordinator.next_evaluation).result()
+            examples, last = self._due()
             if examples is None:
                 if last:
                     return
@@ -80,11 +128,34 @@ class Evaluator:
                 continue
             started = self._home.now()
             self._server.fetch(self._parameters).result()
-            load_parameters(self._module, self._layout, self._parameters)
-            buffers = flat_buffers(self._module)
+            load_parameters(self._part.parameters, self._layout, self._parameters)
+            buffers = flat_buffers(self._part.buffers)
             if len(buffers):
-                self._coordinator.call(Coordinator.mean_buffers, buffers).result()
-                load_buffers(self._module, buffers)
-            loss, metrics = self._measures.measure(self._module, self._dataset, device)
+                self._coordinator.call(Coordinator.mean_buffers, self._group.index, buffers).result()
+                load_buffers(self._part.buffers, buffers)
+            if not self._leads:
+                with torch.no_grad():
+                    follow(self._part.module.eval(), self._group)
+                continue
+            loss, metrics = self._measure()
             seconds = self._home.now() - started
             self._coordinator.call(Coordinator.evaluated, examples, loss, metrics, seconds).result()
+
+    def _due(self) -> tuple[int | None, bool]:
+        """What the coordinator answers, told to all partitions."""
+        if self._group.size == 1:
+            return self._coordinator.call(Coordinator.next_evaluation).result()
+        words = torch.zeros(2, dtype=torch.int64)
+        if self._leads:
+            examples, last = self._coordinator.call(Coordinator.next_evaluation).result()
+            words = torch.tensor([-1 if examples is None else examples, last])
+        examples, last = self._group.share(words, self._group.size - 1).tolist()
+        return None if examples < 0 else examples, bool(last)
+
+    def _measure(self) -> tuple[float | None, dict[str, float]]:
+        if self._group.size == 1:
+            return self._measures.measure(self._part.module, self._dataset, self._group.device)
+        model = Led(self._part.module, self._group)
+        measured = self._measures.measure(model, self._dataset, self._group.device)
+        model.over()
+        return measured

@@ -94,9 +94,12 @@ class Progress(Event, frozen=True):
     examples_per_second: float
     pushes_per_second: float
     pushes: int
+    """Pushes applied by the shard that has applied most."""
     staleness_median: float
     staleness_p95: float
     replicas_alive: int
+    mini_batches: int = 0
+    """Mini-batches that were accrued in the pushes."""
 
 
 class Evaluated(Event, frozen=True):
@@ -158,7 +161,11 @@ class JobFinished(Event, frozen=True):
     staleness: dict[int, int]
     """How many pushes were applied at each staleness (versions between fetch and apply), over all shards."""
     export_command: str
+    """What writes the trained model to a file; empty where there is no checkpoint to take it from."""
     resume_command: str
+    """What goes on from the last checkpoint; empty where there is none."""
+    mini_batches: int = 0
+    """Mini-batches that were accrued in the pushes."""
 
 
 AnyEvent = (

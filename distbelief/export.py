@@ -1,96 +1,143 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a run folder to an ordinary state_dict, without the user's code.
 
-At its start a run writes what a checkpoint does not hold: which entry of the module's state_dict is which piece of the
-flat vector or which buffer, and the values of everything frozen.
+At its start a run writes what a checkpoint does not hold: which entry of the module's state_dict is which parameter or
+buffer, and the values of all that is not trained. Where the parameters lie, and in which boxes, is in each checkpoint.
+The model is put together tensor by tensor: nobody needs to hold it.
 """
 
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from distbelief import checkpoint
+from distbelief import checkpoint, tensor_file
 from distbelief.errors import CheckpointError, ConfigurationError
-from distbelief.parameters import Layout, trainable
+from distbelief.recut import buffer_reader, by_name, check_covered, uncut, vector_reader
 
 STATE = "state.json"
-FROZEN = "frozen.safetensors"
+INITIAL = "initial.safetensors"
+
+Values = Callable[[Mapping[str, None]], Iterable[tuple[str, torch.Tensor]]]
+"""Gives the initial values of these parameters and buffers, in any order; a module on the meta device has none."""
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """Where the value of one state_dict entry comes from."""
+    """What one entry of the state_dict is."""
 
     source: str
-    """"parameters", "buffers" or "frozen"."""
-    start: int
-    """Offset in the flat vector of parameters or of buffers."""
+    """"parameters", "buffers" or "initial"."""
+    name: str
+    """In the module's named_parameters or named_buffers, where what is tied has one name."""
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the entry's value."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
-def write_template(run: Path, module: nn.Module, layout: Layout) -> None:
-    """Note, once per run, how to make a state_dict of a checkpoint. Raises OSError."""
-    pieces = {piece.name: piece.span.start for piece in layout.pieces}
-    sources: dict[int, tuple[str, int]] = {id(p): ("parameters", pieces[name]) for name, p in trainable(module)}
-    start = 0
-    for _, buffer in module.named_buffers():
-        sources[id(buffer)] = ("buffers", start)
-        start += buffer.numel() * (2 if buffer.is_complex() else 1)
-    entries, frozen = {}, {}
+
+def write_template(run: Path, module: nn.Module, values: Values | None = None) -> None:
+    """Note, once per run, how to make a state_dict of a checkpoint.
+
+    A module on the meta device needs `values` of what is not trained. Raises OSError.
+    """
+    sources = {
+        id(parameter): ("parameters" if parameter.requires_grad else "initial", name)
+        for name, parameter in module.named_parameters()
+    }
+    sources |= {id(buffer): ("buffers", name) for name, buffer in module.named_buffers()}
+    entries, initial = {}, {}
     for key, value in module.state_dict(keep_vars=True).items():
-        source, offset = sources.get(id(value), ("frozen", 0))
-        entries[key] = Entry(source, offset, tuple(value.shape), str(value.dtype).removeprefix("torch."))
-        if source == "frozen":
-            frozen[key] = value.detach().clone().contiguous()
-    try:
-        save_file(frozen, run / FROZEN)
-    except SafetensorError as error:
-        raise OSError(f"{run / FROZEN}: {error}") from error
+        source, name = sources.get(id(value), ("initial", key))
+        entries[key] = Entry(source, name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        if source != "parameters":
+            initial[name] = value
+    tensors = {name: (value.dtype, value.shape) for name, value in initial.items()}
+    with tensor_file.create(run / INITIAL, tensors) as file:
+        for name, value in initial.items() if values is None else values(dict.fromkeys(initial)):
+            file.write(name, value)
     (run / STATE).write_bytes(msgspec.json.encode(entries))
 
 
 def state_dict(run: Path) -> dict[str, torch.Tensor]:
     """The newest checkpoint of a run as `Module.load_state_dict` takes it. Raises CheckpointError."""
-    folder, manifest = checkpoint.newest(run, lambda path, reason: None)
-    sources = {
-        "parameters": checkpoint.read_vector(folder, manifest),
-        "buffers": checkpoint.read_buffers(folder),
-    }
-    try:
-        entries = msgspec.json.decode((run / STATE).read_bytes(), type=dict[str, Entry])
-        frozen = load_file(run / FROZEN)
-    except (OSError, SafetensorError, msgspec.MsgspecError) as error:
-        raise CheckpointError(f"{run} does not say how its model is made: {error}") from error
-    return {
-        key: frozen[key] if entry.source == "frozen" else _value(entry, sources[entry.source])
-        for key, entry in entries.items()
-    }
-
-
-def _value(entry: Entry, flat: torch.Tensor) -> torch.Tensor:
-    """A new tensor with the values that the flat vector has for the entry."""
-    dtype: torch.dtype = getattr(torch, entry.dtype)
-    length = torch.Size(entry.shape).numel() * (2 if dtype.is_complex else 1)
-    part = flat[entry.start : entry.start + length].clone()
-    if dtype.is_complex:
-        return torch.view_as_complex(part.view(*entry.shape, 2)).to(dtype)
-    return (part if dtype.is_floating_point else part.round()).view(entry.shape).to(dtype)
+    entries = _entries(run)
+    value = _newest(run)
+    return {key: value(entry) for key, entry in entries.items()}
 
 
 def export(run: Path, path: Path) -> int:
     """Write the newest checkpoint's state_dict as safetensors; returns the number of parameters and buffers in it.
 
-    Raises CheckpointError, and ConfigurationError when `path` cannot be written.
+    Memory: twice the largest of them. Raises CheckpointError, and ConfigurationError when `path` cannot be written.
     """
-    state = state_dict(run)
+    entries = _entries(run)
+    value = _newest(run)
+    part = path.with_name(path.name + ".part")
     try:
-        save_file(state, path)
-    except (OSError, SafetensorError) as error:
+        with contextlib.ExitStack() as undo:
+            undo.callback(part.unlink, missing_ok=True)
+            tensors = {key: (entry.torch_dtype, entry.shape) for key, entry in entries.items()}
+            with tensor_file.create(part, tensors) as file:
+                for key, entry in entries.items():
+                    file.write(key, value(entry))
+            part.rename(path)
+    except OSError as error:
         raise ConfigurationError(
             f"{path} cannot be written: {error}", hint="give a file in a folder that exists and has room"
         ) from error
-    return sum(value.numel() for value in state.values())
+    return sum(torch.Size(entry.shape).numel() for entry in entries.values())
+
+
+def _entries(run: Path) -> dict[str, Entry]:
+    try:
+        return msgspec.json.decode((run / STATE).read_bytes(), type=dict[str, Entry])
+    except (OSError, msgspec.MsgspecError) as error:
+        raise _unknown(run, error) from error
+
+
+def _newest(run: Path) -> Callable[[Entry], torch.Tensor]:
+    """Gives the values of entries in the newest checkpoint, each in new memory."""
+    folder, manifest = checkpoint.newest(run, lambda path, reason: None)
+    held = {
+        "parameters": (by_name(manifest.layout.layout), vector_reader(folder, manifest, "parameters")),
+        "buffers": (by_name(manifest.buffer_layout.layout), buffer_reader(folder, manifest)),
+    }
+
+    def value(entry: Entry) -> torch.Tensor:
+        pieces, read = held.get(entry.source, ({}, None))
+        # A buffer that no partition holds is no part of the forward pass: it is what it was.
+        if read is None or (entry.source == "buffers" and entry.name not in pieces):
+            return _initial(run, entry)
+        numbers = torch.Size(entry.shape).numel() * (2 if entry.torch_dtype.is_complex else 1)
+        check_covered(folder, entry.name, pieces.get(entry.name, []), numbers)
+        return _value(entry, uncut(pieces[entry.name], read))
+
+    return value
+
+
+def _value(entry: Entry, flat: torch.Tensor) -> torch.Tensor:
+    """The entry of these numbers, in one row, which are pairs for a complex one."""
+    if entry.torch_dtype.is_complex:
+        return torch.view_as_complex(flat.view(*entry.shape, 2)).to(entry.torch_dtype)
+    return (flat if entry.torch_dtype.is_floating_point else flat.round()).view(entry.shape).to(entry.torch_dtype)
+
+
+def _initial(run: Path, entry: Entry) -> torch.Tensor:
+    try:
+        with safe_open(run / INITIAL, framework="pt") as file:
+            value: torch.Tensor = file.get_tensor(entry.name).clone()
+            return value
+    except (OSError, SafetensorError) as error:
+        raise _unknown(run, error) from error
+
+
+def _unknown(run: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{run} does not say how its model is made: {error}")

@@ -10,13 +10,17 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
+from distbelief.checkpoint import lay_out_buffers
 from distbelief.cluster import Cluster
 from distbelief.data_shard import collect
 from distbelief.downpour import Downpour
 from distbelief.errors import ConfigurationError
 from distbelief.evaluator import Measures, Metric
+from distbelief.model_partition import CutModel, cut_model
 from distbelief.model_replica import Objective, Step, build
 from distbelief.parameters import Groups, Layout
+from distbelief.partition.footprint import check_memory, footprints
+from distbelief.partition.stages import StagePlan
 from distbelief.portions import Stages
 from distbelief.update_rule import check
 
@@ -119,6 +123,8 @@ class Prepared:
     job: Job
     data: Any
     test: Any
+    cut: CutModel | None
+    """The plan of replicas that span several processes."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,8 @@ class Facts:
     """What the coordinator needs to know of a prepared job."""
 
     layout: Layout
+    buffers: Layout
+    """Where buffers lie in the vectors that replicas report, per partition."""
     examples: int
     test_examples: int
 
@@ -139,13 +147,48 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
             f"a mini-batch of {job.batch_size} examples is larger than the data, which has {examples}",
             hint=f"use batch_size={max(1, examples)} or less" if examples else "give a data set that is not empty",
         )
+    sample, test_examples = collect(data, torch.arange(job.batch_size)), 0 if test is None else len(test)
+    if job.cluster.plan.partitions > 1:
+        cut = cut_model(job.model, job.seed, job.groups, _input(job, sample), job.cluster.plan)
+        if job.cluster.memory_bytes is not None:
+            check_memory(footprints(cut.plan, job.batch_size, cut.layout.dtype), job.cluster.memory_bytes)
+        check(job.algorithm.update_rule, [piece.options for piece in cut.layout.pieces])
+        if isinstance(cut.plan, StagePlan) and job.algorithm.local_rate is not None:
+            raise ConfigurationError(
+                f"Downpour(local_rate={job.algorithm.local_rate}) with stages would change parameters between the "
+                "micro-batches of a mini-batch",
+                hint="use local_rate=None, or cut the model by units",
+            )
+        buffers = lay_out_buffers(cut.module, cut.held_buffers)
+        return Prepared(job, data, test, cut), Facts(cut.layout, buffers, examples, test_examples)
     module, layout = build(job.model, job.seed, job.groups)
     check(job.algorithm.update_rule, [piece.options for piece in layout.pieces])
     with torch.no_grad():
-        job.objective(module.train(), collect(data, torch.arange(min(job.batch_size, examples))))
+        job.objective(module.train(), sample)
     if test is not None and job.evaluate is None:
         job.measures.measure(module, Subset(test, range(min(job.batch_size, len(test)))), torch.device("cpu"))
-    return Prepared(job, data, test), Facts(layout, examples, 0 if test is None else len(test))
+    return Prepared(job, data, test, None), Facts(layout, lay_out_buffers(module), examples, test_examples)
+
+
+def _input(job: Job, sample: Any) -> torch.Tensor:
+    """The input of a mini-batch, for which a partitioned model is planned."""
+    if job.step is not None:
+        raise ConfigurationError(
+            f"Job(step=...) with {job.cluster.plan.partitions} partitions: only one of them has the model's output",
+            hint="give loss=(output, target) -> scalar instead of step, or use partitions=1",
+        )
+    if not (isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[0], torch.Tensor)):
+        raise ConfigurationError(
+            f"a mini-batch of {job.cluster.plan.partitions} partitions is (input tensor, target), not {_kind(sample)}",
+            hint="let the data set give (input, target) with one tensor as input, or use partitions=1",
+        )
+    return sample[0]
+
+
+def _kind(sample: Any) -> str:
+    if isinstance(sample, tuple | list):
+        return f"({', '.join(type(each).__name__ for each in sample)})"
+    return f"a {type(sample).__name__}"
 
 
 def _build_data(data: Any, name: str) -> Any:

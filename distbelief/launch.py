@@ -21,7 +21,7 @@ class Launch(msgspec.Struct, frozen=True):
     """The command behind a run."""
 
     script: str | None = None
-    """Path of the script that defines `job`; None when it was an interactive session."""
+    """Path of the script that defines `job`; None when there is none, as in an interactive session."""
     options: dict[str, Any] = {}
     """Arguments of the script's `job` function."""
     overrides: dict[str, Any] = {}
@@ -41,9 +41,10 @@ def read(run: Path) -> Launch:
 
 
 def of_main() -> Launch:
-    """The script that is running."""
-    path = getattr(sys.modules.get("__main__"), "__file__", None)
-    return Launch(str(Path(path).resolve()) if path else None)
+    """The script that is running, if it defines `job`."""
+    main = sys.modules.get("__main__")
+    path, found = getattr(main, "__file__", None), getattr(main, "job", None)
+    return Launch(str(Path(path).resolve()) if path and (isinstance(found, Job) or inspect.isfunction(found)) else None)
 
 
 def job_of(path: Path) -> Callable[..., Job]:

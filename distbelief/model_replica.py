@@ -10,7 +10,7 @@ there, and the host buffers, pinned, stage them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -20,6 +20,7 @@ from torch import nn
 from distbelief.data_shard import to_device
 from distbelief.errors import ConfigurationError
 from distbelief.parameters import Groups, Layout, lay_out, trainable
+from distbelief.partition.group import Group
 
 Step = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -46,12 +47,33 @@ class Objective:
             )
         return value
 
+    def differentiate(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Add the gradient of the loss to the parameters'; returns the detached loss."""
+        loss = self(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
 
 def build(model: Callable[[], nn.Module], seed: int, groups: Groups | None) -> tuple[nn.Module, Layout]:
     """The user's model with the initial values of `seed`, and where its parameters lie."""
     torch.manual_seed(seed)
     module = model()
     return module, lay_out(module, groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The part of a model that one process holds; of a replica of one process that is the whole of it."""
+
+    module: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    """Trainable parameters, or boxes of them, by their names in the uncut model."""
+    buffers: Mapping[str, torch.Tensor]
+
+
+def whole(module: nn.Module) -> Part:
+    """All of a model."""
+    return Part(module, dict(trainable(module)), dict(module.named_buffers()))
 
 
 def pick_device(name: str | None, index: int) -> torch.device:
@@ -80,14 +102,16 @@ def check_device(name: str | None) -> None:
 class ModelReplica:
     """The model of one replica and its buffers.
 
+    `differentiate(module, batch)` adds the gradient of a mini-batch to the parameters' and returns the detached loss.
     `allocate(length, dtype)` gives host memory that the shards can reach.
     """
 
     def __init__(
-        self, module: nn.Module, layout: Layout, objective: Objective, device: torch.device,
-        allocate: Callable[[int, torch.dtype], torch.Tensor],
+        self, part: Part, layout: Layout, differentiate: Step, device: torch.device,
+        allocate: Callable[[int, torch.dtype], torch.Tensor], group: Group,
     ) -> None:  # fmt: skip
-        self.module, self._layout, self._objective, self._device = module.to(device).train(), layout, objective, device
+        part.module.to(device).train()
+        self.part, self.group, self._differentiate, self._device = part, group, differentiate, device
         self._host = [allocate(layout.length, layout.dtype) for _ in range(4)]
         on_cpu = device.type == "cpu"
         if not on_cpu:
@@ -97,8 +121,7 @@ class ModelReplica:
         self._accruing = self._host[2:] if on_cpu else [torch.zeros_like(self._host[0], device=device)]
         self._parameter_views = [list(layout.views(flat).values()) for flat in self._working]
         self._gradient_views = [list(layout.views(flat).values()) for flat in self._accruing]
-        named = dict(trainable(module))
-        self._parameters = [named[piece.name] for piece in layout.pieces]
+        self._parameters = [part.parameters[piece.name] for piece in layout.pieces]
         self._filling = 0
         """Which gradient buffer is accrued into."""
         self._current = 1
@@ -109,6 +132,10 @@ class ModelReplica:
         """Rate of the local step after each mini-batch; None for none."""
         for index, parameter in enumerate(self._parameters):
             parameter.register_post_accumulate_grad_hook(self._accrue_hook(index))  # type: ignore[no-untyped-call]
+        offset = 0
+        for parameter in self._parameters:  # what the part was built with lies in the spare until the first fetch
+            self.spare[offset : offset + parameter.numel()] = parameter.detach().reshape(-1)
+            offset += parameter.numel()
         self._point()
 
     # parameters
@@ -136,12 +163,11 @@ class ModelReplica:
 
     def compute(self, batch: Any) -> torch.Tensor:
         """Add the gradient of the mean loss over one mini-batch to what is accrued; returns the detached loss."""
-        loss = self._objective(self.module, to_device(batch, self._device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._differentiate(self.part.module, to_device(batch, self._device))
         self._mini_batches += 1
         if not all(self._written):
             self._zero_what_is_missing()
-        return loss.detach()
+        return loss
 
     def _accrue_hook(self, index: int) -> Callable[[torch.Tensor], None]:
         def accrue(parameter: torch.Tensor) -> None:
@@ -175,7 +201,8 @@ class ModelReplica:
     def take_gradient(self, *, mean: bool, clip_norm: float | None) -> torch.Tensor | None:
         """The accrued gradient in host memory, shape (n,); accruing goes on in the other buffer.
 
-        None when it is not finite. The caller owns the memory until it takes the next gradient.
+        None when it is not finite, on any partition. `clip_norm` bounds the norm over all partitions. The caller owns
+        the memory until it takes the next gradient.
         """
         source = self._accruing[self._filling if len(self._accruing) == 2 else 0]
         if mean and self._mini_batches > 1:
@@ -183,10 +210,13 @@ class ModelReplica:
         self._written = [False] * len(self._parameters)
         self._mini_batches = 0
         finite = math.isfinite(float(source.sum()))  # one pass; a sum that overflowed is looked at again below
-        if not finite and not bool(torch.isfinite(source).all()):
+        finite = finite or bool(torch.isfinite(source).all())
+        if any(self.group.any(not finite)):
             return None
         if clip_norm is not None:
             norm = torch.linalg.vector_norm(source)
+            if self.group.size > 1:
+                norm = self.group.sum(norm.double().square().cpu().view(1)).sqrt().to(norm)
             source.mul_(torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
         host = self._host[2 + self._filling]
         if source is not host:
@@ -198,45 +228,43 @@ class ModelReplica:
 
     def buffers(self) -> torch.Tensor:
         """The module's buffers (BatchNorm statistics and counters) as one float64 vector on the CPU."""
-        return flat_buffers(self.module)
+        return flat_buffers(self.part.buffers)
 
     def set_buffers(self, values: torch.Tensor) -> None:
         """The inverse of `buffers`."""
-        load_buffers(self.module, values)
+        load_buffers(self.part.buffers, values)
 
 
-def _own_buffers(module: nn.Module) -> Iterator[torch.Tensor]:
+def _real(buffers: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
     """Every buffer, a complex one (rotary frequencies) as its real and imaginary parts."""
-    return (torch.view_as_real(buffer) if buffer.is_complex() else buffer for _, buffer in module.named_buffers())
+    return (torch.view_as_real(buffer) if buffer.is_complex() else buffer for buffer in buffers.values())
 
 
-def flat_buffers(module: nn.Module) -> torch.Tensor:
-    """All buffers of a module one after another, float64 on the CPU; float64 holds counters exactly up to 2**53."""
-    parts = [buffer.detach().to("cpu", torch.float64).reshape(-1) for buffer in _own_buffers(module)]
+def flat_buffers(buffers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """All buffers one after another, float64 on the CPU; float64 holds counters exactly up to 2**53."""
+    parts = [buffer.detach().to("cpu", torch.float64).reshape(-1) for buffer in _real(buffers)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
 
-def load_buffers(module: nn.Module, values: torch.Tensor) -> None:
+def load_buffers(buffers: Mapping[str, torch.Tensor], values: torch.Tensor) -> None:
     """Write a vector made by `flat_buffers` back; counters are rounded."""
     start = 0
-    for buffer in _own_buffers(module):
+    for buffer in _real(buffers):
         part = values[start : start + buffer.numel()].view(buffer.shape)
         buffer.copy_(part if buffer.dtype.is_floating_point else part.round())
         start += buffer.numel()
 
 
-def load_parameters(module: nn.Module, layout: Layout, flat: torch.Tensor) -> None:
-    """Copy the flat vector, shape (n,), into the module's own parameters."""
-    views = layout.views(flat)
+def load_parameters(parameters: Mapping[str, nn.Parameter], layout: Layout, flat: torch.Tensor) -> None:
+    """Copy the flat vector, shape (n,), into the parameters."""
     with torch.no_grad():
-        for name, parameter in trainable(module):
-            parameter.copy_(views[name])
+        for name, view in layout.views(flat).items():
+            parameters[name].copy_(view.view(parameters[name].shape))
 
 
-def flat_parameters(module: nn.Module, layout: Layout) -> torch.Tensor:
-    """The module's trainable parameters as one new CPU vector of shape (n,)."""
-    named = dict(trainable(module))
-    return torch.cat([named[piece.name].detach().cpu().reshape(-1) for piece in layout.pieces])
+def flat_parameters(parameters: Mapping[str, nn.Parameter], layout: Layout) -> torch.Tensor:
+    """The parameters as one new CPU vector of shape (n,)."""
+    return torch.cat([parameters[piece.name].detach().cpu().reshape(-1) for piece in layout.pieces])
 
 
 def _pin(buffer: torch.Tensor) -> None:

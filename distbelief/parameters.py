@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters are one flat vector, cut into equal spans (paper, section 4.1: "sharded across many machines").
+"""The parameters are one flat vector, cut twice (paper, section 4.1: "sharded across many machines").
 
+    partitions (who computes)   |----- 0 -----|------- 1 -------|
+    pieces (of parameters)      |-w1-|b1|--w2-|--w2--|b2|---w3--|
     the flat parameter vector   0 . . . . . . . . . . . . . . . n
-    pieces (named parameters)   |-w1-|b1|----w2----|b2|----w3---|
     shards (who stores)         |-- 0 --|-- 1 --|-- 2 --|-- 3 --|
 
-There are no keys and no name table on the wire: a shard knows its span, a replica knows where its pieces lie.
+Partitions follow each other, each lays its pieces one after another, and shards cut the line into equal spans. There
+are no keys and no name table on the wire: who talks to whom about what is the overlap of spans.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -53,13 +55,18 @@ def cut(length: int, shards: int) -> list[Span]:
 
 @dataclass(frozen=True)
 class Piece:
-    """One named parameter of the model and where it lies in the flat vector."""
+    """One named parameter of the model, or a box of it, and where it lies in the flat vector."""
 
     name: str
     shape: tuple[int, ...]
+    """Of the box, for a box."""
     span: Span
     options: Options = ()
     """What the user's groups function answered for it."""
+    whole: tuple[int, ...] | None = None
+    """For a box: the shape of what it is a box of, the parameter itself or a view of it. None: all of the parameter."""
+    corner: tuple[int, ...] = ()
+    """For a box: its first index in `whole`."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +83,34 @@ class Layout:
 
     pieces: tuple[Piece, ...]
     dtype: torch.dtype
+    edges: tuple[int, ...] = ()
+    """Where partitions meet, in ascending order; none for a replica of one process."""
 
     @property
     def length(self) -> int:
         """Number of parameters, n."""
-        return self.pieces[-1].span.stop
+        return self.pieces[-1].span.stop if self.pieces else 0
+
+    @property
+    def partitions(self) -> list[Span]:
+        """The part of the line that each partition of a replica computes on."""
+        return [Span(start, stop) for start, stop in pairwise((0, *self.edges, self.length))]
+
+    def of_partition(self, index: int) -> "Layout":
+        """The pieces of one partition, laid out from 0 on."""
+        own = self.partitions[index]
+        pieces = tuple(
+            replace(piece, span=Span(piece.span.start - own.start, piece.span.stop - own.start))
+            for piece in self.pieces
+            if own.start <= piece.span.start < own.stop
+        )
+        return Layout(pieces, self.dtype)
 
     def fingerprint(self) -> str:
-        """Identifies names, shapes and order; checkpoints of another model differ in it."""
+        """Identifies names, shapes, boxes and order; checkpoints of another model or another cut differ in it."""
         text = ";".join(f"{piece.name}{list(piece.shape)}" for piece in self.pieces) + str(self.dtype)
+        text += "".join(f";{piece.name}{piece.whole}{piece.corner}" for piece in self.pieces if piece.whole is not None)
+        text += f";{self.edges}" if self.edges else ""
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def segments(self, span: Span) -> list[Segment]:

@@ -1,10 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a job gets on: sums since the last progress event, turned into rates. Told what happened; no clock of its own."""
 
+from collections.abc import Iterable, Sequence
 from typing import final
 
 from distbelief.events import Progress, staleness_quantile
 from distbelief.portions import Leases
+from distbelief.section import SectionStatus
+
+
+@final
+class Counters:
+    """What the shards last said of their sections, and what restarts of shards have lost."""
+
+    def __init__(self) -> None:
+        self._statuses: dict[int, list[SectionStatus]] = {}
+        self._lost: dict[tuple[int, int], int] = {}
+        """(shard, section) -> pushes known to have been applied to it that its restarts have lost."""
+
+    def update(self, statuses: Iterable[list[SectionStatus]]) -> None:
+        """Take in what all shards say, in their order."""
+        self._statuses.update(enumerate(statuses))
+
+    def restored(self, shard: int, versions: Sequence[int]) -> None:
+        """A shard has gone back to these versions of its sections."""
+        for section, (status, version) in enumerate(zip(self._statuses.get(shard, ()), versions, strict=False)):
+            lost = max(0, status.version - version)
+            self._lost[shard, section] = self._lost.get((shard, section), 0) + lost
+
+    def _sections(self) -> Iterable[SectionStatus]:
+        return (section for sections in self._statuses.values() for section in sections)
+
+    @property
+    def pushes(self) -> int:
+        """Pushes applied by the section that has applied most."""
+        return max((section.version for section in self._sections()), default=0)
+
+    @property
+    def mini_batches(self) -> int:
+        """Mini-batches in the pushes applied by the section that has applied most of them."""
+        return max((section.mini_batches for section in self._sections()), default=0)
+
+    @property
+    def staleness(self) -> dict[int, int]:
+        """Staleness -> pushes, over all sections of all shards."""
+        counts: dict[int, int] = {}
+        for section in self._sections():
+            for staleness, count in section.staleness.items():
+                counts[staleness] = counts.get(staleness, 0) + count
+        return counts
+
+    @property
+    def lost_updates(self) -> int:
+        """Acknowledged pushes that restarts have lost, over all sections."""
+        return sum(
+            max(status.lost_updates, self._lost.get((shard, section), 0))
+            for shard, sections in self._statuses.items()
+            for section, status in enumerate(sections)
+        )
 
 
 @final
@@ -24,9 +77,10 @@ class Meter:
         """Whether the last progress event is at least so old, and any time has passed at all."""
         return now > self._since and now - self._since >= seconds
 
-    def progress(self, now: float, leases: Leases, pushes: int, staleness: dict[int, int], alive: int) -> Progress:
+    def progress(self, now: float, leases: Leases, counters: Counters, alive: int) -> Progress:
         """The event of this moment; counting starts anew."""
         elapsed, examples = now - self._since, leases.settled_examples
+        pushes, staleness = counters.pushes, counters.staleness
         event = Progress(
             epoch=min(leases.epoch, leases.epochs - 1),
             examples=examples,
@@ -35,6 +89,7 @@ class Meter:
             examples_per_second=(examples - self._examples) / elapsed,
             pushes_per_second=(pushes - self._pushes) / elapsed,
             pushes=pushes,
+            mini_batches=counters.mini_batches,
             staleness_median=staleness_quantile(staleness, 0.5),
             staleness_p95=staleness_quantile(staleness, 0.95),
             replicas_alive=alive,

@@ -2,7 +2,7 @@
 """Who takes part in a job: how to start each role, what the coordinator knows of it, and what it reports."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,17 @@ import torch
 
 from distbelief.portions import Lease, Stages
 
+EVALUATOR = "evaluator"
+
 
 def replica_name(index: int) -> str:
     """The role name of replica `index`."""
     return f"replica/{index}"
 
 
-EVALUATOR = "evaluator"
+def member_name(name: str, partition: int, partitions: int) -> str:
+    """The role name of one partition of a replica or of the evaluator; one of one process is its own partition."""
+    return name if partitions == 1 else f"{name}/{partition}"
 
 
 class Refusal(msgspec.Struct, array_like=True, frozen=True):
@@ -63,9 +67,11 @@ class Settings:
     """What the coordinator needs to know of a job."""
 
     run: Path
-    replicas: Sequence[RoleSpec]
+    replicas: Sequence[Sequence[RoleSpec]]
+    """Each with its partitions, of which the last one leads."""
     shards: Sequence[RoleSpec]
-    evaluator: RoleSpec | None
+    evaluator: Sequence[RoleSpec]
+    """Its partitions; none for no evaluation."""
     stages: Stages
     checkpoint_seconds: float
     keep_checkpoints: int
@@ -85,4 +91,5 @@ class ReplicaRecord:
     slowest_seconds: float = 0.0
     left: bool = False
     alive: bool = True
-    buffers: torch.Tensor | None = None
+    buffers: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By partition."""

@@ -7,7 +7,8 @@ meets the new span; nothing is converted.
 
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -15,8 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from distbelief import tensor_file
 from distbelief.errors import CheckpointError
 from distbelief.parameters import Span
+from distbelief.tensor_file import DTYPES, TensorFile
 
 _READ_BYTES = 1 << 22
 
@@ -39,6 +42,8 @@ class ShardState(msgspec.Struct, kw_only=True):
     """Pushes applied so far."""
     examples: int = 0
     """Examples whose gradients were applied so far; learning-rate schedules are functions of it."""
+    mini_batches: int = 0
+    """Mini-batches that were accrued in those pushes."""
     lost_updates: int = 0
     """Acknowledged pushes that a restart from an older checkpoint lost."""
     scalars: dict[str, float] = {}
@@ -60,11 +65,20 @@ class ShardFile(msgspec.Struct, frozen=True):
 
 def write(path: Path, vectors: dict[str, torch.Tensor], state: ShardState) -> None:
     """Write the vectors straight from their memory. Raises OSError."""
-    metadata = {"shard": msgspec.json.encode(state).decode()}
     try:
-        save_file({name: vector.contiguous() for name, vector in vectors.items()}, path, metadata)
+        save_file({name: vector.contiguous() for name, vector in vectors.items()}, path, _metadata(state))
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
+
+
+def create(path: Path, vectors: Mapping[str, torch.dtype], state: ShardState) -> AbstractContextManager[TensorFile]:
+    """A file for vectors of the state's span that are not in memory as a whole. Raises OSError."""
+    shape = (state.stop - state.start,)
+    return tensor_file.create(path, {name: (dtype, shape) for name, dtype in vectors.items()}, _metadata(state))
+
+
+def _metadata(state: ShardState) -> dict[str, str]:
+    return {"shard": msgspec.json.encode(state).decode()}
 
 
 def seal(path: Path, state: ShardState) -> ShardFile:
@@ -101,13 +115,27 @@ def read_state(path: Path) -> ShardState:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def read_span(folder: Path, files: Sequence[ShardFile], span: Span) -> dict[str, torch.Tensor]:
-    """Every vector cut to `span`, each of shape (len(span),), gathered from the files that meet it.
+def vectors(folder: Path, files: Sequence[ShardFile]) -> dict[str, torch.dtype]:
+    """The names of the vectors that are in any of the files. Raises CheckpointError."""
+    found: dict[str, torch.dtype] = {}
+    for source in files:
+        try:
+            with safe_open(folder / source.name, framework="pt") as file:
+                found |= {name: DTYPES[file.get_slice(name).get_dtype()] for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{folder / source.name} cannot be read: {error}") from error
+    return found
 
-    A rule such as Adam has no vectors before its first push: where one file lacks a vector of another, it is zero.
-    Raises CheckpointError.
+
+def read_span(
+    folder: Path, files: Sequence[ShardFile], span: Span, wanted: Mapping[str, torch.dtype] | None = None
+) -> dict[str, torch.Tensor]:
+    """Every vector, or the wanted ones, cut to `span`, each of shape (len(span),), from the files that meet it.
+
+    A rule such as Adam has no vectors before its first push: where one file lacks a vector of another, it is zero, and
+    so is a wanted one that all of them lack. Raises CheckpointError.
     """
-    vectors: dict[str, torch.Tensor] = {}
+    vectors = {name: torch.zeros(len(span), dtype=dtype) for name, dtype in (wanted or {}).items()}
     missing = len(span)
     for source in files:
         held = Span(source.start, source.stop)
@@ -119,6 +147,8 @@ def read_span(folder: Path, files: Sequence[ShardFile], span: Span) -> dict[str,
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
+                    if wanted is not None and name not in wanted:
+                        continue
                     values = file.get_slice(name)[part.within(held)]
                     if name not in vectors:
                         vectors[name] = torch.zeros(len(span), dtype=values.dtype)

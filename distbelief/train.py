@@ -2,91 +2,69 @@
 """Start the roles, run the algorithm, return the Result."""
 
 import contextlib
+import shlex
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 
 from distbelief import checkpoint, events
 from distbelief.checkpoint import Manifest
 from distbelief.coordinator import Coordinator
-from distbelief.data_shard import DataShard
-from distbelief.downpour import DownpourReplica
-from distbelief.engine.base import Engine, Faults, Home
+from distbelief.engine.base import Engine, Faults
 from distbelief.engine.local import LocalEngine
 from distbelief.engine.pickles import SHARED
 from distbelief.engine.simulated import SimulatedEngine
 from distbelief.engine.virtual import Costs
 from distbelief.errors import CheckpointError, ConfigurationError
-from distbelief.evaluator import Evaluator
 from distbelief.events import AnyEvent, Listener, Observation
 from distbelief.export import write_template
-from distbelief.job import Facts, Job, Prepared, prepare
+from distbelief.job import Facts, Job, prepare
 from distbelief.launch import Launch, of_main
-from distbelief.model_replica import (
-    ModelReplica,
-    build,
-    check_device,
-    flat_buffers,
-    flat_parameters,
-    load_buffers,
-    load_parameters,
-    pick_device,
-)
-from distbelief.parameter_server import ParameterServer, ParameterServerShard, shard_name
+from distbelief.model_replica import check_device
+from distbelief.parameter_server import ParameterServerShard, shard_name
 from distbelief.parameters import Span, cut
 from distbelief.portions import Leases, lease_size
+from distbelief.recut import recut
 from distbelief.report.files import EventFile, read_events, write_summary
 from distbelief.report.summary import Summary, summarize, text
 from distbelief.report.tensorboard import tensorboard_files
 from distbelief.report.terminal import Terminal
-from distbelief.roster import EVALUATOR, RoleSpec, Settings, replica_name
+from distbelief.roles import evaluator_role, replica_role
+from distbelief.roster import EVALUATOR, RoleSpec, Settings, member_name, replica_name
+from distbelief.uncut import Uncut
 
 
 @dataclass(frozen=True)
 class Result:
     """What a job came to."""
 
-    model: nn.Module
-    """The trained module: in eval mode, with the servers' parameters and the mean of the replicas' buffers."""
     summary: Summary
     run: Path
     """The run folder: checkpoints, events.jsonl, summary.json, TensorBoard files."""
+    _model: Callable[[], nn.Module]
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The trained module: in eval mode, with the servers' parameters and the mean of the replicas' buffers.
+
+        One that was trained in partitions is put together, whole, when it is first asked for.
+        """
+        return self._model().eval()
 
     @property
     def test(self) -> dict[str, float | None]:
         """The last measurement on the held-out data."""
         return dict(self.summary.test)
-
-
-def replica_role(home: Home, prepared: Prepared, index: int, spans: Sequence[Span]) -> DownpourReplica:
-    """Build model replica `index` in its own process."""
-    job = prepared.job
-    torch.set_num_threads(job.cluster.threads)
-    module, layout = build(job.model, job.seed, job.groups)
-    # Draws such as dropout's differ between replicas and lives.
-    torch.manual_seed(job.seed + 1_000_003 * (index + 1) + 7_919 * home.incarnation)
-    model = ModelReplica(module, layout, job.objective, pick_device(job.cluster.device, index), home.allocate)
-    data = DataShard(prepared.data, job.batch_size, job.seed)
-    return DownpourReplica(home, index, model, data, ParameterServer(home, spans, index), job.algorithm)
-
-
-def evaluator_role(home: Home, prepared: Prepared, spans: Sequence[Span]) -> Evaluator:
-    """Build the evaluator in its own process."""
-    job = prepared.job
-    torch.set_num_threads(1)
-    module, layout = build(job.model, job.seed, job.groups)
-    return Evaluator(home, module, layout, ParameterServer(home, spans, -1), prepared.test, job.measures)
 
 
 def train(
@@ -112,7 +90,7 @@ def train(
     with contextlib.closing(engine):
         facts = engine.load(prepare, job)
         spans = _spans(job, facts)
-        module, layout = build(job.model, job.seed, job.groups)
+        model = Uncut(job, facts)
         run = _open_run(job, resume)
         rejected: list[AnyEvent] = []
         restore = None
@@ -120,35 +98,34 @@ def train(
             restore = checkpoint.newest(
                 run, lambda path, reason: rejected.append(events.CheckpointRejected(path=str(path), reason=reason))
             )
-            checkpoint.check_same_model(restore[1], layout, restore[0])
+            checkpoint.check_same_model(restore[1], model.module, restore[0])
         leases = _leases(job, facts, restore)
-        (launch or of_main()).write(run)
-        write_template(run, module, layout)
+        launched = launch or of_main()
+        with _run_folder(run):
+            launched.write(run)
+            write_template(run, model.module, model.values)
+            if restore is not None:
+                restore = recut(*restore, facts.layout, facts.buffers, model.buffers)
         record = Record(run)
         with _reporting(record, run, engine, listeners, view) as emit:
             for event in rejected:
                 emit(event)
-            coordinator = _coordinator(job, engine, facts, run, spans, leases, module, restore, emit)
+            coordinator = _coordinator(job, engine, facts, run, spans, leases, model, restore, emit)
             engine.answer(coordinator)
             reason = "failed"
             try:
                 with _stopping_on_signals(coordinator):
                     emit(_job_started(job, facts, run, spans, coordinator.leases))
-                    coordinator.start(flat_parameters(module, layout), restore)
+                    coordinator.start(restore)
                     reason = coordinator.run()
-                    load_parameters(module, layout, coordinator.parameters())
-                    load_buffers(module, coordinator.buffers())
+                    model.load(engine, coordinator, spans)
             except BaseException as error:
                 reason = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
                 raise
             finally:
-                emit(
-                    coordinator.finished(
-                        reason, f"distbelief resume {run}", f"distbelief export {run} model.safetensors"
-                    )
-                )
+                emit(coordinator.finished(reason, *_commands(run, job, launched, coordinator.leases)))
                 _write_summary(run, record.summary())
-    return Result(module.eval(), record.summary(), run)
+    return Result(record.summary(), run, partial(model.trained, run))
 
 
 def _engine(job: Job, faults: Faults | None, costs: Costs | None) -> Engine:
@@ -182,35 +159,64 @@ def _open_run(job: Job, resume: Path | str | None) -> Path:
             f"the run folder {run} exists",
             hint=f"choose another run folder, remove it, or go on from it with `distbelief resume {run}`",
         )
-    try:
+    with _run_folder(run):
         run.mkdir(parents=True)
         probe = run / "probe"
         probe.write_bytes(b"0" * 4096)
         probe.unlink()
+    return run
+
+
+@contextlib.contextmanager
+def _run_folder(run: Path) -> Iterator[None]:
+    """Raise what the disk refuses as a ConfigurationError."""
+    try:
+        yield
     except OSError as error:
         raise ConfigurationError(
             f"the run folder {run} cannot be written: {error}", hint="give run=... on a disk with room and permission"
         ) from error
-    return run
+
+
+def _commands(run: Path, job: Job, launched: Launch, leases: Leases) -> tuple[str, str]:
+    """(what resumes the run, what exports its model); empty where there is no checkpoint."""
+    if not checkpoint.complete(run):
+        return "", ""
+    folder, epochs = shlex.quote(str(run)), 2 * job.epochs
+    if launched.script is None:
+        more = f"dataclasses.replace(job, epochs={epochs})" if leases.finished else "job"
+        resume = f"distbelief.train({more}, resume={str(run)!r})"
+    else:
+        resume = f"distbelief resume {folder}" + (f" --epochs {epochs}" if leases.finished else "")
+    return resume, f"distbelief export {folder} model.safetensors"
 
 
 def _coordinator(
-    job: Job, engine: Engine, facts: Facts, run: Path, spans: list[Span], leases: Leases, module: nn.Module,
+    job: Job, engine: Engine, facts: Facts, run: Path, spans: list[Span], leases: Leases, model: Uncut,
     restore: tuple[Path, Manifest] | None, emit: Callable[[AnyEvent], None],
 ) -> Coordinator:  # fmt: skip
-    layout, cluster = facts.layout, job.cluster
+    layout, cluster, partitions = facts.layout, job.cluster, job.cluster.plan.partitions
     if restore is None:
-        buffers, incarnation = flat_buffers(module), 0
+        buffers, incarnation = model.buffers, 0
     else:
-        buffers, incarnation = checkpoint.read_buffers(restore[0]), restore[1].incarnation
+        buffers, incarnation = checkpoint.read_buffers(*restore), restore[1].incarnation
     settings = Settings(
         run=run,
-        replicas=[RoleSpec(replica_name(i), replica_role, (SHARED, i, spans)) for i in range(cluster.replicas)],
+        replicas=[
+            [
+                RoleSpec(member_name(replica_name(i), k, partitions), replica_role, (SHARED, i, k, spans))
+                for k in range(partitions)
+            ]
+            for i in range(cluster.replicas)
+        ],
         shards=[
             RoleSpec(shard_name(i), ParameterServerShard, (span, layout, job.algorithm.update_rule))
             for i, span in enumerate(spans)
         ],
-        evaluator=RoleSpec(EVALUATOR, evaluator_role, (SHARED, spans)) if facts.test_examples else None,
+        evaluator=[
+            RoleSpec(member_name(EVALUATOR, k, partitions), evaluator_role, (SHARED, k, spans))
+            for k in range(partitions if facts.test_examples else 0)
+        ],
         stages=job.stages(leases.total_examples),
         checkpoint_seconds=job.checkpoint_seconds,
         keep_checkpoints=job.keep_checkpoints,
@@ -219,16 +225,10 @@ def _coordinator(
         refusals=job.algorithm.refusals,
         incarnation=incarnation,
     )
-    manifest_of = partial(
-        Manifest,
-        format=checkpoint.FORMAT,
-        fingerprint=layout.fingerprint(),
-        pieces={piece.name: piece.shape for piece in layout.pieces},
-        dtype=str(layout.dtype),
-        rule=repr(job.algorithm.update_rule),
-        seed=job.seed,
+    manifest_of = checkpoint.manifests(
+        model.module, layout, facts.buffers, rule=repr(job.algorithm.update_rule), seed=job.seed
     )
-    return Coordinator(engine, settings, leases, buffers, manifest_of, emit, layout.dtype)
+    return Coordinator(engine, settings, leases, buffers, manifest_of, emit)
 
 
 def _leases(job: Job, facts: Facts, restore: tuple[Path, Manifest] | None) -> Leases:
@@ -290,7 +290,8 @@ def _reporting(
 ) -> Iterator[Callable[[AnyEvent], None]]:
     """Everything that hears events, for the time of the job; writes and prints the summary at the end."""
     console = Console()
-    file = EventFile(run / "events.jsonl")
+    with _run_folder(run):
+        file = EventFile(run / "events.jsonl")
     board = tensorboard_files(run / "tensorboard")
     started = engine.now()
     with contextlib.ExitStack() as stack:

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models and data that the tests train: importable, so that replicas in other processes find them by name."""
 
+import contextlib
 import functools
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +17,7 @@ import distbelief as db
 from distbelief.data_shard import epoch_order
 
 FEATURES, CLASSES = 12, 3
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def classifier() -> nn.Module:
@@ -90,3 +96,17 @@ def same_parameters(one: nn.Module, other: nn.Module) -> bool:
     """Bit for bit."""
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+@contextlib.contextmanager
+def example(name: str) -> Iterator[ModuleType]:
+    """The script examples/NAME.py as a module, on one thread: in tiny operations more only wait for each other."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    spec.loader.exec_module(module)
+    yield module
+    torch.set_num_threads(threads)

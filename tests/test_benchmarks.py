@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import push_fetch_peers, throughput_peers
+from benchmarks import memory, push_fetch_peers, throughput_peers
 from benchmarks.__main__ import main
+from benchmarks.memory import held
 from benchmarks.processes import Baseline, Companion, CompanionFailed, forked
 from benchmarks.table import (
     Beside,
@@ -32,6 +33,7 @@ from benchmarks.table import (
     table_text,
     verdict,
 )
+from distbelief.channel.memory import allocate
 
 
 def test_a_spread_is_the_middle_and_the_ends_of_its_samples() -> None:
@@ -155,6 +157,36 @@ def test_the_rows_name_the_machine_and_survive_json() -> None:
     assert written["machine"] == described
     assert f"torch {torch.__version__}" in machine_line(described)
     assert f"cores {described['cores']}" in machine_line(described)
+
+
+def test_memory_of_ones_own_and_memory_that_is_shared_are_told_apart() -> None:
+    before = held(os.getpid())
+    own = torch.ones(16_000_000)
+    shared = allocate(8_000_000, torch.float32).fill_(1.0)
+    after = held(os.getpid())
+    assert after.own - before.own == pytest.approx(own.nbytes, rel=0.05)
+    assert after.shared - before.shared == pytest.approx(shared.nbytes, rel=0.05)
+    assert after.peak >= after.own
+    del own
+    assert held(os.getpid()).peak >= after.peak - 1e6
+
+
+def test_the_memory_formulas_are_those_of_the_documentation() -> None:
+    number = 4 * 1_000_000
+    local, tcp = (memory.formulas(1_000_000, 100, 10, transport) for transport in ("shared_memory", "tcp"))
+    assert local["shard"] == (2 * number / 2, 3 * number / 2)
+    assert tcp["shard"] == (4 * number / 2, 3 * number / 2)
+    assert local["replica"] == tcp["replica"]
+    assert 4 * number < local["replica"][0] < 4.1 * number
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_job_are_told_apart_and_a_replica_shares_four_vectors() -> None:
+    watch = memory.watched(512, 2048, "shared_memory", 2)
+    assert {kind: len(looks) for kind, looks in watch.seen.items()} == {"shard": 4, "replica": 4}
+    parameters = sum(parameter.numel() for parameter in memory.model(512, 2048).parameters())
+    assert watch.median("replica").shared == pytest.approx(4 * 4 * parameters, rel=0.05)
+    assert watch.median("shard").shared == 0
 
 
 def test_a_shard_of_the_baselines_takes_the_steps_of_adagrad() -> None:

@@ -95,7 +95,10 @@ class Clerk:
             self.meanwhile()
             return float(values.sum())
 
-        return BackgroundWork(work, self.endpoint)
+        def begin(run: Callable[[], None]) -> None:
+            threading.Thread(target=run, name="distbelief-background", daemon=True).start()
+
+        return BackgroundWork(work, self.endpoint, begin)
 
     def secret(self) -> str:
         return "not for callers"

@@ -24,8 +24,6 @@ from distbelief.channel.memory import Block
 from distbelief.channel.peer import Peer
 from distbelief.errors import PeerLost, ProtocolError
 
-pytestmark = pytest.mark.skipif(not memory.AVAILABLE, reason="this system has no memfd; tensors are streamed")
-
 
 def mappings() -> int:
     """How many blocks this process has mapped; a mapping that two tensors use counts once."""

@@ -13,22 +13,38 @@ import torch
 from torch import nn
 
 from distbelief import checkpoint, shard_file
-from distbelief.checkpoint import BUFFERS, MANIFEST, Manifest
-from distbelief.errors import CheckpointError
-from distbelief.parameters import Layout, cut, lay_out
+from distbelief.checkpoint import BUFFERS, MANIFEST, LayoutRecord, Manifest
+from distbelief.errors import CheckpointError, ConfigurationError
+from distbelief.export import export, write_template
+from distbelief.parameters import Layout, Piece, Span, cut, lay_out, trainable
+from distbelief.partition.units import OwnedPiece
 from distbelief.portions import Lease, LeaseState
+from distbelief.recut import recut
 from distbelief.shard_file import ReplicaRecord, ShardState
+from tests.cuts import by_rows, write_checkpoint
 
 BUFFER_VALUES = torch.arange(6, dtype=torch.float64) + 2.0**52 + 1
 
 
-def layout_of(width: int = 5) -> Layout:
-    return lay_out(nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2)))
+class Counted(nn.Linear):
+    """A layer with six numbers in its buffers."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("seen", torch.zeros(4))
+        self.register_buffer("phase", torch.zeros((), dtype=torch.complex64))
+
+
+def model(width: int = 5) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, width), Counted(width, 2))
+
+
+LENGTH = lay_out(model()).length
 
 
 def write_shards(folder: Path, value: float, shards: int = 2, length: int | None = None) -> list[shard_file.ShardFile]:
     files = []
-    for index, span in enumerate(cut(length or layout_of().length, shards)):
+    for index, span in enumerate(cut(length or LENGTH, shards)):
         records = {0: ReplicaRecord(0, 3, {4: 10 + index, 5: 20}), 2: ReplicaRecord(1, 1, {4: 3, 5: 24 - index})}
         state = ShardState(start=span.start, stop=span.stop, replicas=records)
         path = folder / f"shard-{index}.safetensors"
@@ -38,18 +54,18 @@ def write_shards(folder: Path, value: float, shards: int = 2, length: int | None
 
 
 def manifest_of(files: list[shard_file.ShardFile], examples: int) -> Manifest:
-    layout = layout_of()
-    return Manifest(
-        format=checkpoint.FORMAT, fingerprint=layout.fingerprint(), dtype=str(layout.dtype), rule="adagrad(0.05)",
-        pieces={piece.name: piece.shape for piece in layout.pieces}, seed=3, incarnation=2, examples=examples,
-        leases=LeaseState(100, 32, 4, (Lease(3, 0, 96, 100),), 8), shards=files,
-    )  # fmt: skip
+    module = model()
+    manifests = checkpoint.manifests(
+        module, lay_out(module), checkpoint.lay_out_buffers(module), rule="adagrad(0.05)", seed=3
+    )
+    leases = LeaseState(100, 32, 4, (Lease(3, 0, 96, 100),), 8)
+    return manifests(incarnation=2, examples=examples, leases=leases, shards=files)
 
 
 def take(run: Path, value: float) -> Path:
     """A checkpoint whose parameters all have this value."""
     folder = checkpoint.next_folder(run)
-    checkpoint.commit(folder, manifest_of(write_shards(folder, value), int(value)), BUFFER_VALUES)
+    checkpoint.commit(folder, manifest_of(write_shards(folder, value), int(value)), [BUFFER_VALUES])
     return folder
 
 
@@ -65,16 +81,25 @@ def test_a_checkpoint_is_read_back_as_it_was_taken(tmp_path: Path) -> None:
     given = manifest_of(manifest.shards, 7)
     assert found == folder
     assert msgspec.structs.replace(manifest, buffers=None) == given
-    assert torch.equal(checkpoint.read_vector(folder, manifest), torch.full((layout_of().length,), 7.0))
-    assert torch.equal(checkpoint.read_buffers(folder), BUFFER_VALUES)
+    assert manifest.layout.layout == lay_out(model())
+    vectors = shard_file.read_span(folder, manifest.shards, Span(0, LENGTH))
+    assert torch.equal(vectors["parameters"], torch.full((LENGTH,), 7.0))
+    (buffers,) = checkpoint.read_buffers(folder, manifest)
+    assert torch.equal(buffers, BUFFER_VALUES)
     assert list(checkpoint.read_replica_positions(folder, manifest)) == [{4: 10, 5: 24}, {4: 11, 5: 23}]
 
 
 def test_a_model_without_buffers_has_checkpoints_too(tmp_path: Path) -> None:
     folder = checkpoint.next_folder(tmp_path)
-    checkpoint.commit(folder, manifest_of(write_shards(folder, 1.0), 1), torch.empty(0, dtype=torch.float64))
+    module = nn.Linear(3, 5)
+    layout, buffers = lay_out(module), checkpoint.lay_out_buffers(module, [[], [], []])
+    files = write_shards(folder, 1.0, length=layout.length)
+    manifest = msgspec.structs.replace(
+        manifest_of(files, 1), layout=LayoutRecord.of(layout), buffer_layout=LayoutRecord.of(buffers)
+    )
+    assert checkpoint.commit(folder, manifest, []) == checkpoint.read_manifest(folder)
     assert newest(tmp_path) == (folder, [])
-    assert len(checkpoint.read_buffers(folder)) == 0
+    assert [len(each) for each in checkpoint.read_buffers(folder, checkpoint.read_manifest(folder))] == [0, 0, 0]
 
 
 def cut_off(path: Path, length: int) -> None:
@@ -90,7 +115,7 @@ def flip(path: Path, place: int) -> None:
 def of_a_later_version(path: Path) -> None:
     folder = path.parent
     manifest = msgspec.structs.replace(checkpoint.read_manifest(folder), format=99)
-    checkpoint.commit(folder, manifest, BUFFER_VALUES)
+    checkpoint.commit(folder, manifest, [BUFFER_VALUES])
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
@@ -106,7 +131,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "the manifest is gone": (MANIFEST, Path.unlink, "was not completed"),
     "the manifest is empty": (MANIFEST, lambda path: cut_off(path, 0), "cannot be read"),
     "the manifest is cut off": (MANIFEST, lambda path: cut_off(path, -2), "cannot be read"),
-    "the manifest is of a later version": (MANIFEST, of_a_later_version, "has format 99, this version reads 1"),
+    "the manifest is of a later version": (MANIFEST, of_a_later_version, "has format 99, this version reads 2"),
 }
 
 
@@ -158,7 +183,7 @@ def test_a_crash_before_the_manifest_is_in_place_leaves_no_checkpoint(
         with monkeypatch.context() as patch:
             patch.setattr("os.fsync" if done == "the buffers" else "pathlib.Path.rename", crash)
             with pytest.raises(KeyboardInterrupt):
-                checkpoint.commit(folder, manifest_of(files, 2), BUFFER_VALUES)
+                checkpoint.commit(folder, manifest_of(files, 2), [BUFFER_VALUES])
         assert (folder / BUFFERS).exists()
     found, rejected = newest(tmp_path)
     assert found == before
@@ -221,17 +246,58 @@ def test_a_run_without_checkpoints_says_so(tmp_path: Path) -> None:
 def test_another_model_is_refused_with_the_parameters_that_differ(tmp_path: Path) -> None:
     folder = take(tmp_path, 1.0)
     manifest = checkpoint.read_manifest(folder)
-    checkpoint.check_same_model(manifest, layout_of(), folder)
+    checkpoint.check_same_model(manifest, model().to("meta"), folder)
     with pytest.raises(CheckpointError, match="is of another model") as caught:
-        checkpoint.check_same_model(manifest, layout_of(width=6), folder)
+        checkpoint.check_same_model(manifest, model(width=6), folder)
     assert "0.weight has shape [6, 3], the checkpoint [5, 3]" in str(caught.value)
     assert str(caught.value).splitlines()[-1] == "hint: resume with the model that the run was started with"
-    deep = lay_out(nn.Sequential(*(nn.Linear(3, 3) for _ in range(9))))
+    deep = nn.Sequential(*(nn.Linear(3, 3) for _ in range(9)))
     with pytest.raises(CheckpointError, match=r"; and \d+ more"):
         checkpoint.check_same_model(manifest, deep, folder)
-    doubled = lay_out(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).double())
-    with pytest.raises(CheckpointError, match=r"dtype changed \(the checkpoint has torch\.float32\)"):
-        checkpoint.check_same_model(manifest, doubled, folder)
+    with pytest.raises(CheckpointError, match=r"its parameters are torch\.float64, the checkpoint's torch\.float32"):
+        checkpoint.check_same_model(manifest, model().double(), folder)
+
+
+def test_the_same_model_in_another_order_on_the_line_is_the_same_model(tmp_path: Path) -> None:
+    module = model()
+    biases_last = lay_out(module, lambda name, parameter: {"weight_decay": 0.0} if name.endswith("bias") else {})
+    assert biases_last.fingerprint() != lay_out(module).fingerprint()
+    manifests = checkpoint.manifests(module, biases_last, checkpoint.lay_out_buffers(module), rule="", seed=0)
+    manifest = manifests(incarnation=0, examples=0, leases=LeaseState(100, 32, 4, (), 0), shards=[])
+    checkpoint.check_same_model(manifest, module, tmp_path)
+
+
+def test_a_layout_is_rebuilt_from_its_record_exactly() -> None:
+    pieces = (
+        Piece("a", (2, 3), Span(0, 6), whole=(4, 3), corner=(2, 0)),
+        Piece("scale", (), Span(6, 7)),
+        Piece("a", (2, 3), Span(7, 13), whole=(4, 3), corner=(0, 0)),
+        Piece("b", (3, 1, 2), Span(13, 19), whole=(3, 2, 2), corner=(0, 1, 0)),
+        Piece("count", (), Span(19, 20), whole=(), corner=()),
+    )
+    for layout in (Layout(pieces, torch.bfloat16, (7,)), Layout((), torch.float64, (0, 0)), lay_out(model())):
+        record = LayoutRecord.of(layout)
+        assert msgspec.json.decode(msgspec.json.encode(record), type=LayoutRecord) == record
+        assert msgspec.json.decode(msgspec.json.encode(record), type=LayoutRecord).layout == layout
+
+
+def test_the_buffers_of_partitions_follow_each_other_on_a_line_of_their_own() -> None:
+    with torch.device("meta"):
+        module = model()
+    assert [(piece.name, piece.shape, piece.span) for piece in checkpoint.lay_out_buffers(module).pieces] == [
+        ("1.seen", (4,), Span(0, 4)), ("1.phase", (2,), Span(4, 6)),
+    ]  # fmt: skip
+    phase = OwnedPiece("1.phase", (), ())
+    halves = [OwnedPiece("1.seen", ((0, 2), (low, low + 1)), (2, 2)) for low in (0, 1)]
+    layout = checkpoint.lay_out_buffers(module, [[halves[0], phase], [], [phase, halves[1]]])
+    assert layout.pieces == (
+        Piece("1.seen", (2, 1), Span(0, 2), whole=(2, 2), corner=(0, 0)),
+        Piece("1.phase", (2,), Span(2, 4), whole=(2,), corner=(0,)),
+        Piece("1.phase", (2,), Span(4, 6), whole=(2,), corner=(0,)),
+        Piece("1.seen", (2, 1), Span(6, 8), whole=(2, 2), corner=(0, 1)),
+    )
+    assert layout.partitions == [Span(0, 4), Span(4, 4), Span(4, 8)]
+    assert layout.dtype == torch.float64
 
 
 @pytest.fixture
@@ -257,7 +323,7 @@ def test_a_disk_that_fills_up_anywhere_is_an_os_error_and_the_checkpoint_before_
         other.write_bytes(b"0" * (status.f_bavail * status.f_frsize - pages * page))
         try:
             files = write_shards(folder, 2.0)
-            checkpoint.commit(folder, manifest_of(files, 2), torch.zeros(2000, dtype=torch.float64))
+            checkpoint.commit(folder, manifest_of(files, 2), [torch.zeros(2000, dtype=torch.float64)])
             break
         except OSError as error:
             reasons.append(str(error))
@@ -270,3 +336,15 @@ def test_a_disk_that_fills_up_anywhere_is_an_os_error_and_the_checkpoint_before_
     assert filled_up_in == {"shards", "buffers", "manifest"}
     assert all("No space left on device" in reason for reason in reasons)
     assert newest(small_disk) == (folder, [])
+
+
+def test_a_recut_or_an_export_for_which_the_disk_is_too_small_leaves_nothing_behind(small_disk: Path) -> None:
+    module = nn.Linear(150, 250)
+    folder, manifest = write_checkpoint(small_disk, module, by_rows(module), {"parameters": dict(trainable(module))})
+    write_template(small_disk, module)
+    before = sorted(small_disk.rglob("*"))
+    with pytest.raises(OSError, match="No space left on device"):
+        recut(folder, manifest, lay_out(module), checkpoint.lay_out_buffers(module), [])
+    with pytest.raises(ConfigurationError, match="No space left on device"):
+        export(small_disk, small_disk / "model.safetensors")
+    assert sorted(small_disk.rglob("*")) == before

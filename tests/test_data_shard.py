@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of one replica's examples, against torch's DataLoader over the epoch's permutation."""
 
+import threading
+import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import threads
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from distbelief import data_shard
 from distbelief.data_shard import DataShard, collect, epoch_order, to_device
+from distbelief.engine.base import Home
+from distbelief.engine.local import LocalEngine
+from distbelief.engine.simulated import SimulatedEngine
 from distbelief.portions import Lease, Leases
 
 EXAMPLES, BATCH, SEED = 53, 4, 9
@@ -86,13 +95,34 @@ def equal(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
+@pytest.fixture(params=["local", "simulated"])
+def home(request: pytest.FixtureRequest) -> Iterator[Home]:
+    """Where a replica lives; no process is started."""
+    with closing(LocalEngine([]) if request.param == "local" else SimulatedEngine()) as engine:
+        yield engine
+
+
+@pytest.fixture
+def beside() -> Iterator[Home]:
+    """A home with a second thread."""
+    with closing(LocalEngine([])) as engine:
+        yield engine
+
+
 @pytest.mark.parametrize("kind", DATA)
-def test_the_batches_of_all_leases_are_those_of_a_data_loader_over_the_permutation(kind: str) -> None:
+@pytest.mark.parametrize("always_ahead", [False, True])
+def test_the_batches_of_all_leases_are_those_of_a_data_loader_over_the_permutation(
+    kind: str, always_ahead: bool, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if always_ahead:
+        monkeypatch.setattr(data_shard, "PREFETCH_SECONDS", -1.0)
     data: Any = DATA[kind]
-    leases, shard = Leases(EXAMPLES, 3 * BATCH, 2), DataShard(data, BATCH, SEED)
+    leases, shard = Leases(EXAMPLES, 3 * BATCH, 2), DataShard(home, data, BATCH, SEED)
     found: list[Any] = []
-    while lease := leases.next(0):
-        found += [batch for _, _, batch in shard.mini_batches(lease)]
+    order = list(iter(lambda: leases.next(0), None))
+    for number, lease in enumerate(order):
+        known = order[number + 1] if number + 1 < len(order) and number % 2 else None
+        found += [batch for _, _, batch in shard.mini_batches(lease, lambda known=known: known)]  # type: ignore[misc]
     expected = [
         batch
         for epoch in range(2)
@@ -122,7 +152,7 @@ def test_a_tuple_of_tensors_from_getitems_is_the_batch_itself() -> None:
         def __getitems__(self, indices: list[int]) -> Any:
             return INPUTS[indices], TARGETS[indices]
 
-    for _, _, batch in DataShard(Tensors(None), BATCH, SEED).mini_batches(Lease(0, 0, 0, EXAMPLES)):
+    for _, _, batch in DataShard(SimulatedEngine(), Tensors(None), BATCH, SEED).mini_batches(Lease(0, 0, 0, EXAMPLES)):
         assert torch.equal(batch[0][:, 0] / 3 * 10, batch[1].float())
 
 
@@ -138,9 +168,76 @@ def test_an_order_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> Non
 
 
 def test_a_returned_lease_of_an_earlier_epoch_begins_where_it_was_left() -> None:
-    shard = DataShard(TensorDataset(TARGETS), BATCH, SEED)
+    shard = DataShard(SimulatedEngine(), TensorDataset(TARGETS), BATCH, SEED)
     list(shard.mini_batches(Lease(9, 1, 0, 8)))
     rest = list(shard.mini_batches(Lease(2, 0, 22, 32)))
     assert [(position, examples) for position, examples, _ in rest] == [(26, 4), (30, 4), (32, 2)]
     seen = torch.cat([batch[0] for _, _, batch in rest])
     assert torch.equal(seen, TARGETS[epoch_order(EXAMPLES, SEED, 0)[22:32]])
+
+
+class Slow(Mapped):
+    """A data set that takes its time, and notes by which thread it was asked and whether by two at once."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(pair)
+        self.seconds = seconds
+        self.begun: list[threading.Event] = [threading.Event() for _ in range(2 * 14)]
+        self.threads: list[str] = []
+        self._busy = threading.Lock()
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        assert self._busy.acquire(blocking=False), "asked by two at once"
+        self.begun[len(self.threads)].set()
+        self.threads.append(threading.current_thread().name)
+        time.sleep(self.seconds)
+        self._busy.release()
+        return [self.make(index) for index in indices]
+
+
+def test_while_a_mini_batch_is_computed_the_next_one_is_prepared_even_that_of_the_next_lease(beside: Home) -> None:
+    data = Slow(3 * data_shard.PREFETCH_SECONDS)
+    shard, order = DataShard(beside, data, BATCH, SEED), [Lease(0, 0, 0, 8), Lease(1, 0, 8, 10), Lease(7, 1, 20, 31)]
+    number = 0
+    for lease, following in zip(order, [*order[1:], None], strict=True):
+        for position, examples, batch in shard.mini_batches(lease, lambda following=following: following):  # type: ignore[misc]
+            number += 1
+            last = following is None and position == lease.stop
+            assert data.begun[number].wait(0.05 if last else 10.0) != last
+            expected = epoch_order(EXAMPLES, SEED, lease.epoch)[position - examples : position]
+            assert torch.equal(batch[1], TARGETS[expected])
+    assert number == len(data.threads) == 6
+    assert len(set(data.threads[1:])) == 1
+    assert data.threads[1].startswith("distbelief-background")
+
+
+def test_what_was_prepared_for_a_lease_that_did_not_come_is_left_out(beside: Home) -> None:
+    shard = DataShard(beside, Slow(3 * data_shard.PREFETCH_SECONDS), BATCH, SEED)
+    promised, came = Lease(1, 0, 4, 8), Lease(2, 1, 0, 6)
+    list(shard.mini_batches(Lease(0, 0, 0, 4), lambda: promised))
+    found = torch.cat([batch[1] for _, _, batch in shard.mini_batches(came)])
+    assert torch.equal(found, TARGETS[epoch_order(EXAMPLES, SEED, 1)[:6]])
+
+
+def test_a_data_set_in_memory_is_asked_by_the_replicas_own_thread_alone(beside: Home) -> None:
+    shard = DataShard(beside, TensorDataset(INPUTS, TARGETS), BATCH, SEED)
+    before = threads()
+    assert len(list(shard.mini_batches(Lease(0, 0, 0, EXAMPLES)))) == 14
+    assert threads() == before
+
+
+@pytest.mark.parametrize("error", [ValueError("broken image"), SystemExit("no more")])
+def test_what_the_data_set_raises_is_raised_at_its_mini_batch_and_not_before(beside: Home, error: Exception) -> None:
+    class Broken(Slow):
+        def __getitems__(self, indices: list[int]) -> list[Any]:
+            if len(self.threads) == 3:
+                raise error
+            return super().__getitems__(indices)
+
+    data = Broken(3 * data_shard.PREFETCH_SECONDS)
+    batches = DataShard(beside, data, BATCH, SEED).mini_batches(Lease(0, 0, 0, EXAMPLES))
+    for _ in range(3):
+        next(batches)
+    with pytest.raises(type(error), match=str(error)) as caught:
+        next(batches)
+    assert caught.traceback[-1].name == "__getitems__"

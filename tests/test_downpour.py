@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import distbelief as db
+from distbelief.coordinator import Coordinator
 from distbelief.events import Evaluated, Observation, Progress, ReplicasReleased
 from tests import problems
 
@@ -212,6 +213,42 @@ def test_batch_norm_statistics_of_the_result_are_the_mean_of_the_replicas(engine
     assert int(norm.num_batches_tracked) > 0
 
 
+def with_a_table() -> nn.Module:
+    """With a large constant buffer, as position tables are."""
+    module = problems.classifier()
+    module.register_buffer("table", torch.arange(1000.0))
+    return module
+
+
+@pytest.mark.parametrize("model", [with_a_table, problems.normalised_classifier])
+def test_buffers_travel_when_training_changed_them_and_constant_ones_never(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[int, torch.Tensor]] = []
+    take = Coordinator.take_buffers
+
+    @functools.wraps(take)
+    def note(self: Coordinator, replica: int, partition: int, values: torch.Tensor) -> None:
+        taken.append((replica, values.clone()))
+        take(self, replica, partition, values)
+
+    monkeypatch.setattr(Coordinator, "take_buffers", note)
+    # The second replica is given nothing before the last examples but two mini-batches.
+    job = problems.job(model=model, algorithm=db.Downpour(warmstart=1248, cooldown=0))
+    result = trained(job, tmp_path, costs=db.Costs(example_seconds=0.01))
+    kept = dict(result.model.named_buffers())
+    if model is with_a_table:
+        assert taken == []
+        assert torch.equal(kept["table"], torch.arange(1000.0))
+        return
+    # 12.8 s of training, a look every two seconds and at the end.
+    assert 6 <= len([replica for replica, _ in taken if replica == 0]) <= 10
+    # A replica that has not trained has nothing to say.
+    assert len([replica for replica, _ in taken if replica == 1]) <= 1
+    assert all(values.any() for _, values in taken)
+    assert int(kept["1.num_batches_tracked"]) > 0
+
+
 def test_a_slow_replica_does_not_hold_up_the_others(tmp_path: Path) -> None:
     def seconds(slow: dict[str, float]) -> float:
         job = problems.job(
@@ -232,6 +269,18 @@ def test_a_slow_network_makes_pushes_rarer_instead_of_stopping_training(tmp_path
     slow = trained(job, tmp_path, costs=db.Costs(latency_seconds=3e-3)).summary
     assert slow.pushes < 0.75 * fast.pushes
     assert slow.examples.missing == slow.examples.repeated == 0
+
+
+def test_pushes_and_the_mini_batches_in_them_are_both_counted_even_over_a_shard_that_died(tmp_path: Path) -> None:
+    job = problems.job(
+        cluster=db.Cluster(replicas=1, shards=2, engine="simulated"), algorithm=AWAITED(n_push=4, backlog=2), epochs=3
+    )
+    summary = trained(job, tmp_path).summary
+    assert summary.mini_batches == 3 * 40
+    assert 3 * 40 / 8 <= summary.pushes <= 3 * 40 / 4
+    slow = dataclasses.replace(job, checkpoint_seconds=0.1)
+    lost = trained(slow, tmp_path, costs=db.Costs(example_seconds=2e-3), faults=db.Faults(kill=((2.0, "shard/0"),)))
+    assert lost.summary.mini_batches == 3 * 40
 
 
 def test_two_hundred_replicas_train_on_the_simulated_engine(tmp_path: Path) -> None:

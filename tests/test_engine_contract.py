@@ -4,6 +4,7 @@
 import itertools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -373,13 +374,29 @@ def test_a_role_answers_while_its_activity_waits(stage: Stage) -> None:
     assert stage.find(name).call(Clerk.who).result() == (name, 0)
 
 
-def test_background_work_is_an_answer(stage: Stage) -> None:
+def test_background_work_is_an_answer(own_stage: Callable[..., Stage]) -> None:
+    stage = own_stage()
     clerk = stage.find(stage.start(Clerk))
     answer: Any = clerk.call(Clerk.work, 4).result()
     assert answer == 25
     with pytest.raises(RemoteError, match="ZeroDivisionError"):
         clerk.call(Clerk.work, 0).result()
     assert stage.engine.background(lambda: 5).result() == 5
+
+
+def test_background_works_are_done_one_after_another_by_one_thread(own_stage: Callable[..., Stage]) -> None:
+    engine = own_stage().engine
+    done: list[tuple[int, int]] = []
+
+    def work(number: int) -> int:
+        time.sleep(0.01 * (3 - number))
+        done.append((number, threading.get_ident()))
+        return number
+
+    futures = [engine.background(partial(work, number)) for number in range(3)]
+    assert [future.result() for future in reversed(futures)] == [2, 1, 0]
+    assert [number for number, _ in done] == [0, 1, 2]
+    assert len({thread for _, thread in done}) == 1
 
 
 def test_waiting_for_an_answer_ends_when_it_is_there_or_the_time_is_up(stage: Stage) -> None:

@@ -1,33 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """examples/digits.py: its data and its network, trained here by a plain PyTorch loop."""
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.py"
+from tests import problems
 
 
 @pytest.fixture(scope="module")
 def digits() -> Iterator[ModuleType]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny operations; more threads only wait for each other
-    spec = importlib.util.spec_from_file_location("example_digits", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    torch.set_num_threads(threads)
+    with problems.example("digits") as module:
+        yield module
 
 
 def test_the_example_is_under_80_lines() -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 80
+    assert len((problems.EXAMPLES / "digits.py").read_text().splitlines()) < 80
 
 
 def test_every_image_is_in_exactly_one_of_the_two_sets(digits: ModuleType) -> None:
@@ -53,13 +44,24 @@ def test_accuracy_is_the_fraction_of_right_answers(digits: ModuleType) -> None:
     assert digits.accuracy(output, torch.tensor([1, 0, 0, 0])) == 0.75
 
 
+def test_untied_filters_of_two_places_learn_different_things_and_tied_ones_are_the_same(digits: ModuleType) -> None:
+    torch.manual_seed(0)
+    model, (images, labels) = digits.job(channels=4, untied=True).model(), digits.digits(test=False)[:64]
+    digits.job().loss(model(images), labels).backward()
+    gradient = model[0].weight.grad
+    assert gradient.shape == (8, 8, 9, 4)  # height, width, inputs of a unit, channels
+    assert not torch.allclose(gradient[3, 3], gradient[4, 4])
+    assert digits.job(channels=4).model()[0].weight.shape == (4, 1, 3, 3)
+
+
 def test_the_job_trains_four_replicas_against_two_shards(digits: ModuleType) -> None:
     job = digits.job()
     assert (job.cluster.replicas, job.cluster.shards) == (4, 2)
 
 
-def test_a_plain_loop_reaches_96_percent_test_accuracy(digits: ModuleType) -> None:
-    job = digits.job()
+@pytest.mark.parametrize("untied", [False, True])
+def test_a_plain_loop_reaches_96_percent_test_accuracy(digits: ModuleType, untied: bool) -> None:
+    job = digits.job(untied=untied)
     images, labels = job.data()[:]
     torch.manual_seed(0)
     model = job.model()

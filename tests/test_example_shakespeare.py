@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """examples/shakespeare.py: the decoder sees no later byte, and the windows are the text."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,22 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from distbelief.errors import ConfigurationError
+from tests import problems
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "shakespeare.py"
 SHARED_TEXT = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
 
 
 @pytest.fixture(scope="module")
 def shakespeare() -> Iterator[ModuleType]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny operations; more threads only wait for each other
-    spec = importlib.util.spec_from_file_location("example_shakespeare", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    torch.set_num_threads(threads)
+    with problems.example("shakespeare") as module:
+        yield module
 
 
 @pytest.fixture
@@ -37,7 +29,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_the_example_is_under_80_lines() -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 80
+    assert len((problems.EXAMPLES / "shakespeare.py").read_text().splitlines()) < 80
 
 
 @pytest.mark.parametrize("changed", [1, 7, 15])

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """examples/speech.py: frames, mel bands, windows and accuracies against their definitions."""
 
-import importlib.util
 import tarfile
 import wave
 from collections.abc import Iterator
@@ -15,23 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from distbelief.errors import ConfigurationError
+from tests import problems
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "speech.py"
 SHARED_TAR = Path(__file__).parents[2] / "shared" / "data" / "fsdd-recordings.tar"
 RATE = 8000
 
 
 @pytest.fixture(scope="module")
 def speech() -> Iterator[ModuleType]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny operations; more threads only wait for each other
-    spec = importlib.util.spec_from_file_location("example_speech", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    torch.set_num_threads(threads)
+    with problems.example("speech") as module:
+        yield module
 
 
 def write(path: Path, samples: Any) -> bytes:
@@ -61,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_example_is_under_80_lines() -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 80
+    assert len((problems.EXAMPLES / "speech.py").read_text().splitlines()) < 80
 
 
 @pytest.mark.parametrize(("samples", "frames"), [(8000, 98), (1240, 14), (1239, 13), (700, 13)])

@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distbelief import checkpoint, shard_file
+from distbelief import checkpoint
 from distbelief.errors import CheckpointError, ConfigurationError
-from distbelief.export import FROZEN, STATE, export, state_dict, write_template
-from distbelief.model_replica import flat_buffers, flat_parameters, load_buffers, load_parameters
-from distbelief.parameters import Layout, cut, lay_out
-from distbelief.portions import LeaseState
-from distbelief.shard_file import ShardState
+from distbelief.export import INITIAL, STATE, export, state_dict, write_template
+from distbelief.model_replica import load_buffers
+from distbelief.parameters import lay_out, trainable
+from distbelief.partition.materialise import record
+from tests.cuts import Attention, Lines, Vision, buffer_numbers, by_rows, lines, write_checkpoint
+
+NOTHING = torch.empty(0, dtype=torch.float64)
 
 
 class Everything(nn.Module):
@@ -57,43 +59,35 @@ def by_size(name: str, parameter: nn.Parameter) -> dict[str, float]:
     return {"weight_decay": 0.0} if parameter.numel() > 6 else {}
 
 
-def write_run(run: Path, module: nn.Module, layout: Layout, parameters: Tensor, buffers: Tensor, shards: int) -> Path:
-    """A run folder with one checkpoint, as a job leaves it behind."""
-    write_template(run, module, layout)
-    folder, files = checkpoint.next_folder(run), []
-    for index, span in enumerate(cut(layout.length, shards)):
-        path, state = folder / f"shard-{index}.safetensors", ShardState(start=span.start, stop=span.stop)
-        shard_file.write(path, {"parameters": parameters[span.start : span.stop]}, state)
-        files.append(shard_file.seal(path, state))
-    manifest = checkpoint.Manifest(
-        format=checkpoint.FORMAT, fingerprint=layout.fingerprint(), dtype=str(layout.dtype), rule="", seed=0,
-        pieces={piece.name: piece.shape for piece in layout.pieces}, incarnation=1, examples=0,
-        leases=LeaseState(1, 1, 0, (), 0), shards=files,
-    )  # fmt: skip
-    checkpoint.commit(folder, manifest, buffers)
-    return folder
+def uncut(module: nn.Module) -> Lines:
+    return Lines(lay_out(module, by_size), checkpoint.lay_out_buffers(module))
 
 
-def trained(model: Callable[[], nn.Module], run: Path, shards: int = 2) -> nn.Module:
+def trained(
+    model: Callable[[], nn.Module], run: Path, cut: Callable[[nn.Module], Lines] = uncut, shards: int = 2
+) -> nn.Module:
     """A module with values that training made, whose run lies in `run`; the template is of its untrained self."""
     torch.manual_seed(0)
     module = model()
-    layout = lay_out(module, by_size)
-    parameters = flat_parameters(module, layout) + torch.arange(layout.length) / 7
-    buffers = flat_buffers(module)
-    buffers += (buffers > 1) * (torch.arange(len(buffers)) + 0.6)
-    write_run(run, module, layout, parameters.to(layout.dtype), buffers, shards)
-    load_parameters(module, layout, parameters)
-    load_buffers(module, buffers)
+    write_template(run, module)
+    vectors = {name: dict(trainable(module)) for name in ("parameters", "sum")}
+    buffers = buffer_numbers(module)
+    for number, (_, parameter) in enumerate(trainable(module)):
+        parameter.data += torch.rand(parameter.shape) + number
+    for number, buffer in enumerate(buffers.values()):
+        buffer += (buffer > 1) * (number + 0.6)  # means of counters are no whole numbers
+    load_buffers(dict(module.named_buffers()), torch.cat([each.reshape(-1) for each in (*buffers.values(), NOTHING)]))
+    write_checkpoint(run, module, cut(module), vectors, shards, buffers)
     return module.eval()
 
 
 @pytest.mark.parametrize("model", [Everything, plain, half_frozen])
+@pytest.mark.parametrize("cut", [uncut, by_rows])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_the_exported_file_is_the_state_dict_of_the_trained_module(
-    model: Callable[[], nn.Module], shards: int, tmp_path: Path
+def test_the_exported_file_is_the_state_dict_of_the_trained_module_however_it_was_cut(
+    model: Callable[[], nn.Module], cut: Callable[[nn.Module], Lines], shards: int, tmp_path: Path
 ) -> None:
-    module, file = trained(model, tmp_path, shards), tmp_path / "model.safetensors"
+    module, file = trained(model, tmp_path, cut, shards), tmp_path / "model.safetensors"
     count = export(tmp_path, file)
     found, expected = load_file(file), module.state_dict()
     assert set(found) == set(expected)
@@ -117,21 +111,25 @@ def test_a_fresh_module_takes_the_export_strictly_and_computes_the_same(tmp_path
 
 def test_the_newest_whole_checkpoint_is_exported(tmp_path: Path) -> None:
     module = plain()
-    layout = lay_out(module)
+    write_template(tmp_path, module)
     for value in (1.0, 2.0, 3.0):
-        newest = write_run(tmp_path, module, layout, torch.full((layout.length,), value), torch.empty(0).double(), 1)
+        values = {name: torch.full_like(parameter, value) for name, parameter in trainable(module)}
+        newest, _ = write_checkpoint(tmp_path, module, uncut(module), {"parameters": values})
     (newest / "shard-0.safetensors").write_bytes(b"")
     assert {float(value.mean()) for value in state_dict(tmp_path).values()} == {2.0}
 
 
 def test_a_run_that_cannot_be_exported_says_why(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not say how its model is made"):
+        export(tmp_path, tmp_path / "model.safetensors")
+    write_template(tmp_path, Everything())
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         export(tmp_path, tmp_path / "model.safetensors")
     trained(Everything, tmp_path)
     with pytest.raises(ConfigurationError, match=r"no folder/model\.safetensors cannot be written") as caught:
         export(tmp_path, tmp_path / "no folder" / "model.safetensors")
     assert str(caught.value).splitlines()[-1].startswith("hint: give a file in a folder that exists")
-    for name in (FROZEN, STATE):
+    for name in (INITIAL, STATE):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[:-5])
         with pytest.raises(CheckpointError, match="does not say how its model is made"):
@@ -146,4 +144,35 @@ def test_a_run_that_cannot_be_exported_says_why(tmp_path: Path) -> None:
 def test_a_run_folder_that_cannot_take_the_template_is_an_os_error(tmp_path: Path) -> None:
     module = plain()
     with pytest.raises(OSError, match="gone"):
-        write_template(tmp_path / "gone", module, lay_out(module))
+        write_template(tmp_path / "gone", module)
+
+
+@pytest.mark.parametrize("partitions", [2, 3])
+@pytest.mark.parametrize("model", [Vision, Attention])
+def test_a_model_cut_by_units_is_exported_whole_though_nobody_held_it(
+    model: Callable[[], nn.Module], partitions: int, tmp_path: Path
+) -> None:
+    """Frozen layers, views, and buffers that no partition holds have the values of the user's constructor."""
+    module = trained(model, tmp_path, lambda module: lines(model, partitions))
+    recorded = record(model, 0)
+    write_template(tmp_path, recorded.module, recorded.values)
+    export(tmp_path, tmp_path / "model.safetensors")
+    found, expected = load_file(tmp_path / "model.safetensors"), module.state_dict()
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
+
+
+def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    trained(Everything, tmp_path)
+    file = tmp_path / "files" / "model.safetensors"
+    file.parent.mkdir()
+    file.write_text("precious")
+    write_template(tmp_path, nn.Sequential(Everything()))
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the 1 elements of 0\.scale"):
+        export(tmp_path, file)
+    assert [(path.name, path.read_text()) for path in file.parent.iterdir()] == [("model.safetensors", "precious")]
+    write_template(tmp_path, Everything())
+    export(tmp_path, file)
+    assert load_file(file)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -16,9 +17,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import distbelief as db
-from distbelief.events import CheckpointFailed, LeasesReturned, Observation, RoleLost, RoleStarted, ShardRestored
+from distbelief.events import (
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointWritten,
+    LeasesReturned,
+    Observation,
+    Progress,
+    RoleLost,
+    RoleStarted,
+    ShardRestored,
+)
 from tests import problems
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +100,24 @@ def test_a_dead_shard_comes_back_from_its_checkpoint_and_the_summary_counts_the_
     assert (result.test["accuracy"] or 0) > 0.8
 
 
+def test_a_checkpoint_that_a_shard_is_about_to_read_is_not_removed_though_a_newer_one_is_complete(
+    tmp_path: Path,
+) -> None:
+    # The checkpoint begun at 0.65 has shard 1 before that dies at 1.1, and is complete when shard 0 goes on at 1.2,
+    # while shard 1, which has been given the one before, begins again at 1.35. Only one is kept.
+    cluster = db.Cluster(replicas=2, shards=2, engine="simulated", silence_seconds=5.0)
+    job = simulated(cluster=cluster, checkpoint_seconds=0.4, keep_checkpoints=1)
+    faults = db.Faults(hang=((0.6, 1.2, "shard/0"),), kill=((1.1, "shard/1"),))
+    costs = db.Costs(example_seconds=2e-3, jitter=0.0)
+    result, heard = trained(job, tmp_path, faults=faults, costs=costs)
+    written = [one.seconds for one in heard if isinstance(one.event, CheckpointWritten)]
+    (restored,) = [one for one in heard if isinstance(one.event, ShardRestored)]
+    assert [seconds for seconds in written if 1.15 < seconds < restored.seconds]
+    assert of(CheckpointRejected, heard) == []  # a checkpoint under way is not a damaged one
+    assert result.summary.examples.missing == 0
+    assert len(list((result.run / "checkpoints").iterdir())) == 1
+
+
 def test_without_failure_no_update_is_lost_and_nothing_repeats(tmp_path: Path) -> None:
     result, heard = trained(simulated(), tmp_path, costs=SLOW)
     assert result.summary.lost_updates == result.summary.examples.repeated == 0
@@ -155,6 +185,34 @@ def test_the_traceback_of_a_user_function_comes_first(engine: str, tmp_path: Pat
     assert "replica/" in text
 
 
+class SlowAndBroken(TensorDataset):
+    """Takes its time for each mini-batch, and does not get past the sixth."""
+
+    asked = 0
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        time.sleep(0.005)
+        self.asked += 1
+        if self.asked > 6:
+            raise ZeroDivisionError(f"the user's own mistake, met by {threading.current_thread().name}")
+        return self[indices]
+
+
+def slow_and_broken() -> SlowAndBroken:
+    return SlowAndBroken(*problems.points(640).tensors)
+
+
+def test_the_traceback_of_a_data_set_comes_first_though_another_thread_met_it(tmp_path: Path) -> None:
+    job = problems.job(data=slow_and_broken, test=None, cluster=db.Cluster(replicas=2, engine="local"))
+    with pytest.raises(db.UserCodeError) as caught:
+        trained(job, tmp_path)
+    text = str(caught.value)
+    assert text.startswith("Traceback")
+    assert ", in __getitems__\n" in text
+    assert "the user's own mistake, met by distbelief-background" in text
+    assert "replica/" in text
+
+
 def test_a_disk_that_fills_up_keeps_the_job_and_the_previous_checkpoint(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
@@ -185,6 +243,27 @@ def test_a_disk_that_fills_up_keeps_the_job_and_the_previous_checkpoint(tmp_path
         assert result.summary.checkpoints.failed == len(failed)
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def frozen_table() -> nn.Module:
+    """A classifier beside two megabytes that are not trained."""
+    module = problems.classifier()
+    module.table = nn.Parameter(torch.zeros(500_000), requires_grad=False)
+    return module
+
+
+def test_a_disk_without_room_for_what_a_run_begins_with_is_said_before_any_role_starts(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=True)
+    heard: list[Observation] = []
+    try:
+        with pytest.raises(db.ConfigurationError, match=r"run cannot be written: .*\nhint: give run=") as caught:
+            db.train(simulated(model=frozen_table, run=tmp_path / "run"), view=False, listeners=[heard.append])
+        assert "No space left" in str(caught.value)
+        assert heard == []
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 # the local engine: real processes, real signals
@@ -227,6 +306,36 @@ def test_killing_the_process_that_starts_roles_loses_no_example(tmp_path: Path) 
     assert len(of(RoleLost, heard)) >= 6
     assert len(of(ShardRestored, heard)) == 2
     assert (result.summary.examples.seen, result.summary.examples.missing) == (6400 * 6, 0)
+
+
+@pytest.mark.slow
+def test_the_coordinator_answers_while_it_reads_checkpoints_for_a_shard_that_died(tmp_path: Path) -> None:
+    """A file of the newest checkpoint turns into a pipe, which gives nothing before somebody writes to it."""
+    heard: list[Observation] = []
+    pipes: list[Path] = []
+    meanwhile: list[Observation] = []
+
+    def listen(observation: Observation) -> None:
+        heard.append(observation)
+        if isinstance(observation.event, RoleLost):
+            pipes.extend(Path(of(CheckpointWritten, heard)[-1].path).glob("shard-1*"))
+            pipes[0].unlink()
+            os.mkfifo(pipes[0])
+        elif isinstance(observation.event, Progress) and pipes and len(meanwhile) < 4:
+            meanwhile.append(observation)
+            if len(meanwhile) == 4:
+                assert not of(ShardRestored, heard)
+                os.close(os.open(pipes[0], os.O_WRONLY | os.O_NONBLOCK))
+
+    slow = {f"replica/{index}": 8.0 for index in range(3)}
+    job = big_local(epochs=4, run=tmp_path / "run", checkpoint_seconds=0.3, test=None, algorithm=db.Downpour(n_push=8))
+    result = db.train(job, view=False, listeners=[listen], faults=db.Faults(kill=((2.0, "shard/1"),), slow=slow))
+    assert len(meanwhile) == 4
+    assert len(of(CheckpointFailed, heard)) <= 1  # one may have been under way
+    (rejected,) = of(CheckpointRejected, heard)
+    assert rejected.path == str(pipes[0].parent)
+    assert len(of(ShardRestored, heard)) == 1
+    assert result.summary.examples.missing == 0
 
 
 def parent_of(pid: int) -> int:

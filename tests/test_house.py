@@ -97,7 +97,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 def test_every_test_that_the_documents_name_exists() -> None:
     defined = {
         name
-        for path in (ROOT / "tests").glob("test_*.py")
+        for path in (ROOT / "tests").rglob("*.py")
         for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
     }
     named = {name for path in DOCUMENTS for name in re.findall(r"`(test_\w+)`", path.read_text())}

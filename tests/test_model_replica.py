@@ -18,10 +18,20 @@ from distbelief.model_replica import (
     flat_parameters,
     load_buffers,
     load_parameters,
+    whole,
 )
 from distbelief.parameters import Layout
+from distbelief.partition.group import Group
 
 OBJECTIVE = Objective(nn.functional.mse_loss)
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters())
+
+
+def buffers_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_buffers())
 
 
 class Tied(nn.Module):
@@ -96,8 +106,15 @@ class Replica:
         self.host: list[Tensor] = []
         self.module, self.layout = build(model, 3, biases_apart)
         self.plain = copy.deepcopy(self.module)
-        self.initial = flat_parameters(self.module, self.layout)
-        self.it = ModelReplica(self.module, self.layout, OBJECTIVE, torch.device("cpu"), self.allocate)
+        self.initial = flat_parameters(parameters_of(self.module), self.layout)
+        self.it = ModelReplica(
+            whole(self.module),
+            self.layout,
+            OBJECTIVE.differentiate,
+            torch.device("cpu"),
+            self.allocate,
+            Group(None, 0, 1),
+        )
         self.it.spare.copy_(self.initial)
         self.it.adopt()
 
@@ -114,7 +131,7 @@ class Replica:
 
 
 def flat_gradient(module: nn.Module, layout: Layout) -> Tensor:
-    named = dict(module.named_parameters())
+    named = parameters_of(module)
     parts = [named[piece.name].grad for piece in layout.pieces]
     return torch.cat([
         torch.zeros(len(piece.span), dtype=layout.dtype) if part is None else part.to_dense().reshape(-1)
@@ -145,7 +162,7 @@ def test_the_accrued_gradient_is_that_of_autograd(model: Callable[[], nn.Module]
         expected = replica.plain_gradient(given) / (count if mean else 1)
         torch.testing.assert_close(gradient, expected, rtol=1e-5 * rounded, atol=1e-6 * rounded)
         assert gradient.any()
-    assert torch.equal(flat_parameters(replica.module, replica.layout), replica.initial)
+    assert torch.equal(flat_parameters(parameters_of(replica.module), replica.layout), replica.initial)
 
 
 def test_a_parameter_without_a_part_in_the_loss_has_gradient_zero_whatever_the_buffer_held() -> None:
@@ -167,7 +184,7 @@ def test_everything_lies_in_the_four_host_buffers_and_autograd_keeps_nothing() -
     assert [(len(buffer), buffer.dtype) for buffer in replica.host] == [(replica.layout.length, torch.float32)] * 4
     views = replica.layout.views
     for number in range(5):
-        parameters = dict(replica.module.named_parameters())
+        parameters = parameters_of(replica.module)
         current = next(buffer for buffer in replica.host[:2] if buffer is not replica.it.spare)
         assert replica.it.spare.data_ptr() in [buffer.data_ptr() for buffer in replica.host[:2]]
         for name, view in views(current).items():
@@ -206,9 +223,10 @@ def test_a_fetch_fills_the_spare_buffer_unseen_until_it_is_adopted() -> None:
         replica.it.spare.fill_(0.1 * number)
         assert torch.equal(replica.it.compute(inputs), expected)
         replica.it.adopt()
-        load_parameters(replica.plain, replica.layout, torch.full((replica.layout.length,), 0.1 * number))
-        assert torch.equal(flat_parameters(replica.module, replica.layout),
-                           flat_parameters(replica.plain, replica.layout))  # fmt: skip
+        flat = torch.full((replica.layout.length,), 0.1 * number)
+        load_parameters(parameters_of(replica.plain), replica.layout, flat)
+        assert torch.equal(flat_parameters(parameters_of(replica.module), replica.layout),
+                           flat_parameters(parameters_of(replica.plain), replica.layout))  # fmt: skip
     assert all(now is before for now, before in zip(replica.module.parameters(), parameters, strict=True))
     assert replica.module.get_parameter("second.weight") is tied
 
@@ -270,14 +288,14 @@ def test_local_steps_are_those_of_sgd_and_the_gradient_is_what_they_walked(model
         walked += flat_gradient(replica.plain, replica.layout)
         plain.step()
         torch.testing.assert_close(replica.it.compute(batch), loss.detach())
-    found = flat_parameters(replica.module, replica.layout)
-    torch.testing.assert_close(found, flat_parameters(replica.plain, replica.layout))
+    found = flat_parameters(parameters_of(replica.module), replica.layout)
+    torch.testing.assert_close(found, flat_parameters(parameters_of(replica.plain), replica.layout))
     gradient = replica.it.take_gradient(mean=False, clip_norm=None)
     torch.testing.assert_close(gradient, walked)
     assert not torch.equal(found, replica.initial)
     replica.it.spare.copy_(replica.initial)
     replica.it.adopt()
-    assert torch.equal(flat_parameters(replica.module, replica.layout), replica.initial)
+    assert torch.equal(flat_parameters(parameters_of(replica.module), replica.layout), replica.initial)
 
 
 class Buffers(nn.Module):
@@ -299,12 +317,12 @@ def test_all_buffers_survive_the_way_through_one_flat_vector() -> None:
     module = Buffers()
     for number in range(3):
         module.norm(torch.randn(5, 3) * number)
-    flat, before = flat_buffers(module), {name: buffer.clone() for name, buffer in module.named_buffers()}
+    flat, before = flat_buffers(buffers_of(module)), {name: buffer.clone() for name, buffer in module.named_buffers()}
     assert flat.dtype == torch.float64
     assert len(flat) == 3 + 3 + 1 + 1 + 4 + 8 + 3 + 2
     for buffer in module.buffers():
         buffer.zero_()
-    load_buffers(module, flat)
+    load_buffers(buffers_of(module), flat)
     for name, buffer in module.named_buffers():
         assert torch.equal(buffer, before[name])
         assert buffer.dtype == before[name].dtype
@@ -315,8 +333,10 @@ def test_counters_of_a_mean_are_rounded_and_statistics_are_not() -> None:
     one, other = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     for count in range(4):
         other(torch.full((3, 2), float(count)))
-    mean = torch.stack([flat_buffers(one), flat_buffers(other)]).mean(0) + 0.6 * (flat_buffers(one) == 0)
-    load_buffers(one, mean)
+    mean = torch.stack([flat_buffers(buffers_of(one)), flat_buffers(buffers_of(other))]).mean(0) + 0.6 * (
+        flat_buffers(buffers_of(one)) == 0
+    )
+    load_buffers(buffers_of(one), mean)
     assert int(one.num_batches_tracked) == 3  # type: ignore[arg-type]
     torch.testing.assert_close(one.running_var, (1 + other.running_var) / 2)  # type: ignore[operator]
 
@@ -325,9 +345,9 @@ def test_a_replica_gives_and_takes_its_buffers_while_it_trains() -> None:
     replica = Replica(convolutional)
     replica.it.compute(batches(1)[0])
     OBJECTIVE(replica.plain, batches(1)[0])
-    assert torch.equal(replica.it.buffers(), flat_buffers(replica.plain))
+    assert torch.equal(replica.it.buffers(), flat_buffers(buffers_of(replica.plain)))
     replica.it.set_buffers(torch.arange(9.0, dtype=torch.float64))
-    assert torch.equal(flat_buffers(replica.module), torch.arange(9.0, dtype=torch.float64))
+    assert torch.equal(flat_buffers(buffers_of(replica.module)), torch.arange(9.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -335,14 +355,15 @@ def test_a_vector_loaded_into_a_module_is_read_back_and_frozen_parameters_stay(m
     module, layout = build(model, 1, biases_apart)
     frozen = [parameter.clone() for parameter in module.parameters() if not parameter.requires_grad]
     flat = torch.arange(layout.length, dtype=layout.dtype)
-    load_parameters(module, layout, flat)
-    assert torch.equal(flat_parameters(module, layout), flat)
+    load_parameters(parameters_of(module), layout, flat)
+    assert torch.equal(flat_parameters(parameters_of(module), layout), flat)
     left = [parameter for parameter in module.parameters() if not parameter.requires_grad]
     assert all(torch.equal(now, before) for now, before in zip(left, frozen, strict=True))
 
 
 def test_the_initial_values_are_those_of_the_seed() -> None:
-    built = [flat_parameters(*build(perceptron, seed, None)) for seed in (1, 1, 2)]
+    models = [build(perceptron, seed, None) for seed in (1, 1, 2)]
+    built = [flat_parameters(parameters_of(module), layout) for module, layout in models]
     torch.manual_seed(1)
     assert torch.equal(built[0], nn.utils.parameters_to_vector(perceptron().parameters()).detach())
     assert torch.equal(built[0], built[1])

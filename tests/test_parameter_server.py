@@ -14,17 +14,11 @@ from torch import Tensor, nn, optim
 
 from distbelief import update_rule as rules
 from distbelief.channel.base import Remote, Signature
+from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import CheckpointError, DeadlineExceeded, Fenced, NotReady, PeerLost, RemoteError
-from distbelief.parameter_server import (
-    All,
-    Applied,
-    Insistent,
-    ParameterServer,
-    ParameterServerShard,
-    Stamp,
-    shard_name,
-)
+from distbelief.parameter_server import ParameterServer, ParameterServerShard, shard_name
 from distbelief.parameters import Layout, Piece, Span, cut
+from distbelief.section import Applied, Stamp
 from distbelief.shard_file import ShardFile
 
 LENGTH = 331
@@ -107,25 +101,26 @@ class Servers:
         self.home.roles = {shard_name(index): shard for index, shard in enumerate(self.shards)}
         if ready:
             for shard, span in zip(self.shards, self.spans, strict=True):
-                shard.initialise(START[span.start : span.stop])
+                shard.initialise(0, START[span.start : span.stop])
 
     def fetch(self, replica: int = -1) -> tuple[list[int], Tensor]:
         into = torch.full((LENGTH,), float("nan"))
-        return ParameterServer(self.home, self.spans, replica).fetch(into).result(), into
+        return ParameterServer(self.home, self.spans, Span(0, LENGTH), replica).fetch(into).result(), into
 
     def push(self, replica: int, sequence: int, base: list[int], gradient: Tensor, incarnation: int = 0) -> list[Any]:
         stamps = [Stamp(replica, incarnation, sequence, version, 32, ((sequence, 32),)) for version in base]
-        return ParameterServer(self.home, self.spans, replica).push(stamps, gradient).result()
+        return ParameterServer(self.home, self.spans, Span(0, LENGTH), replica).push(stamps, gradient).result()
 
     def snapshot(self, folder: Path) -> list[ShardFile]:
-        return [shard.snapshot(str(folder / f"shard-{index}")).result() for index, shard in enumerate(self.shards)]
+        written = [shard.snapshot(str(folder / f"shard-{index}")).result() for index, shard in enumerate(self.shards)]
+        return [file for files in written for file in files]
 
     def restore(self, folder: Path, files: list[ShardFile]) -> None:
         for shard in self.shards:
-            shard.restore(str(folder), files)
+            shard.restore(str(folder), files, {})
 
     def state(self) -> dict[str, list[float]]:
-        each = [shard._rule.vectors() for shard in self.shards]
+        each = [shard._sections[0]._rule.vectors() for shard in self.shards]
         return {name: torch.cat([vectors[name] for vectors in each]).tolist() for name in each[0]}
 
 
@@ -186,7 +181,7 @@ def test_a_push_is_applied_once_however_often_it_is_sent(seed: int) -> None:
         assert versions == [number + 1 - repeats] * 2
         torch.testing.assert_close(found, parameter.detach())
     assert repeats > 5
-    for status in [shard.status() for shard in servers.shards]:
+    for (status,) in [shard.status() for shard in servers.shards]:
         assert (status.version, status.examples) == (40 - repeats, 32 * (40 - repeats))
 
 
@@ -211,7 +206,7 @@ def test_staleness_is_the_pushes_applied_since_the_base_version_was_fetched() ->
         staleness = version - base[replica][0]
         counted[staleness] = counted.get(staleness, 0) + 1
         assert servers.push(replica, version + 1, base[replica], gradient(0)) == [Applied(version + 1, staleness)]
-    assert servers.shards[0].status().staleness == counted
+    assert servers.shards[0].status()[0].staleness == counted
     assert max(counted) > 5
 
 
@@ -234,15 +229,15 @@ def test_an_incarnation_that_was_fenced_or_replaced_is_refused_and_changes_nothi
     shard = servers.shards[0]
     servers.push(7, 1, [0], gradient(1))
     servers.push(7, 2, [1], gradient(2))
-    assert shard.fence(7, 0) == {1: 32, 2: 32}
-    assert shard.fence(3, 0) == {}
+    assert shard.fence(7, 0) == [{1: 32, 2: 32}]
+    assert shard.fence(3, 0) == [{}]
     before = servers.fetch()[1]
     for replica, sequence in ((7, 2), (7, 3), (3, 1)):
         with pytest.raises(Fenced, match=f"replica {replica} incarnation 0 has been replaced"):
             servers.push(replica, sequence, [2], gradient(3))
     assert torch.equal(servers.fetch()[1], before)
     servers.push(7, 1, [2], gradient(4), incarnation=1)
-    assert shard.fence(7, 0) == {}
+    assert shard.fence(7, 0) == [{}]
     with pytest.raises(Fenced):
         servers.push(7, 9, [3], gradient(5))
     assert servers.push(7, 2, [3], gradient(6), incarnation=1) == [Applied(4, 0)]
@@ -263,8 +258,8 @@ def test_a_shard_without_parameters_answers_that_it_is_not_ready(tmp_path: Path)
     for call in calls:
         with pytest.raises(NotReady, match=r"shard 0\.\.331 waits for its parameters"):
             call()
-    assert shard.status().version == 0
-    shard.initialise(START)
+    assert shard.status()[0].version == 0
+    shard.initialise(0, START)
     assert torch.equal(servers.fetch()[1], START)
 
 
@@ -289,11 +284,12 @@ def test_a_restore_on_any_number_of_shards_goes_on_bit_for_bit(
     second.restore(tmp_path, first.snapshot(tmp_path))
     assert torch.equal(first.fetch()[1], second.fetch()[1])
     assert first.state() == second.state()
-    assert first.shards[0]._rule.scalars() == second.shards[0]._rule.scalars()
-    assert [shard.status().examples for shard in second.shards] == [12 * 32] * again
+    assert first.shards[0]._sections[0]._rule.scalars() == second.shards[0]._sections[0]._rule.scalars()
+    assert [shard.status()[0].examples for shard in second.shards] == [12 * 32] * again
     # Another cut knows nothing of single pushes, since a span may hold fewer of them than another did.
     for shard in second.shards:
-        assert shard._state.replicas == (first.shards[0]._state.replicas if shards == again else {})
+        kept = first.shards[0]._sections[0]._state.replicas if shards == again else {}
+        assert shard._sections[0]._state.replicas == kept
     ours = train(first, 2, 12, dict(sequences))
     theirs = train(second, 2, 12, dict(sequences))
     assert [answer[0] for answer in ours] == [answer[0] for answer in theirs]
@@ -306,9 +302,9 @@ def test_a_shard_that_was_never_pushed_to_is_restored_beside_one_that_was(pushed
     first, second = Servers(rules.adam(0.01), 2), Servers(rules.adam(0.01), 3, ready=False)
     span, expected = first.spans[pushed], torch.zeros(LENGTH)
     first.shards[pushed].push(Stamp(0, 0, 1, 0, 32, ()), gradient(1)[span.start : span.stop])
-    expected[span.start : span.stop] = first.shards[pushed]._rule.vectors()["exp_avg"]
+    expected[span.start : span.stop] = first.shards[pushed]._sections[0]._rule.vectors()["exp_avg"]
     second.restore(tmp_path, first.snapshot(tmp_path))
-    moments = torch.cat([shard._rule.vectors().get("exp_avg", torch.zeros(len(span)))
+    moments = torch.cat([shard._sections[0]._rule.vectors().get("exp_avg", torch.zeros(len(span)))
                          for shard, span in zip(second.shards, second.spans, strict=True)])  # fmt: skip
     assert torch.equal(moments, expected)
     second.push(0, 2, [1, 1, 1], gradient(2))
@@ -340,7 +336,7 @@ def test_a_restored_shard_counts_exactly_the_acknowledged_pushes_that_it_lost(
         # What had been sent and not acknowledged is sent again, some of it twice, and is not lost.
         for _ in range(draw.randint(1, 2)):
             again.push(replica, sequences.get(replica, 0) + 1, [0], gradient(2), incarnation)
-    assert again.shards[0].status().lost_updates == lost
+    assert again.shards[0].status()[0].lost_updates == lost
 
 
 def test_a_restore_that_cannot_give_the_whole_span_or_is_of_another_rule_says_so(tmp_path: Path) -> None:
@@ -360,7 +356,7 @@ def test_a_shard_holds_its_span_once_and_once_more_per_vector_of_state(rule: Any
     servers = Servers(rule, 3)
     train(servers, 0, 3, {})
     for shard, span in zip(servers.shards, servers.spans, strict=True):
-        own = [shard._parameters, *shard._rule.vectors().values()]
+        own = [shard._sections[0]._parameters, *shard._sections[0]._rule.vectors().values()]
         assert [tensor.untyped_storage().nbytes() for tensor in own] == [4 * len(span)] * (1 + vectors)
 
 

@@ -22,10 +22,8 @@ README = (ROOT / "README.md").read_text()
 COMMAND_LINE = [sys.executable, "-c", "from distbelief.cli import command; command()"]
 
 
-def example() -> str:
-    """The one Python block."""
-    (block,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return str(block)
+EXAMPLE, IN_PARTS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+"""The Python blocks; the second one belongs into the first, before its last two lines."""
 
 
 def commands() -> Iterator[list[str]]:
@@ -45,13 +43,13 @@ def test_the_commands_exist() -> None:
     found = list(commands())
     verbs = {words[1] for words in found if Path(words[0]).name == "distbelief"}
     help_text = run([*COMMAND_LINE, "--help"], ROOT).stdout
-    assert verbs == {"train", "resume", "export", "show"}
+    assert verbs == {"train", "plan", "resume", "export", "show"}
     assert all(f"distbelief {verb} " in help_text for verb in verbs)
     named = [word for words in found for word in words if word.startswith("examples/")]
     assert named
     assert all((ROOT / name).is_file() for name in named)
     measured = {words[3] for words in found if words[:3] == ["python", "-m", "benchmarks"]}
-    assert len(measured) == 3
+    assert len(measured) == 4
     assert all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in measured)
     assert [".venv/bin/python", "-m", "pytest"] in found
 
@@ -77,12 +75,12 @@ def test_every_name_of_the_package_that_is_used_exists() -> None:
 
 
 def test_the_example_is_about_twenty_lines() -> None:
-    assert len([line for line in example().splitlines() if line.strip()]) <= 22
+    assert len([line for line in EXAMPLE.splitlines() if line.strip()]) <= 22
 
 
 @pytest.mark.slow
 def test_the_example_runs_and_its_run_can_be_resumed_shown_and_exported(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(example())
+    (tmp_path / "own.py").write_text(EXAMPLE)
     ran = run([sys.executable, "own.py"], tmp_path)
     assert ran.returncode == 0, ran.stderr
     (folder,) = (tmp_path / "runs").iterdir()
@@ -97,6 +95,22 @@ def test_the_example_runs_and_its_run_can_be_resumed_shown_and_exported(tmp_path
         assert "all epochs finished" in again.stdout
     exported = run([*COMMAND_LINE, "export", str(folder), "model.safetensors"], tmp_path)
     assert exported.returncode == 0, exported.stderr
+
+
+@pytest.mark.slow
+def test_the_example_runs_in_parts(tmp_path: Path) -> None:
+    first, last = EXAMPLE.split("if __name__")
+    (tmp_path / "own.py").write_text(f"{first}{IN_PARTS}\n\nif __name__{last}")
+    ran = run([sys.executable, "own.py"], tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["replicas"], summary["shards"], summary["examples"]["seen"]) == (2, 3, 14_000)
+    assert summary["test"]["accuracy"] > 0.9
+    trained = torch.load(tmp_path / "digits.pt", weights_only=True)
+    assert {name: tuple(value.shape) for name, value in trained.items()} == {
+        "1.weight": (6, 6, 9, 16), "1.bias": (6, 6, 16), "4.weight": (10, 144), "4.bias": (10,),
+    }  # fmt: skip
 
 
 @pytest.mark.slow

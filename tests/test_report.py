@@ -51,6 +51,7 @@ def progress(examples: int, loss: float | None = 0.5, **changes: float) -> event
         "examples_per_second": 50.0,
         "pushes_per_second": 5.0,
         "pushes": examples // 10,
+        "mini_batches": examples // 5,
         "staleness_median": 1.0,
         "staleness_p95": 4.0,
         "replicas_alive": 2,
@@ -67,6 +68,7 @@ def finished() -> events.JobFinished:
         refused=10,
         lost_updates=3,
         pushes=30,
+        mini_batches=60,
         # 30 pushes: the 15th smallest staleness is 1, the 29th (95 %: 28.5) is 2
         staleness={0: 10, 1: 10, 2: 9, 9: 1},
         export_command="distbelief export runs/digits digits.safetensors",
@@ -146,6 +148,7 @@ def test_a_summary_says_what_the_events_of_a_finished_run_add_up_to() -> None:
         "test": {"loss": 0.4, "accuracy": 0.875},
         "staleness": {"median": 1.0, "p95": 2.0},
         "pushes": 30,
+        "mini_batches": 60,
         "refused": 10,
         "lost_updates": 3,
         "checkpoints": {"written": 1, "failed": 1, "rejected": 1},
@@ -176,7 +179,8 @@ def test_the_summary_of_a_killed_run_is_what_had_been_observed_until_then() -> N
     summary = summarize(killed_run())
     assert summary.reason == "killed: no end was recorded"
     assert (summary.examples.seen, summary.examples.repeated, summary.examples.missing) == (100, 7, 200)
-    assert (summary.staleness.median, summary.staleness.p95, summary.pushes) == (1.0, 4.0, 10)
+    assert (summary.staleness.median, summary.staleness.p95) == (1.0, 4.0)
+    assert (summary.pushes, summary.mini_batches) == (10, 20)
     assert (summary.wall_seconds, summary.loss, summary.test["accuracy"]) == (2.3, 0.6, 0.75)
     assert summary.resume_command == "distbelief resume runs/digits"
     assert summary.export_command == "distbelief export runs/digits model.safetensors"
@@ -226,8 +230,8 @@ def test_the_text_of_a_summary_holds_every_number_and_both_commands() -> None:
     for part in (
         "runs/digits",
         "all 3 epochs finished (4.5 s)",
-        "300 of 300 seen, 7 repeated, 0 missing, 10 refused",
-        "30 applied, 3 lost",
+        "300 of 300 seen, of which 10 refused; 7 repeated, 0 missing",
+        "30 applied, made of 60 mini-batches; 3 lost",
         "median 1, 95 % of pushes at most 2",
         "largest / mean 1.001",
         "loss 0.4, accuracy 0.875",

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch import nn
 
 import distbelief as db
 from distbelief import checkpoint
-from distbelief.events import CheckpointRejected, Evaluated, Observation
+from distbelief.events import CheckpointRejected, Evaluated, JobFinished, JobStarted, Observation
 from distbelief.export import export, state_dict
+from distbelief.report import read_summary, text
 from tests import problems
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +125,42 @@ def test_resuming_a_run_that_is_complete_says_to_give_more_epochs(tmp_path: Path
         db.train(problems.job(), resume=tmp_path / "run", view=False)
 
 
+def test_what_a_run_offers_to_resume_and_export_it_does_so(tmp_path: Path) -> None:
+    job = problems.job()
+    offered = trained(job, tmp_path / "a run").summary
+    # This process was not started from a script that defines a job, so what is offered is Python.
+    resumed = eval(offered.resume_command, {"distbelief": db, "dataclasses": dataclasses, "job": job})
+    assert resumed.summary.examples.seen == 4 * 640
+    verb, *paths = shlex.split(offered.export_command)[1:]
+    assert (verb, paths) == ("export", [str(tmp_path / "a run"), "model.safetensors"])
+    assert export(Path(paths[0]), tmp_path / paths[1]) == 259
+
+
+def test_a_run_without_a_checkpoint_offers_neither_to_resume_nor_to_export_it(tmp_path: Path) -> None:
+    heard: list[Observation] = []
+
+    def block(observation: Observation) -> None:
+        heard.append(observation)
+        if isinstance(observation.event, JobStarted):
+            (tmp_path / "run" / "checkpoints").write_text("no folder")
+
+    with pytest.raises(db.TrainingFailed, match="first checkpoint could not be written"):
+        trained(problems.job(), tmp_path / "run", listeners=[block])
+    last = heard[-1].event
+    assert isinstance(last, JobFinished)
+    assert (last.resume_command, last.export_command) == ("", "")
+    assert text(read_summary(tmp_path / "run" / "summary.json")).count("no checkpoint was written") == 2
+
+
+@pytest.mark.parametrize("name", ["launch.json", "state.json"])
+def test_a_run_folder_that_refuses_a_file_is_said_with_the_systems_reason(name: str, tmp_path: Path) -> None:
+    run = trained(problems.job(), tmp_path / "run").run
+    (run / name).unlink()
+    (run / name).mkdir()
+    with pytest.raises(db.ConfigurationError, match=r"run cannot be written: .*Is a directory.*\nhint: give run="):
+        db.train(problems.job(epochs=3), resume=run, view=False)
+
+
 def test_a_run_folder_that_exists_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("precious")
@@ -224,19 +262,21 @@ def test_the_command_line_trains_resumes_shows_and_exports(tmp_path: Path) -> No
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["examples"]["seen"] == 640
     assert summary["replicas"] == 3
-    assert "distbelief resume a" in first.stdout
-    assert "distbelief export a model.safetensors" in first.stdout
+    resume, export = summary["resume_command"], summary["export_command"]
+    assert resume == "distbelief resume a --epochs 4"
+    assert resume in first.stdout
+    assert export in first.stdout
 
-    again = command("resume", "a", "--cluster.shards", "3", "--epochs", "3", folder=tmp_path)
+    again = command(*shlex.split(resume)[1:], "--cluster.shards", "3", folder=tmp_path)
     assert again.returncode == 0, again.stderr
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert summary["examples"] | {"planned": 0} == {"seen": 960, "repeated": 0, "missing": 0, "planned": 0}
+    assert summary["examples"] | {"planned": 0} == {"seen": 1280, "repeated": 0, "missing": 0, "planned": 0}
     assert (summary["replicas"], summary["shards"]) == (3, 3)
     for key in ("test", "staleness", "shard_balance", "faults", "wall_seconds", "reason"):
         assert key in summary
     assert {"median", "p95"} <= summary["staleness"].keys()
 
-    exported = command("export", "a", "model.safetensors", folder=tmp_path)
+    exported = command(*shlex.split(export)[1:], folder=tmp_path)
     assert exported.returncode == 0, exported.stderr
     problems.classifier().load_state_dict(load_file(tmp_path / "model.safetensors"))
 

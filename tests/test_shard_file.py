@@ -4,6 +4,7 @@
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,6 +93,28 @@ def test_a_vector_that_one_file_lacks_is_zero_there(tmp_path: Path) -> None:
     assert found["parameters"].tolist() == [*numbers(4)[2:].tolist(), *numbers(4)[:3].tolist()]
 
 
+def test_only_the_wanted_vectors_are_read_and_those_that_no_file_has_are_zero(tmp_path: Path) -> None:
+    given = {"parameters": numbers(9, 1, torch.bfloat16), "sum": numbers(9, 2)}
+    files = write(tmp_path, given, 2)
+    assert shard_file.vectors(tmp_path, files) == {"parameters": torch.bfloat16, "sum": torch.float32}
+    found = shard_file.read_span(tmp_path, files, Span(3, 8), {"sum": torch.float32, "moment": torch.float64})
+    assert found.keys() == {"sum", "moment"}
+    assert torch.equal(found["sum"], given["sum"][3:8])
+    assert torch.equal(found["moment"], torch.zeros(5, dtype=torch.float64))
+
+
+def test_a_file_made_part_by_part_is_the_file_that_is_written_at_once(tmp_path: Path) -> None:
+    state, given = msgspec.structs.replace(STATE, start=4, stop=13), {"parameters": numbers(9, 1), "sum": numbers(9, 2)}
+    with shard_file.create(tmp_path / "parts", dict.fromkeys(given, torch.float32), state) as file:
+        for name, vector in given.items():
+            file.write(name, vector[5:], 5)
+            file.write(name, vector[:5])
+    assert shard_file.read_state(tmp_path / "parts") == state
+    found = shard_file.read_span(tmp_path, [shard_file.seal(tmp_path / "parts", state)], Span(4, 13))
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[name], given[name]) for name in given)
+
+
 def test_a_span_that_the_files_do_not_cover_is_refused_with_what_is_missing(tmp_path: Path) -> None:
     files = write(tmp_path, {"parameters": numbers(10)}, 2)
     with pytest.raises(CheckpointError, match=r"lacks 3 of the 6 parameters 2\.\.8"):
@@ -116,6 +139,8 @@ def test_a_file_cut_off_anywhere_is_refused_with_its_two_sizes(tmp_path: Path) -
             shard_file.read_state(path)
         with pytest.raises(CheckpointError, match="cannot be read"):
             shard_file.read_span(tmp_path, [file], Span(10, 20))
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            shard_file.vectors(tmp_path, [file])
     path.write_bytes(whole + b"\0")
     with pytest.raises(CheckpointError, match=f"has {len(whole) + 1} bytes"):
         shard_file.check(tmp_path, file)

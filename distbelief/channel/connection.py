@@ -25,6 +25,7 @@ from distbelief.errors import PeerLost, ProtocolError
 
 _CHUNK = 1 << 16
 _DESCRIPTOR_SPACE = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+_LOW_WATER_BYTES = 1 << 19
 _ROUNDS = 64
 """Receives per call of `receive`, so that one fast sender cannot starve the others."""
 
@@ -44,6 +45,8 @@ class Connection:
         self.socket = link
         self.local = link.family == socket.AF_UNIX
         """Whether the peer is on this host and can map our memory."""
+        self.held = False
+        """Whether what is queued waits for more to be sent with it."""
         self.awaits_room = False
         """Whether the endpoint's selector watches for room in the socket."""
         self._side: AcceptingSide | CallingSide | None = side
@@ -51,6 +54,7 @@ class Connection:
         self.staging: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
         """Memory for bodies of this peer, kept from call to call: (position, length, dtype) -> tensor."""
         self._destinations, self._deliver, self._body_limit = destinations, deliver, body_limit
+        self._low_water_bytes = 1
         self._inbox = bytearray()
         self._header: Header | None = None
         self._body: deque[memoryview] = deque()
@@ -86,7 +90,8 @@ class Connection:
             if len(part):
                 self._outbox.append(part)
                 self._queued_bytes += len(part)
-        self.flush()
+        if not self.held:
+            self.flush()
 
     @property
     def sending(self) -> bool:
@@ -141,6 +146,14 @@ class Connection:
 
     def receive(self) -> None:
         """Take what has arrived and deliver whole frames. Raises PeerLost, ProtocolError, AuthenticationError."""
+        self._take()
+        # In the midst of a long body, be woken for a good part of it, not for each packet.
+        low_water_bytes = max(1, min(_LOW_WATER_BYTES, sum(map(len, self._body)))) if not self.local else 1
+        if low_water_bytes != self._low_water_bytes:
+            self._low_water_bytes = low_water_bytes
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water_bytes)
+
+    def _take(self) -> None:
         for _ in range(_ROUNDS):
             emptied = False
             try:

@@ -72,19 +72,25 @@ class PendingCall:
 
 @final
 class BackgroundWork:
-    """A future of work that a thread does beside the role; an exported method may return it as its answer."""
+    """A future of work that a thread does beside the role; an exported method may return it as its answer.
 
-    def __init__(self, work: Callable[[], Any], endpoint: "Endpoint") -> None:
+    `begin` is handed a function and has a thread run it.
+    """
+
+    def __init__(
+        self, work: Callable[[], Any], endpoint: "Endpoint", begin: Callable[[Callable[[], None]], object]
+    ) -> None:
+        self._work = work
         self._outcome: Any = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._endpoint = endpoint
         self._finished = threading.Event()
-        threading.Thread(target=self._run, args=(work,), name="distbelief-background", daemon=True).start()
+        begin(self._run)
 
-    def _run(self, work: Callable[[], Any]) -> None:
+    def _run(self) -> None:
         try:
-            self._outcome = work()
-        except Exception as error:
+            self._outcome = self._work()
+        except BaseException as error:  # SystemExit too: whoever waits must hear of it
             self._error = error
         self._finished.set()
         self._endpoint.wake()

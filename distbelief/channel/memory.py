@@ -10,15 +10,11 @@ import fcntl
 import itertools
 import mmap
 import os
-import sys
 import weakref
 
 import torch
 
 from distbelief.errors import ProtocolError
-
-AVAILABLE = sys.platform == "linux"
-"""Whether this system has memfd; elsewhere tensors are streamed over the socket."""
 
 _SEALS = 0x0001 | 0x0002 | 0x0004  # F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW, of which Python names some from 3.8 on
 _identifiers = itertools.count(1)

@@ -16,9 +16,10 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing import spawn
 from typing import Any, Literal, TypeVar
@@ -41,10 +42,12 @@ T = TypeVar("T")
 
 Transport = Literal["shared_memory", "tcp"]
 STOP_SECONDS = 10.0
+LINGER_SECONDS = 100e-6
+"""How long a role that only answers looks for the next call before it sleeps."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Wiring:
     """What every process of one job knows."""
 
     key: bytes
@@ -56,10 +59,12 @@ class Plan:
 class LocalHome:
     """A role's process, as the role sees it."""
 
-    def __init__(self, name: str, incarnation: int, plan: Plan, endpoint: Endpoint) -> None:
+    def __init__(self, name: str, incarnation: int, wiring: Wiring, endpoint: Endpoint) -> None:
         self.name, self.incarnation = name, incarnation
-        self._plan, self._endpoint = plan, endpoint
-        self._slowness = plan.faults.slow.get(name, 1.0)
+        self._wiring, self._endpoint = wiring, endpoint
+        self._slowness = wiring.faults.slow.get(name, 1.0)
+        self._second: ThreadPoolExecutor | None = None
+        """Does background work; begun when there is any."""
 
     def now(self) -> float:
         """Seconds of the monotonic clock."""
@@ -74,7 +79,11 @@ class LocalHome:
 
     def find(self, role: str, kind: type[R], deadline_seconds: float = 60.0) -> Remote[R]:
         """A reference to another role."""
-        return Peer(self._endpoint, self._plan.addresses[role], deadline_seconds)
+        return Peer(self._endpoint, self._wiring.addresses[role], deadline_seconds)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Send calls to one peer with one system call."""
+        return self._endpoint.together()
 
     def spend(self, examples: int, started: float) -> None:
         """Real computing has taken its time already; a role slowed by script waits."""
@@ -82,32 +91,39 @@ class LocalHome:
             self.sleep((self._slowness - 1.0) * (time.monotonic() - started))
 
     def background(self, work: Callable[[], T]) -> Future[T]:
-        """Run `work` in a thread."""
-        return BackgroundWork(work, self._endpoint)
+        """Run `work` in the role's second thread: one work after another, in the order given."""
+        if self._second is None:
+            self._second = ThreadPoolExecutor(1, "distbelief-background", lambda: torch.set_num_threads(1))
+        return BackgroundWork(work, self._endpoint, self._second.submit)
 
     def allocate(self, length: int, dtype: torch.dtype) -> torch.Tensor:
-        """Memory that other processes can map, where the system has it."""
-        return memory.allocate(length, dtype) if memory.AVAILABLE else torch.zeros(length, dtype=dtype)
+        """Memory that other processes can map."""
+        return memory.allocate(length, dtype)
 
 
 def _birth(
-    name: str, incarnation: int, plan: Plan, factory: Callable[..., Any], arguments: tuple[Any, ...],
+    name: str, incarnation: int, wiring: Wiring, factory: Callable[..., Any], arguments: tuple[Any, ...],
     descriptors: list[int],
 ) -> Callable[[], None]:  # fmt: skip
     """What a fork does first: build the role on the listener it was given, and return the role's life."""
     listener = socket.socket(fileno=descriptors[0]) if descriptors else None
-    endpoint = Endpoint(plan.key, listener=listener, body_limit=plan.body_limit)
-    role = factory(LocalHome(name, incarnation, plan, endpoint), *arguments)
+    endpoint = Endpoint(wiring.key, listener=listener, body_limit=wiring.body_limit)
+    role = factory(LocalHome(name, incarnation, wiring, endpoint), *arguments)
     endpoint.answer_with(role)
-    over_tcp = not isinstance(plan.addresses[COORDINATOR], str)
+    over_tcp = not isinstance(wiring.addresses[COORDINATOR], str)
     if over_tcp and not exported_methods(type(role)):
         endpoint.background()
 
-    def serve_for_ever() -> None:
+    def serve() -> None:
+        # The next call often follows at once, sooner than a sleeping core wakes up; so look for a moment.
+        busy_until = 0.0
         while True:
-            endpoint.poll(60.0)
+            if endpoint.poll(0.0 if time.monotonic() < busy_until else 60.0):
+                busy_until = time.monotonic() + LINGER_SECONDS
+            else:
+                os.sched_yield()
 
-    life: Callable[[], None] = getattr(role, "run", serve_for_ever)
+    life: Callable[[], None] = getattr(role, "run", serve)
     return life
 
 
@@ -127,9 +143,9 @@ class LocalEngine(LocalHome):
     ) -> None:
         self._listeners = {name: _listen(name, transport) for name in (COORDINATOR, *listening)}
         addresses = {name: _address(listener) for name, listener in self._listeners.items()}
-        plan = Plan(new_key(), addresses, body_limit, faults or Faults())
+        wiring = Wiring(new_key(), addresses, body_limit, faults or Faults())
         super().__init__(
-            COORDINATOR, 0, plan, Endpoint(plan.key, listener=self._listeners[COORDINATOR], body_limit=body_limit)
+            COORDINATOR, 0, wiring, Endpoint(wiring.key, listener=self._listeners[COORDINATOR], body_limit=body_limit)
         )
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -140,9 +156,9 @@ class LocalEngine(LocalHome):
         self._deaths: list[Death] = []
         self._started: float | None = None
         self._script = sorted(
-            [(seconds, role, signal.SIGKILL) for seconds, role in plan.faults.kill]
-            + [(start, role, signal.SIGSTOP) for start, _, role in plan.faults.hang]
-            + [(until, role, signal.SIGCONT) for _, until, role in plan.faults.hang]
+            [(seconds, role, signal.SIGKILL) for seconds, role in wiring.faults.kill]
+            + [(start, role, signal.SIGSTOP) for start, _, role in wiring.faults.hang]
+            + [(until, role, signal.SIGCONT) for _, until, role in wiring.faults.hang]
         )
         self.processes: dict[str, int] = {}
         """Process id of each live role, and of the zygote."""
@@ -200,7 +216,7 @@ class LocalEngine(LocalHome):
             if failure is not None:
                 raise failure
         assert self._control is not None
-        birth = functools.partial(_birth, name, incarnation, self._plan, factory, arguments)
+        birth = functools.partial(_birth, name, incarnation, self._wiring, factory, arguments)
         listener = self._listeners.get(name)
         self._started = time.monotonic() if self._started is None else self._started
         self._alive[name] = incarnation
@@ -285,6 +301,9 @@ class LocalEngine(LocalHome):
                 self._process.wait()
             self._process = None
         self.processes.clear()
+        if self._second is not None:
+            self._second.shutdown(wait=False, cancel_futures=True)
+            self._second = None
         self._endpoint.close()
         for listener in self._listeners.values():
             listener.close()
@@ -294,7 +313,7 @@ class LocalEngine(LocalHome):
 
 
 def _listen(role: str, transport: Transport) -> socket.socket:
-    if transport == "tcp" or not memory.AVAILABLE:
+    if transport == "tcp":
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.bind(("127.0.0.1", 0))
     else:
@@ -311,8 +330,7 @@ def _address(listener: socket.socket) -> Address:
 
 def _arena(buffers: list[pickle.PickleBuffer]) -> int:
     """All buffers one after another, 64-byte aligned, in anonymous memory; returns its descriptor."""
-    with tempfile.TemporaryFile() as file:
-        descriptor = os.memfd_create("distbelief-job") if memory.AVAILABLE else os.dup(file.fileno())
+    descriptor = os.memfd_create("distbelief-job")
     offset = 0
     for buffer in buffers:
         view = buffer.raw()

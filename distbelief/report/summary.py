@@ -104,6 +104,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """The last measurement on the test set; None for a value that was not finite."""
     staleness: Staleness = Staleness()
     pushes: int = 0
+    mini_batches: int = 0
+    """Mini-batches that were accrued in the pushes."""
     refused: int = 0
     """Examples of the pushes that a replica refused because the gradient was not finite, over all starts."""
     lost_updates: int = 0
@@ -145,6 +147,7 @@ def _after(summary: Summary, observation: Observation) -> Summary:
                 loss=summary.loss if event.loss is None else _finite(event.loss),
                 staleness=Staleness(event.staleness_median, event.staleness_p95),
                 pushes=event.pushes,
+                mini_batches=event.mini_batches,
             )
         case Evaluated():
             return replace(summary, test={name: _finite(value) for name, value in values_of(event).items()})
@@ -200,6 +203,7 @@ def _finished(summary: Summary, event: JobFinished) -> Summary:
         examples=Examples(event.seen, event.repeated, event.missing, summary.examples.planned),
         staleness=staleness,
         pushes=event.pushes,
+        mini_batches=event.mini_batches,
         lost_updates=event.lost_updates,
         export_command=event.export_command,
         resume_command=event.resume_command,
@@ -242,10 +246,13 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "shards", f"{summary.shards:,}, largest / mean {summary.shard_balance:.3f}"
     yield (
         "examples",
-        f"{examples.seen:,} of {examples.planned:,} seen, {examples.repeated:,} repeated, "
-        f"{examples.missing:,} missing, {summary.refused:,} refused",
+        f"{examples.seen:,} of {examples.planned:,} seen, of which {summary.refused:,} refused; "
+        f"{examples.repeated:,} repeated, {examples.missing:,} missing",
     )
-    yield "pushes", f"{summary.pushes:,} applied, {summary.lost_updates:,} lost"
+    yield (
+        "pushes",
+        f"{summary.pushes:,} applied, made of {summary.mini_batches:,} mini-batches; {summary.lost_updates:,} lost",
+    )
     yield "staleness", f"median {summary.staleness.median:g}, 95 % of pushes at most {summary.staleness.p95:g}"
     yield "training loss", "none" if summary.loss is None else number(summary.loss)
     yield "test", ", ".join(f"{name} {number(value)}" for name, value in summary.test.items()) or "not measured"

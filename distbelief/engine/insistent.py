@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Futures made of futures: a call that is made again until it is answered, and several answers as one."""
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar, final
+
+from distbelief.channel.base import Future
+from distbelief.engine.base import Home
+from distbelief.errors import DeadlineExceeded, NotReady, PeerLost
+
+T = TypeVar("T")
+
+RETRY_SECONDS = 0.1
+PATIENCE_SECONDS = 300.0
+"""How long a call to a role that is being replaced is repeated before it ends with an error."""
+
+
+@final
+class Insistent(Generic[T]):
+    """A call that is made again until it is answered: for calls whose repetition is harmless."""
+
+    def __init__(self, home: Home, make: Callable[[], Future[T]], patience_seconds: float = PATIENCE_SECONDS) -> None:
+        self._home, self._make = home, make
+        self._until = home.now() + patience_seconds
+        self._again = 0.0
+        self._future: Future[T] | None = make()
+        self._value: T
+        self._error: Exception | None = None
+        self._settled = False
+
+    def done(self) -> bool:
+        """Whether the answer is here; makes the call again when the peer was lost."""
+        if self._settled:
+            return True
+        if self._future is None and self._home.now() >= self._again:
+            self._future = self._make()
+        if self._future is not None and self._future.done():
+            self._take()
+        return self._settled
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the answer, at most so long."""
+        until = self._home.now() + seconds
+        while not self.done() and (left := until - self._home.now()) > 0:
+            if self._future is None:
+                self._home.sleep(min(left, max(0.0, self._again - self._home.now())))
+            else:
+                self._future.wait(left)
+        return self._settled
+
+    def result(self) -> T:
+        """Wait for the answer. Raises what is no loss of the peer, and PeerLost when patience ends."""
+        while not self._settled:
+            self.wait(PATIENCE_SECONDS)
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def _take(self) -> None:
+        assert self._future is not None
+        try:
+            self._value = self._future.result()
+            self._settled = True
+        except (PeerLost, DeadlineExceeded, NotReady) as error:
+            self._future, self._again = None, self._home.now() + RETRY_SECONDS
+            if self._home.now() > self._until:
+                self._error, self._settled = error, True
+        except Exception as error:
+            self._error, self._settled = error, True
+
+
+@final
+class All(Generic[T]):
+    """The answers of several futures, in order."""
+
+    def __init__(self, home: Home, futures: Sequence[Future[T]]) -> None:
+        self._home, self._futures = home, futures
+
+    def done(self) -> bool:
+        """Whether all are done."""
+        # Each is asked, since asking makes a lost call again.
+        return all([future.done() for future in self._futures])  # noqa: C419
+
+    def outstanding(self) -> list[int]:
+        """The positions of those that are not done."""
+        return [position for position, future in enumerate(self._futures) if not future.done()]
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for all, at most so long."""
+        until = self._home.now() + seconds
+        return all([future.wait(max(0.0, until - self._home.now())) for future in self._futures])  # noqa: C419
+
+    def result(self) -> list[T]:
+        """Wait for all; raises the first error."""
+        return [future.result() for future in self._futures]

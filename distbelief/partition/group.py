@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The partitions of one model replica, as one of them sees them.
+
+A replica is a world of its own: its group is formed over a store that only its partitions know, and breaks as a whole.
+Whoever finds it broken gets PeerLost or DeadlineExceeded, closes it, and forms another.
+"""
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+
+from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost
+
+LOOPBACK = "127.0.0.1"
+
+
+@final
+class Group:
+    """What one partition says to the others. One partition alone is a group, too, which has nothing to say."""
+
+    def __init__(
+        self, store: Any, index: int, size: int, *,
+        deadline_seconds: float = 60.0, device: torch.device | None = None, own_device: bool = False,
+    ) -> None:  # fmt: skip
+        """Meet the others over `store`, a torch.distributed.Store; one partition alone needs none.
+
+        This takes at most `deadline_seconds`, and so does every later wait. `device` is where this partition computes;
+        with `own_device` no two partitions share one, so that they can talk over nccl. Raises DeadlineExceeded when
+        not all of them come, PeerLost when one goes at once.
+        """
+        self.index, self.size = index, size
+        self.device = torch.device("cpu") if device is None else device
+        self.elements_sent = self.elements_received = 0
+        """What swaps have moved, all told."""
+        self.thread: torch.Tensor | None = None
+        """The scalar that runs through the exchanges of a mini-batch, see `exchange`."""
+        self._direct = own_device and self.device.type == "cuda"
+        self._backend: Any = None
+        self._closed = False
+        if size > 1:
+            assert store is not None, "several partitions meet over a store"
+            limit = datetime.timedelta(seconds=deadline_seconds)
+            self._backend = self._attempt(lambda: self._form(store, limit))
+
+    def swap(self, parcels: Mapping[int, torch.Tensor], arrivals: Mapping[int, torch.Tensor]) -> "Swap":
+        """Start sending the contiguous `parcels` and filling the contiguous `arrivals`, by partition; then wait.
+
+        All of them are left alone until `Swap.wait` has returned. The partitions make their swaps in one order.
+        """
+        self.elements_sent += sum(parcel.numel() for parcel in parcels.values())
+        self.elements_received += sum(arrival.numel() for arrival in arrivals.values())
+        if not parcels and not arrivals:
+            return Swap(self, [], [])
+        if self.device.type == "cpu" or self._direct:
+            return Swap(self, self._start(parcels, arrivals), [])
+        # gloo moves host memory: several partitions of one accelerator meet in pinned memory.
+        landings = {
+            sender: torch.empty_like(tensor, device="cpu", pin_memory=True) for sender, tensor in arrivals.items()
+        }
+        staged = {to: parcel.to("cpu") for to, parcel in parcels.items()}
+        return Swap(self, self._start(staged, landings), [(arrivals[sender], landings[sender]) for sender in arrivals])
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of everybody's `values`, a vector of one length and type, in the same order of addition for all."""
+        total = values.clone()
+        if self.size > 1:
+            self._collective(total, lambda tensor: self._backend.allreduce([tensor]))
+        return total
+
+    def share(self, tensor: torch.Tensor, root: int) -> torch.Tensor:
+        """What `tensor` is at `root`; the others' tensors say its shape and type, and are overwritten."""
+        if self.size > 1:
+            options = dist.BroadcastOptions()
+            options.rootRank, options.rootTensor = root, 0
+            self._collective(tensor, lambda staged: self._backend.broadcast([staged], options))
+        return tensor
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each of `flags`, whether it is set on any partition."""
+        if self.size == 1:
+            return list(flags)
+        return [count > 0 for count in self.sum(torch.tensor(flags, dtype=torch.float64)).tolist()]
+
+    def close(self) -> None:
+        """Leave. Who waits for this partition learns of it at once; closing twice is fine."""
+        backend, self._backend, self.thread, self._closed = self._backend, None, None, True
+        if backend is not None:
+            backend.abort() if self._direct else backend.shutdown()
+
+    def _form(self, store: Any, limit: datetime.timedelta) -> Any:
+        if self._direct:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = limit
+            return dist.ProcessGroupNCCL(store, self.index, self.size, options)
+        gloo: Any = dist.ProcessGroupGloo  # its options are not in torch's type stubs
+        given = gloo._Options()
+        given._timeout = limit
+        # Nobody else need reach them: the partitions of one replica share a machine.
+        given._devices = [gloo.create_device(hostname=LOOPBACK)]
+        return gloo(store, self.index, self.size, given)
+
+    def _start(self, parcels: Mapping[int, torch.Tensor], arrivals: Mapping[int, torch.Tensor]) -> Sequence[Any]:
+        def start() -> Sequence[Any]:
+            if self._direct:  # nccl pairs sends with receives within one coalesced call
+                self._backend._start_coalescing()
+            works = [self._backend.recv([tensor], sender, 0) for sender, tensor in arrivals.items()]
+            works += [self._backend.send([tensor], to, 0) for to, tensor in parcels.items()]
+            return [self._backend._end_coalescing()] if self._direct else works
+
+        works: Sequence[Any] = self._attempt(start)
+        return works
+
+    def _collective(self, tensor: torch.Tensor, start: Callable[[torch.Tensor], Any]) -> None:
+        staged = tensor.to(self.device if self._direct else "cpu")
+        self._attempt(lambda: start(staged).wait())
+        if staged is not tensor:
+            tensor.copy_(staged)
+
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        """Do it; the backend's errors become ours."""
+        if self._closed:
+            raise PeerLost(f"partition {self.index} of {self.size} has left its group")
+        try:
+            return action()
+        except RuntimeError as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: RuntimeError) -> ChannelError:
+        late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        kind = DeadlineExceeded if late else PeerLost
+        told = "did not answer in time" if late else "was lost"
+        return kind(f"a partition of this replica {told}, says partition {self.index} of {self.size}: {error}")
+
+
+@final
+class Swap:
+    """Parcels under way between partitions."""
+
+    def __init__(self, group: Group, works: Sequence[Any], landed: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._group, self._works, self._landed = group, works, landed
+
+    def wait(self) -> None:
+        """Return when all has been sent and has arrived. Raises PeerLost, DeadlineExceeded."""
+        for work in self._works:
+            self._group._attempt(work.wait)
+        for arrival, landing in self._landed:
+            arrival.copy_(landing, non_blocking=True)

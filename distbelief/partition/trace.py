@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward pass of a model as a list of calls, and what each of them yields, found without computing anything.
+
+The pass is traced symbolically twice, for training and for evaluation, since a trace bakes `self.training` in; then run
+on meta tensors with two sizes of mini-batch, which tells where the batch is. Tracing patches nn.Module for the whole
+process: trace before any thread runs a forward.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from distbelief.errors import ConfigurationError
+
+FACTORIES = ("arange", "zeros", "ones", "full", "linspace", "tensor")
+"""Functions that make a tensor from numbers alone, which tracing does not see by itself."""
+
+STAGES_HINT = "register a rule for the layer with register_rule, or cut the model by layers with Plan.stages"
+"""The two ways out where a model cannot be cut by units."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a call yields, known before anything is computed."""
+
+    shape: tuple[int, ...]
+    """Without the batch."""
+    dtype: torch.dtype
+    batched: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the forward pass. Arguments hold fx nodes where results of earlier calls go."""
+
+    node: fx.Node
+    kind: str
+    """placeholder, call_module, call_function, call_method, get_attr or output, as fx says."""
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    evaluating: tuple[tuple[Any, ...], dict[str, Any]]
+    """The same arguments in evaluation."""
+    value: Value | None
+    """None for what is not a tensor, or not one with the batch in front."""
+    operations: int
+    """Floating-point operations of the uncut call per example."""
+    random: bool
+    """Whether it draws random numbers in training."""
+
+    @property
+    def name(self) -> str:
+        """How messages name the call."""
+        return name_of(self.node)
+
+
+def name_of(node: fx.Node) -> str:
+    """The module's name, or the function's."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device; nothing of its parameters is copied."""
+    known = {id(tensor): _hollow(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, known)
+
+
+def _hollow(tensor: torch.Tensor) -> torch.Tensor:
+    hollow = torch.empty_like(tensor.detach(), device="meta")
+    return nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
+
+
+def trace(model: nn.Module, sample: torch.Tensor, is_leaf: Callable[[nn.Module], bool]) -> list[Call]:
+    """The calls of the forward pass of `model`, a skeleton, on one mini-batch like `sample`, batch first.
+
+    Raises ConfigurationError for a forward pass that depends on values, or that is another one in evaluation.
+    """
+    training, evaluating = (_symbolic(model.train(mode), is_leaf) for mode in (True, False))
+    twins = dict(zip(evaluating.nodes, training.nodes, strict=False))
+    if [(n.op, n.target) for n in training.nodes] != [(n.op, n.target) for n in evaluating.nodes]:
+        raise ConfigurationError(
+            f"the forward pass of {type(model).__name__} calls other layers in evaluation than in training",
+            hint=STAGES_HINT,
+        )
+    size = max(2, sample.shape[0])
+    facts = [_Facts(fx.GraphModule(model.train(), training)) for _ in range(2)]
+    for run, batch in zip(facts, (size, size + 1), strict=True):
+        example = torch.empty((batch, *sample.shape[1:]), dtype=sample.dtype, device="meta")
+        with torch.device("meta"), torch.no_grad():
+            run.run(example)
+    calls = []
+    for twin, node in twins.items():
+        arguments = fx.node.map_arg((twin.args, twin.kwargs), twins.__getitem__)
+        one, two = (run.found[node] for run in facts)
+        value = _value(one.result, two.result, size)
+        target, evaluation = node.target, (arguments[0], dict(arguments[1]))
+        calls.append(
+            Call(
+                node,
+                node.op,
+                target,
+                node.args,
+                dict(node.kwargs),
+                evaluation,
+                value,
+                one.operations // size,
+                one.random,
+            )
+        )
+    return calls
+
+
+def _value(one: Any, two: Any, size: int) -> Value | None:
+    if not isinstance(one, torch.Tensor):
+        return None
+    if one.shape == two.shape:
+        return Value(tuple(one.shape), one.dtype, batched=False)
+    if one.dim() and one.shape[0] == size and two.shape == (size + 1, *one.shape[1:]):
+        return Value(tuple(one.shape[1:]), one.dtype, batched=True)
+    return None
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, is_leaf: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self._is_leaf = is_leaf
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self._is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _symbolic(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Graph:
+    with _traced_factories():
+        try:
+            return _Tracer(is_leaf).trace(model)
+        except (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+            raise ConfigurationError(
+                f"the forward pass of {type(model).__name__} cannot be followed by units: {error}",
+                hint="let it depend on no values of its input, or cut the model by layers with Plan.stages",
+            ) from error
+
+
+@contextmanager
+def _traced_factories() -> Iterator[None]:
+    originals = {name: getattr(torch, name) for name in FACTORIES}
+    for name, original in originals.items():
+        setattr(torch, name, _traced(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+def _traced(original: Callable[..., Any]) -> Callable[..., Any]:
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        for argument in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(argument, fx.Proxy):
+                return argument.tracer.create_proxy("call_function", original, args, kwargs)
+        return original(*args, **kwargs)
+
+    return factory
+
+
+@dataclass
+class _Fact:
+    result: Any
+    operations: int
+    random: bool
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether an operation that draws random numbers was among those called."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+class _Facts(fx.Interpreter):
+    """Runs the graph on meta tensors and notes what each node yields."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.extra_traceback = False
+        self.found: dict[fx.Node, _Fact] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        draws = _Draws()  # type: ignore[no-untyped-call]
+        with FlopCounterMode(display=False) as counter, draws:
+            try:
+                result = super().run_node(n)
+            except Exception as error:
+                raise ConfigurationError(
+                    f"{name_of(n)} cannot be planned without computing it: {type(error).__name__}: {error}",
+                    hint=f"give a sample like the model's mini-batches; or {STAGES_HINT}",
+                ) from error
+        if isinstance(result, torch.Tensor):
+            result = result.to("meta")
+        self.found[n] = _Fact(result, counter.get_total_flops(), draws.found)
+        return result

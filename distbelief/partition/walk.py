@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls of a forward pass, one after another, each by its rule, to steps cut into boxes."""
+
+import difflib
+import inspect
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from distbelief.errors import ConfigurationError
+from distbelief.partition.layout import at, everywhere
+from distbelief.partition.rules import has_rule, rule_of
+from distbelief.partition.site import Site, State, Step
+from distbelief.partition.trace import Call, name_of, trace
+from distbelief.plan import Cut
+
+
+def walk(model: nn.Module, sample: torch.Tensor, partitions: int, cuts: Mapping[str, Cut], out: int) -> list[Step]:
+    """The steps of `model`, a skeleton; the first is its input, the last its output, whole on partition `out`.
+
+    Raises ConfigurationError for a model or for cuts that cannot be.
+    """
+    check_cuts(model, cuts, partitions)
+    calls = trace(model, sample, has_rule)
+    _check_uses(model, calls)
+    shape, source = tuple(sample.shape[1:]), None
+    steps: list[Step] = []
+    states: dict[fx.Node, Any] = {}
+    for call in calls:
+        if call.kind == "placeholder":
+            if source is None:
+                source = _source(steps, call, shape, partitions)
+                states[call.node] = source
+            else:
+                states[call.node] = call.args[0]
+            continue
+        assert source is not None
+        args, kwargs, evaluating = fx.node.map_arg((call.args, call.kwargs, call.evaluating), states.__getitem__)
+        module = model.get_submodule(call.target) if call.kind == "call_module" else None
+        light = _is_light(call, module, calls, model, partitions)
+        site = Site(call, module, _cut_of(call, cuts), light, partitions, out, evaluating, source, steps)
+        if call.kind == "get_attr":
+            states[call.node] = site.attribute(model)
+        elif call.kind == "output":
+            _output(site, args[0])
+        else:
+            if module is not None and has_rule(module):  # rules take arguments as the layer's forward does
+                bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+                args, kwargs = bound.args[1:], bound.kwargs
+            states[call.node] = rule_of(site)(site, *args, **kwargs)
+    return steps
+
+
+def _is_light(call: Call, module: nn.Module | None, calls: Sequence[Call], model: nn.Module, partitions: int) -> bool:
+    """Whether one partition alone can do the call, and hold what it holds, without the others waiting long for it."""
+    work, held = sum(each.operations for each in calls), _elements(model)
+    share = LIGHT_SHARE / partitions
+    return call.operations < work * share and (module is None or _elements(module) < held * share)
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _source(steps: list[Step], call: Call, shape: tuple[int, ...], partitions: int) -> State:
+    layout = everywhere(shape, partitions)
+    steps.append(Step("input", (), layout, False, lambda box: [], lambda box: tuple, lambda box: {}, "", 0.0))
+    assert call.value is not None
+    return State(0, layout, call.value.dtype)
+
+
+def _output(site: Site, result: Any) -> None:
+    if not isinstance(result, State) or site.call.value is None or not site.value.batched:
+        kind = (
+            "something that is no tensor with the batch in front"
+            if isinstance(result, State)
+            else type(result).__name__
+        )
+        raise ConfigurationError(
+            f"the model returns {kind}; a model cut by units returns one tensor, shape (batch, ...)",
+            hint="let forward return one tensor, or cut the model by layers with Plan.stages",
+        )
+    site.compute([result], at(site.shape, site.out, site.partitions), lambda box: lambda held: held)
+
+
+def _cut_of(call: Call, cuts: Mapping[str, Cut]) -> Cut | None:
+    """The cut asked for the layer; else `on` for the nearest module around it."""
+    if call.kind != "call_module":
+        return None
+    name = str(call.target)
+    if name in cuts:
+        return cuts[name]
+    around = [name[:end] for end in range(len(name)) if name[end] == "."]
+    return next((cuts[outer] for outer in reversed(around) if outer in cuts), None)
+
+
+def check_cuts(model: nn.Module, cuts: Mapping[str, Cut], partitions: int) -> None:
+    """Raise ConfigurationError for a module that is not there, and for a partition that is not."""
+    modules = dict(model.named_modules())
+    for name, cut in cuts.items():
+        if name not in modules or not name:
+            close = difflib.get_close_matches(name, list(modules), 3) or [known for known in modules if known][:3]
+            raise ConfigurationError(
+                f"the plan cuts {name!r}, but {type(model).__name__} has no module of that name",
+                hint=f"did you mean {' or '.join(map(repr, close))}?",
+            )
+        if cut.kind == "on" and not 0 <= cut.numbers[0] < partitions:
+            raise ConfigurationError(
+                f"the plan puts {name!r} {cut}, but the partitions are 0 to {partitions - 1}",
+                hint=f"use on(0) to on({partitions - 1}), or more partitions",
+            )
+        if cut.kind != "on" and not has_rule(modules[name]) and any(True for _ in modules[name].children()):
+            raise ConfigurationError(
+                f"the plan cuts {name!r} by {cut}, but it is a {type(modules[name]).__name__} of several layers",
+                hint="cut its layers by their own names, or put it on(partition) as a whole",
+            )
+
+
+LIGHT_SHARE = 1 / 64
+"""The part of a partition's work that is not worth an exchange."""
+
+IN_PLACE = (
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.ifloordiv, operator.imod,
+    operator.iand, operator.ior, operator.ixor, operator.setitem,
+)  # fmt: skip
+
+
+def _check_uses(model: nn.Module, calls: Sequence[Call]) -> None:
+    """Raise ConfigurationError for parameters used in two places, and for values used after they were overwritten."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if names.setdefault(id(parameter), name) != name:
+            raise ConfigurationError(
+                f"parameters {names[id(parameter)]} and {name} are one: tied parameters cannot be cut by units",
+                hint="give each layer its own parameter, or cut the model by layers with Plan.stages",
+            )
+    owners: dict[str, str] = {}
+    position = {call.node: index for index, call in enumerate(calls)}
+    for call in calls:
+        if call.kind in ("call_module", "get_attr"):
+            _claim(model, call, owners)
+        if _overwrites(model, call):
+            victim = call.node.args[0]
+            later = (
+                [user for user in victim.users if position[user] > position[call.node]]
+                if isinstance(victim, fx.Node)
+                else []
+            )
+            if later:
+                raise ConfigurationError(
+                    f"{name_of(later[0])} uses a value that {call.name} has overwritten in place",
+                    hint="use the result of the call, or compute out of place",
+                )
+
+
+def _claim(model: nn.Module, call: Call, owners: dict[str, str]) -> None:
+    target = str(call.target)
+    if call.kind == "get_attr":
+        used = [target] if target in dict(model.named_parameters()) else []
+    else:
+        module = model.get_submodule(target)
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ConfigurationError(
+                f"module {target} has forward hooks, which its parts would not call",
+                hint="put what they do into a module of its own, or cut the model by layers with Plan.stages",
+            )
+        used = [f"{target}.{name}" for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    for name in used:
+        if name in owners:
+            twice = (
+                f"module {target} is called twice" if call.kind == "call_module" else f"parameter {name} is used twice"
+            )
+            raise ConfigurationError(
+                f"{twice} in the forward pass; partitions hold one part of a parameter, for one use of it",
+                hint="give each call a layer of its own, or cut the model by layers with Plan.stages",
+            )
+        owners[name] = call.node.name
+
+
+def _overwrites(model: nn.Module, call: Call) -> bool:
+    if call.kind == "call_method":
+        return str(call.target).endswith("_") and not str(call.target).endswith("__")
+    if call.kind == "call_module":
+        return bool(getattr(model.get_submodule(str(call.target)), "inplace", False))
+    return call.target in IN_PLACE or bool(call.kwargs.get("inplace", False))

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a process of a job is built of when it is born: a partition of a replica, or of the evaluator."""
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from distbelief.coordinator import Coordinator
+from distbelief.data_shard import DataShard
+from distbelief.downpour import DownpourReplica
+from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Home
+from distbelief.evaluator import Evaluator
+from distbelief.job import Prepared
+from distbelief.model_partition import Meeting, PartObjective
+from distbelief.model_replica import ModelReplica, Part, build, pick_device, whole
+from distbelief.parameter_server import ParameterServer
+from distbelief.parameters import Layout, Span
+from distbelief.partition.group import Group
+from distbelief.partition.stages import StagePlan
+from distbelief.roster import EVALUATOR, replica_name
+
+
+@dataclass(frozen=True, eq=False)
+class Seat:
+    """Where one process computes: its part of the model, where that lies, and its partners."""
+
+    part: Part
+    layout: Layout
+    own: Span
+    group: Group
+
+
+def _seat(home: Home, prepared: Prepared, name: str, partition: int, device: torch.device, seed: int) -> Seat:
+    """Take a place in the replica `name`. The draws of its partitions, such as dropout's, are those of `seed`."""
+    job, cut = prepared.job, prepared.cut
+    if cut is None:
+        module, layout = build(job.model, job.seed, job.groups)
+        torch.manual_seed(seed)
+        return Seat(whole(module), layout, Span(0, layout.length), Group(None, 0, 1, device=device))
+    coordinator = home.find(COORDINATOR, Coordinator, COORDINATOR_SECONDS)
+    meeting = Meeting(home, coordinator, (Coordinator.keep, Coordinator.look), f"{name}/{home.incarnation}")
+    group = Group(
+        meeting, partition, job.cluster.plan.partitions, deadline_seconds=job.cluster.silence_seconds, device=device,
+        own_device=device.type == "cuda"
+        and torch.cuda.device_count() >= job.cluster.replicas * job.cluster.plan.partitions,
+    )  # fmt: skip
+    if isinstance(cut.plan, StagePlan):
+        limit = datetime.timedelta(seconds=job.cluster.silence_seconds)
+        store = dist.PrefixStore("stages", meeting)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=partition, world_size=group.size, timeout=limit)
+    part = cut.part(partition, group, seed)
+    torch.manual_seed(seed)
+    return Seat(part, cut.layout.of_partition(partition), cut.layout.partitions[partition], group)
+
+
+def replica_role(home: Home, prepared: Prepared, index: int, partition: int, spans: Sequence[Span]) -> DownpourReplica:
+    """Build one partition of model replica `index` in its own process."""
+    job = prepared.job
+    torch.set_num_threads(job.cluster.threads)
+    # Draws such as dropout's differ between replicas and lives.
+    seed = job.seed + 1_000_003 * (index + 1) + 7_919 * home.incarnation
+    device = pick_device(job.cluster.device, index * job.cluster.plan.partitions + partition)
+    seat = _seat(home, prepared, replica_name(index), partition, device, seed)
+    objective = job.objective if prepared.cut is None else PartObjective(job.objective, seat.group)
+    model = ModelReplica(seat.part, seat.layout, objective.differentiate, device, home.allocate, seat.group)
+    data = DataShard(home, prepared.data, job.batch_size, job.seed)
+    server = ParameterServer(home, spans, seat.own, index, partition)
+    return DownpourReplica(home, index, model, data, server, job.algorithm)
+
+
+def evaluator_role(home: Home, prepared: Prepared, partition: int, spans: Sequence[Span]) -> Evaluator:
+    """Build one partition of the evaluator in its own process."""
+    torch.set_num_threads(1)
+    seat = _seat(home, prepared, EVALUATOR, partition, torch.device("cpu"), prepared.job.seed)
+    server = ParameterServer(home, spans, seat.own, -1, partition)
+    return Evaluator(home, seat.part, seat.layout, server, seat.group, prepared.test, prepared.job.measures)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A safetensors file that is written part by part, by somebody who never holds all that is in it.
+
+    length of the header, 8 bytes | header: name -> dtype, shape, place | values, one tensor after another
+
+The package safetensors, which reads these files, writes only what is in memory.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, final
+
+import torch
+
+from distbelief.errors import ConfigurationError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
+"""What the format calls the dtypes that it has."""
+
+_ALIGNMENT = 8
+"""Bytes; the values begin at a multiple of it, so that a mapped file can be used as it lies."""
+
+
+@final
+class TensorFile:
+    """A new file, all zeros; made by `create`."""
+
+    def __init__(self, file: BinaryIO, places: Mapping[str, tuple[torch.dtype, int]]) -> None:
+        self._file, self._places = file, places
+
+    def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
+        """Write these values from element `start` of a tensor on, counted in one row. Raises OSError."""
+        dtype, place = self._places[name]
+        assert values.dtype == dtype
+        self._file.seek(place + start * dtype.itemsize)
+        self._file.write(values.detach().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+
+
+@contextlib.contextmanager
+def create(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> Iterator[TensorFile]:
+    """A file of tensors of these dtypes and shapes, complete when the context is left; what is not written is zero.
+
+    Raises OSError, and ConfigurationError for a dtype that the format has not.
+    """
+    named = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    places: dict[str, tuple[torch.dtype, int]] = {}
+    end = 0
+    # The widest first: then each tensor begins at a multiple of its element's size.
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
+        if dtype not in named:
+            raise ConfigurationError(
+                f"{name} has dtype {dtype}, which a safetensors file cannot hold",
+                hint=f"convert it to one of {', '.join(str(known).removeprefix('torch.') for known in named)}",
+            )
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": named[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        places[name] = (dtype, start)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    first = 8 + len(text)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(first + end)
+        yield TensorFile(file, {name: (dtype, first + start) for name, (dtype, start) in places.items()})

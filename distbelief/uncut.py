@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model as the user's process has it: whole, or, where no process may hold it whole, on the meta device."""
+
+from pathlib import Path
+from typing import final
+
+from torch import nn
+
+from distbelief.coordinator import Coordinator
+from distbelief.engine.base import Engine
+from distbelief.export import Values, state_dict
+from distbelief.job import Facts, Job
+from distbelief.model_partition import initial_buffers
+from distbelief.model_replica import build, flat_buffers, load_buffers, load_parameters
+from distbelief.parameters import Span
+from distbelief.partition.materialise import record
+
+
+@final
+class Uncut:
+    """The user's model: its structure, its initial buffers, and what became of it."""
+
+    def __init__(self, job: Job, facts: Facts) -> None:
+        self._job, self._facts = job, facts
+        self.values: Values | None = None
+        """Gives single tensors of a model on the meta device."""
+        if job.cluster.plan.partitions == 1:
+            self.module, _ = build(job.model, job.seed, job.groups)
+            self.buffers = [flat_buffers(dict(self.module.named_buffers()))]
+        else:
+            recorded = record(job.model, job.seed)
+            self.module, self.values = recorded.module, recorded.values
+            self.buffers = initial_buffers(recorded, facts.buffers)
+
+    def load(self, engine: Engine, coordinator: Coordinator, spans: list[Span]) -> None:
+        """Take what was trained into the module, if it is here."""
+        if self.values is None:
+            flat = engine.allocate(self._facts.layout.length, self._facts.layout.dtype)
+            coordinator.fetch(flat, spans)
+            load_parameters(dict(self.module.named_parameters()), self._facts.layout, flat)
+            load_buffers(dict(self.module.named_buffers()), coordinator.buffers()[0])
+
+    def trained(self, run: Path) -> nn.Module:
+        """The trained module; one that was in parts is put together from the last checkpoint."""
+        if self.values is None:
+            return self.module
+        module = self._job.model()
+        module.load_state_dict(state_dict(run))
+        return module

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that are cut into stages, and what is asked of them; and one partition of a replica as a program.
+
+    python staged_models.py FOLDER PARTITIONS PARTITION TASK
+
+runs a task of this module as one partition of a replica that meets in the folder.
+"""
+
+import datetime
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distbelief.errors import DeadlineExceeded, PeerLost
+from distbelief.partition.materialise import record
+from distbelief.partition.pipeline import Pipeline
+from distbelief.partition.stages import Stage, StagePlan, stages
+
+
+class Residual(nn.Module):
+    """A block that cannot be cut inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(x + self.second(functional.relu(self.norm(self.first(x)))))
+
+
+class Pictures(nn.Module):
+    """Residual blocks in a list, functions between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.blocks = nn.ModuleList(Residual(4) for _ in range(4))
+        self.last = nn.Linear(4 * 9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.stem(x))
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number == 1:
+                x = functional.max_pool2d(x, 2)
+        return self.last(x.flatten(1))
+
+
+class Block(nn.Module):
+    """Causal self-attention and a feed-forward network, each added to its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix, self.join = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.mix(self.norm(x)).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.join(seen.transpose(1, 2).flatten(2))
+        return x + self.feed(self.feed_norm(x))
+
+
+class Decoder(nn.Module):
+    """A transformer that predicts the next of 11 letters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.letter, self.position = nn.Embedding(11, 8), nn.Embedding(6, 8)
+        self.blocks = nn.Sequential(*(Block(8) for _ in range(3)))
+        self.score = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 11))
+
+    def forward(self, text: Tensor) -> Tensor:
+        scores: Tensor = self.score(self.blocks(self.letter(text) + self.position.weight[: text.shape[1]]))
+        return scores
+
+
+class Recurrent(nn.Module):
+    """Modules that return tuples, values that are turned round on the way, a table, a frozen layer, an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(3, 6)
+        self.enter.weight.requires_grad_(False)
+        self.lstm, self.again = nn.LSTM(6, 7, batch_first=True), nn.LSTM(7, 5)
+        self.register_buffer("table", torch.randn(7).exp())
+        self.gain, self.shift = nn.Parameter(torch.ones(7)), torch.tensor(0.25)
+        self.leave = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor, start: Tensor | None = None) -> Tensor:
+        scale = self.table / self.table.sum()
+        steps, _ = self.lstm(self.enter(x) if start is None else start)
+        steps, _ = self.again((steps * scale * self.gain + self.shift).transpose(0, 1))
+        return self.leave(steps[-1]) + self.shift
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Sequential(nn.Linear(9, 8), nn.ReLU())),
+        nn.Linear(8, 7), nn.Sigmoid(), nn.Linear(7, 5), nn.Linear(5, 4),
+    )  # fmt: skip
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(12, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 8), nn.BatchNorm1d(8, affine=False), nn.Tanh(),
+        nn.Linear(8, 7), nn.BatchNorm1d(7, momentum=None), nn.Linear(7, 4),
+    )  # fmt: skip
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "perceptron": (perceptron, (12,)),
+    "normalised": (normalised, (12,)),
+    "pictures": (Pictures, (2, 6, 6)),
+    "decoder": (Decoder, (6,)),
+    "recurrent": (Recurrent, (5, 3)),
+}
+"""Each with the shape of an example."""
+
+
+def mini_batch(name: str, examples: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random input and target."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = MODELS[name][1]
+    if name == "decoder":
+        letters = torch.randint(11, (examples, 7), generator=generator)
+        return letters[:, :-1], letters[:, 1:]
+    classes = torch.randint(4, (examples,), generator=generator)
+    return torch.randn(examples, *shape, dtype=torch.float64, generator=generator).to(dtype), classes
+
+
+def loss(output: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(output.flatten(0, -2), target.flatten())
+
+
+def of(name: str, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    """The constructor of a model in this dtype."""
+    return lambda: MODELS[name][0]().to(dtype)
+
+
+def plain(name: str, dtype: torch.dtype) -> nn.Module:
+    """The uncut model."""
+    torch.manual_seed(0)
+    return of(name, dtype)()
+
+
+def make(plan: StagePlan, partition: int, build: Callable[[], nn.Module]) -> Stage:
+    """A stage with its initial values."""
+    owned = [*plan.pieces(partition), *plan.frozen(partition), *plan.buffers(partition), *plan.others(partition)]
+    values = dict(record(build, 0).values({piece.name: (piece.full_shape, piece.box) for piece in owned}))
+    return plan.share(partition, values, torch.device("cpu"))
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative to the largest element."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def check(found: Tensor | None, expected: Tensor | None, what: str) -> None:
+    """To 1e-12 in float64, 1e-6 in float32."""
+    assert found is not None, what
+    assert expected is not None, what
+    wrong = error(found.detach(), expected.detach())
+    assert wrong <= (1e-12 if expected.dtype == torch.float64 else 1e-6), f"{what} is wrong by {wrong}"
+
+
+# what partitions are asked to do
+
+
+def trains(partition: int, partitions: int) -> None:
+    """Mini-batches of several sizes, evaluation between them: what the uncut model computes, part by part."""
+    for name, dtype in [(name, dtype) for name in MODELS for dtype in (torch.float64, torch.float32)]:
+        for microbatches in (1, 2, 4):
+            uncut = plain(name, dtype)
+            plan = stages(record(of(name, dtype), 0).module, mini_batch(name, 8, dtype)[0], partitions, microbatches)
+            stage = make(plan, partition, of(name, dtype))
+            pipeline = Pipeline(plan, partition, stage, torch.device("cpu"))
+            for step, examples in enumerate((8, 8, 7, 4, 8)):
+                what = f"{name}, {partitions} stages, {microbatches} micro-batches, step {step}"
+                x, target = mini_batch(name, examples, dtype, step)
+                uncut.zero_grad()
+                stage.zero_grad()
+                total, count = torch.zeros((), dtype=dtype), plan.micro_batches(examples)
+                for part, part_target in zip(x.chunk(count), target.chunk(count), strict=True):
+                    part_loss = loss(uncut.train()(part), part_target) / count
+                    part_loss.backward()  # type: ignore[no-untyped-call]
+                    total += part_loss.detach()
+                found = pipeline.step(x, target, loss)
+                assert (found is None) == (partition != plan.out)
+                if found is not None:
+                    check(found, total, f"loss of {what}")
+                gradients = dict(uncut.named_parameters())
+                for parameter_name, parameter in stage.parameters_by_name.items():
+                    if parameter.requires_grad:
+                        check(parameter.grad, gradients[parameter_name].grad, f"{parameter_name} of {what}")
+                buffers = dict(uncut.named_buffers())
+                for buffer_name, buffer in stage.buffers_by_name.items():
+                    assert buffer.equal(buffers[buffer_name]), f"{buffer_name} of {what}"
+                x, _ = mini_batch(name, (9, 3)[step % 2], dtype, step)
+                output = pipeline.evaluate(x)
+                assert stage.training
+                assert (output is None) == (partition != plan.out)
+                if output is not None:
+                    check(output, uncut.eval()(x), f"output of {what}")
+
+
+def hooks(partition: int, partitions: int) -> None:
+    """Hooks that take each gradient away, as replicas do, see parts whose sum is the mean's gradient."""
+    uncut, dtype = plain("pictures", torch.float64), torch.float64
+    x, target = mini_batch("pictures", 8, dtype)
+    plan = stages(uncut, x, partitions, 4)
+    stage = make(plan, partition, of("pictures", dtype))
+    sums = {name: torch.zeros_like(parameter) for name, parameter in stage.parameters_by_name.items()}
+    for name, parameter in stage.parameters_by_name.items():
+
+        def take(parameter: Tensor, name: str = name) -> None:
+            assert parameter.grad is not None
+            sums[name] += parameter.grad
+            parameter.grad = None
+
+        parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+    Pipeline(plan, partition, stage, torch.device("cpu")).step(x, target, loss)
+    for part, part_target in zip(x.chunk(4), target.chunk(4), strict=True):
+        (loss(uncut(part), part_target) / 4).backward()  # type: ignore[no-untyped-call]
+    for name, found in sums.items():
+        check(found, uncut.get_parameter(name).grad, name)
+
+
+def dies(partition: int, partitions: int) -> None:
+    """The last partition is gone after a step; the others learn of it."""
+    x, target = mini_batch("perceptron", 8, torch.float32)
+    plan = stages(plain("perceptron", torch.float32), x, partitions, 4)
+    stage = make(plan, partition, of("perceptron", torch.float32))
+    pipeline = Pipeline(plan, partition, stage, torch.device("cpu"))
+    pipeline.step(x, target, loss)
+    if partition < plan.out:
+        with pytest.raises(PeerLost, match=f"says partition {partition} of {partitions}"):
+            pipeline.step(x, target, loss)
+
+
+def hangs(partition: int, partitions: int) -> None:
+    """The last partition does nothing for longer than the others wait."""
+    x, target = mini_batch("perceptron", 8, torch.float32)
+    plan = stages(plain("perceptron", torch.float32), x, partitions, 4)
+    stage = make(plan, partition, of("perceptron", torch.float32))
+    pipeline = Pipeline(plan, partition, stage, torch.device("cpu"))
+    pipeline.step(x, target, loss)
+    if partition == plan.out:
+        time.sleep(3 * PATIENCE_SECONDS["hangs"])
+    else:
+        with pytest.raises(
+            DeadlineExceeded, match=f"did not answer in time, says partition {partition} of {partitions}"
+        ):
+            pipeline.step(x, target, loss)
+
+
+TASKS = {"trains": trains, "hooks": hooks, "dies": dies, "hangs": hangs}
+PATIENCE_SECONDS = {"trains": 60.0, "hooks": 60.0, "dies": 60.0, "hangs": 5.0}
+"""How long a partition waits for another."""
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, size, index, task = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), TASKS[sys.argv[4]]
+    store = dist.FileStore(str(Path(folder) / "meeting"), size)
+    limit = datetime.timedelta(seconds=PATIENCE_SECONDS[sys.argv[4]])
+    dist.init_process_group("gloo", store=store, rank=index, world_size=size, timeout=limit)
+    try:
+        task(index, size)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Partitions as threads: a whole replica inside one test, over the loopback interface."""
+
+import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from distbelief.partition.group import Group
+
+T = TypeVar("T")
+
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def together(
+    partitions: int, work: Callable[[Group], T], deadline_seconds: float = 20.0, device: torch.device | None = None
+) -> list[T]:
+    """What `work` returns on every partition; the first error if one of them raises."""
+    store, results, errors = dist.HashStore(), {}, []
+
+    def run(index: int) -> None:
+        group = None
+        try:
+            group = Group(store, index, partitions, deadline_seconds=deadline_seconds, device=device)
+            results[index] = work(group)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            if group is not None:
+                group.close()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(partitions)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[index] for index in range(partitions)]

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the command line: what is given there replaces what the file says, and is kept for resuming."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distbelief import cli
+from distbelief.report import read_summary
+
+SCRIPT = """
+import distbelief as db
+from tests import problems
+
+class Own:
+    name = "own"
+    def __repr__(self):
+        return "Own()"
+    def check(self, groups):
+        pass
+    def bind(self, parameters, segments, span):
+        return db.sgd(0.1).bind(parameters, segments, span)
+
+def job(rule: str = "db.adagrad(0.1, eps=1e-7)") -> db.Job:
+    return problems.job(algorithm=db.Downpour(update_rule=eval(rule), n_push=2))
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Runs `distbelief` with these arguments beside the script rules_script.py."""
+    (tmp_path / "rules_script.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def command(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["distbelief", *arguments])
+        cli.command()
+
+    yield command
+    sys.modules.pop("rules_script", None)
+
+
+def algorithm() -> str:
+    return read_summary(Path("a/summary.json")).algorithm
+
+
+@pytest.mark.parametrize(
+    ("given", "trained"),
+    [
+        ("", "adagrad(0.1, eps=1e-07)"),
+        ("--algorithm.rate 0.02", "adagrad(0.02, eps=1e-07)"),
+        ("--algorithm.update-rule adagrad", "adagrad(0.05)"),
+        ("--algorithm.update-rule sgd --algorithm.rate 0.3", "sgd(0.3)"),
+        ("--algorithm.rate 0.004 --algorithm.update-rule adamw", "adamw(0.004)"),
+        ("--algorithm.update-rule adaptive_revision --algorithm.rate 0.2", "adaptive_revision(0.2, c=1e-10)"),
+        ("--rule db.sgd(0.1,momentum=0.9) --algorithm.rate 0.05", "sgd(0.05, momentum=0.9)"),
+        ("--rule db.adaptive_revision(0.1,c=1.0) --algorithm.rate 0.05", "adaptive_revision(0.05, c=1.0)"),
+        ("--rule Own()", "Own()"),
+        ("--rule Own() --algorithm.update-rule adam", "adam(0.001)"),
+    ],
+)
+def test_the_update_rule_and_its_rate_are_those_of_the_command_line_else_of_the_file(
+    given: str, trained: str, run: Callable[..., None]
+) -> None:
+    run("train", "rules_script.py", "--run", "a", "--epochs", "1", *given.split())
+    assert algorithm() == f"Downpour, {trained}"
+
+
+def test_a_resumed_run_keeps_the_rule_that_the_command_line_gave_it_until_it_is_given_another_rate(
+    run: Callable[..., None],
+) -> None:
+    run("train", "rules_script.py", "--run", "a", "--algorithm.update-rule", "adam", "--algorithm.rate", "0.02")
+    run("resume", "a", "--epochs", "3")
+    assert algorithm() == "Downpour, adam(0.02)"
+    run("resume", "a", "--epochs", "4", "--algorithm.rate", "0.01")
+    assert algorithm() == "Downpour, adam(0.01)"
+    assert read_summary(Path("a/summary.json")).examples.seen == 4 * 640
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--algorithm.update-rule sgd", "the update rule sgd has no default rate\nhint: add --algorithm.rate 0.1"),
+        ("--rule Own() --algorithm.rate 0.1", "the rate of Own() can be set in the file only\nhint: name another rule"),
+        ("--algorithm.rate -1", "Invalid learning rate: -1.0\nhint: correct the option"),
+        ("--algorithm.update-rule muon --algorithm.rate 1", "muon"),
+    ],
+)
+def test_a_rule_or_rate_that_cannot_be_is_refused_before_anything_starts(
+    given: str, said: str, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("train", "rules_script.py", "--run", "a", *given.split())
+    assert ended.value.code != 0
+    assert said in capsys.readouterr().err
+    assert not Path("a").exists()
+
+
+NAMED = """
+import functools
+import distbelief as db
+from tests import problems
+
+def job({name}: int = 640) -> db.Job:
+    return problems.job(data=functools.partial(problems.points, {name}))
+"""
+
+
+def test_a_scripts_option_may_be_named_like_a_field_of_the_job_that_is_no_option(run: Callable[..., None]) -> None:
+    Path("rules_script.py").write_text(NAMED.format(name="data"))
+    run("train", "rules_script.py", "--run", "a", "--epochs", "1", "--data", "320")
+    assert read_summary(Path("a/summary.json")).examples.seen == 320
+
+
+@pytest.mark.parametrize("name", ["epochs", "cluster"])
+def test_a_scripts_option_may_not_be_named_like_an_option_of_the_job(
+    name: str, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rules_script.py").write_text(NAMED.format(name=name))
+    with pytest.raises(SystemExit):
+        run("train", "rules_script.py")
+    said = capsys.readouterr().err
+    assert f"parameter {name} of job cannot become an option: distbelief has an option of that name" in said
+    assert "hint: give every parameter a name of its own" in said
+
+
+def test_the_help_names_the_rules_and_the_rate(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("train", "rules_script.py", "--help")
+    assert ended.value.code == 0
+    told: Any = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--algorithm.update-rule {None,adagrad,sgd,adam,adamw,adaptive_revision}" in told
+    assert "--algorithm.rate" in told
+    assert "Learning rate of the update rule. (default: as in the file)" in told
+    assert "Named here, it has its default options. (default: as in the file)" in told

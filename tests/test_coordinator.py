@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the coordinator, with real shards on the simulated engine and replicas that do what no replica should."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distbelief import adagrad, checkpoint
+from distbelief.coordinator import Coordinator
+from distbelief.engine.base import COORDINATOR, Faults, Home
+from distbelief.engine.simulated import SimulatedEngine
+from distbelief.errors import ChannelError
+from distbelief.events import AnyEvent, RoleStarted, ShardRestored
+from distbelief.parameter_server import ParameterServerShard, shard_name
+from distbelief.parameters import Layout, Piece, Span
+from distbelief.portions import Leases, Stages
+from distbelief.roster import RoleSpec, Settings, replica_name
+from distbelief.section import Stamp
+
+LENGTH = 70
+LAYOUT = Layout((Piece("all", (LENGTH,), Span(0, LENGTH)),), torch.float32)
+
+
+class CutOff:
+    """A replica that, once replaced, goes on pushing as its first incarnation, a thousand times a second."""
+
+    def __init__(self, home: Home, outcomes: list[tuple[float, str]]) -> None:
+        self.home, self.outcomes = home, outcomes
+        self.shard = home.find(shard_name(0), ParameterServerShard, 5.0)
+
+    def run(self) -> None:
+        gradient = torch.ones(LENGTH)
+        coordinator = self.home.find(COORDINATOR, Coordinator)
+        while coordinator.call(Coordinator.wants_parameters, 0).result():
+            self.shard.call(ParameterServerShard.initialise, 0, torch.zeros(LENGTH)).result()
+            self.home.sleep(0.05)
+        while self.home.now() < 3.0:
+            stamp = Stamp(0, 0, int(1e6 * self.home.now()), 0, 1, ())
+            try:
+                self.shard.call(ParameterServerShard.push, stamp, gradient).result()
+                outcome = "applied"
+            except ChannelError as error:
+                outcome = type(error).__name__
+            self.outcomes.append((self.home.now(), outcome))
+            self.home.sleep(1e-3)
+        coordinator.call(Coordinator.leave, 0, self.home.incarnation).result()
+
+
+def coordinator(engine: Any, run: Path, outcomes: list[tuple[float, str]], heard: list[Any]) -> Coordinator:
+    """One shard, one such replica."""
+    settings = Settings(
+        run=run, replicas=[[RoleSpec(replica_name(0), CutOff, (outcomes,))]],
+        shards=[RoleSpec(shard_name(0), ParameterServerShard, (Span(0, LENGTH), LAYOUT, adagrad(0.1)))],
+        evaluator=(), stages=Stages(), checkpoint_seconds=1e6, keep_checkpoints=1, evaluate_examples=1,
+        silence_seconds=60.0, refusals=0, incarnation=0,
+    )  # fmt: skip
+    module = nn.Linear(LENGTH, 1, bias=False)
+    manifest = checkpoint.manifests(module, LAYOUT, Layout((), torch.float64), rule="", seed=0)
+
+    def emit(event: AnyEvent) -> None:
+        heard.append((engine.now(), event))
+
+    leases = Leases(100, 10, 1)
+    return Coordinator(engine, settings, leases, [torch.empty(0, dtype=torch.float64)], manifest, emit)
+
+
+def test_a_restored_shard_refuses_the_incarnations_that_it_has_forgotten_were_replaced(tmp_path: Path) -> None:
+    for seed in range(3):
+        outcomes: list[tuple[float, str]] = []
+        heard: list[tuple[float, Any]] = []
+        # The checkpoint that the shard comes back from is older than the death of the replica.
+        faults = Faults(kill=((0.7, replica_name(0)), (1.5, shard_name(0))))
+        with closing(SimulatedEngine(seed, faults=faults)) as engine:
+            center = coordinator(engine, tmp_path / f"run{seed}", outcomes, heard)
+            engine.answer(center)
+            engine.at(3.0, lambda center=center: setattr(center, "interrupted", "enough"))  # type: ignore[misc]
+            center.start(None)
+            assert center.run() == "enough"
+        replaced = max(seconds for seconds, event in heard if isinstance(event, RoleStarted) and event.role[0] == "r")
+        (restored,) = [seconds for seconds, event in heard if isinstance(event, ShardRestored)]
+        assert "applied" in {outcome for seconds, outcome in outcomes if seconds < replaced}
+        late = [outcome for seconds, outcome in outcomes if seconds > replaced]
+        assert set(late) - {"PeerLost"} == {"Fenced", "NotReady"}
+        assert "Fenced" in {outcome for seconds, outcome in outcomes if seconds > restored}

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Downpour with replicas that span several processes (paper, section 3): the same results, the same guarantees."""
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import distbelief as db
+from distbelief.events import Observation, RoleLost, RoleStarted
+from distbelief.plan import Plan, on
+from tests import problems
+
+pytestmark = pytest.mark.slow
+
+
+def cluster(partitions: int | Plan, **fields: Any) -> db.Cluster:
+    given: dict[str, Any] = {"replicas": 1, "shards": 2, "threads_per_replica": 1, "device": "cpu"}
+    return db.Cluster(partitions=partitions, **(given | fields))
+
+
+def wide_classifier() -> nn.Module:
+    # Without a bias before BatchNorm: its gradient is nothing but rounding, which Adagrad would blow up.
+    first = nn.Sequential(nn.Linear(12, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU())
+    return nn.Sequential(*first, nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 3))
+
+
+def awaited(**fields: Any) -> db.Downpour:
+    return db.Downpour(update_rule=db.adagrad(0.1), fetch="awaited", **fields)
+
+
+def in_double(examples: int, seed: int = 0) -> TensorDataset:
+    inputs, targets = problems.points(examples, seed).tensors
+    return TensorDataset(inputs.double(), targets)
+
+
+def double_classifier() -> nn.Module:
+    return wide_classifier().double()
+
+
+def trained(tmp_path: Path, partitions: int | Plan, **fields: Any) -> db.Result:
+    given: dict[str, Any] = {
+        "model": double_classifier, "data": functools.partial(in_double, 320), "algorithm": awaited(),
+        "test": functools.partial(in_double, 100, 1), "epochs": 1, "cluster": cluster(partitions),
+        "run": tmp_path / f"run{len(list(tmp_path.iterdir()))}",
+    }  # fmt: skip
+    listeners, faults = fields.pop("listeners", ()), fields.pop("faults", None)
+    return db.train(problems.job(**(given | fields)), view=False, listeners=listeners, faults=faults)
+
+
+def distance(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("partitions", "shards"),
+    [(2, 1), (3, 2), (2, 3), (Plan.units(2, {"0": on(1), "3": on(0)}), 2), (Plan.stages(2, microbatches=1), 3)],
+)
+def test_a_replica_cut_into_partitions_takes_the_steps_of_the_uncut_model(
+    partitions: int | Plan, shards: int, tmp_path: Path
+) -> None:
+    whole = trained(tmp_path, 1)
+    cut = trained(tmp_path, partitions, cluster=cluster(partitions, shards=shards))
+    assert distance(cut.model, whole.model) < 1e-11
+    assert cut.test["accuracy"] == pytest.approx(whole.test["accuracy"], abs=1e-9)
+    assert cut.summary.examples.seen == 320
+    assert cut.summary.staleness.p95 == 0
+
+
+def test_accruing_clipping_and_parameter_groups_do_not_depend_on_the_cut(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"algorithm": awaited(n_push=3, n_fetch=3, clip_norm=0.05), "groups": slower_biases}
+    whole, cut = (trained(tmp_path, partitions, **options) for partitions in (1, 2))
+    assert distance(cut.model, whole.model) < 1e-11
+
+
+def slower_biases(name: str, parameter: nn.Parameter) -> dict[str, float]:
+    return {"rate": 0.01} if name.endswith("bias") else {}
+
+
+def test_two_replicas_of_two_partitions_on_three_shards_see_every_example_once_and_learn(tmp_path: Path) -> None:
+    result = trained(
+        tmp_path, 2, cluster=cluster(2, replicas=2, shards=3), epochs=4, data=functools.partial(in_double, 640)
+    )
+    summary = result.summary
+    assert (summary.examples.seen, summary.examples.repeated, summary.examples.missing) == (2560, 0, 0)
+    inputs, targets = in_double(200, 1).tensors
+    assert problems.accuracy(result.model(inputs), targets) > 0.85
+
+
+def of(kind: type, heard: list[Observation]) -> list[Any]:
+    return [each.event for each in heard if isinstance(each.event, kind)]
+
+
+@pytest.mark.parametrize("member", ["replica/0/0", "replica/0/1"])
+@pytest.mark.parametrize("trouble", ["kill", "hang"])
+def test_a_replica_that_loses_a_partition_forms_again_and_the_others_go_on(
+    member: str, trouble: str, tmp_path: Path
+) -> None:
+    moment = 1.5
+    faults = db.Faults(kill=((moment, member),)) if trouble == "kill" else db.Faults(hang=((moment, 1e9, member),))
+    heard: list[Observation] = []
+    result = trained(
+        tmp_path, 2, cluster=cluster(2, replicas=2, silence_seconds=2.0), epochs=5, listeners=[heard.append],
+        data=functools.partial(slow_points, 640), test=None, faults=faults,
+    )  # fmt: skip
+    assert result.summary.examples.missing == 0
+    lost = [event.role for event in of(RoleLost, heard)]
+    assert lost
+    assert all(role.startswith("replica/0") for role in lost)
+    started = {(event.role, event.incarnation) for event in of(RoleStarted, heard)}
+    assert {("replica/0/0", 1), ("replica/0/1", 1)} <= started
+    assert ("replica/1/0", 1) not in started
+    again = next(one.seconds for one in heard if isinstance(one.event, RoleStarted) and one.event.incarnation == 1)
+    assert again - moment < 20.0  # on a machine that has other things to do; alone it takes 0.2 s, or the deadline
+
+
+class Slow(TensorDataset):
+    def __getitem__(self, index: Any) -> Any:
+        time.sleep(3e-3)
+        return super().__getitem__(index)
+
+
+def slow_points(examples: int) -> TensorDataset:
+    return Slow(*in_double(examples).tensors)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_a_run_is_resumed_with_another_number_of_partitions(before: int, after: int, tmp_path: Path) -> None:
+    first = trained(tmp_path, before)
+    job = problems.job(
+        model=double_classifier, data=functools.partial(in_double, 320), algorithm=awaited(), test=None, epochs=2,
+        cluster=cluster(after, shards=3),
+    )  # fmt: skip
+    second = db.train(job, resume=first.run, view=False)
+    straight = trained(tmp_path, 1, epochs=2)
+    assert second.summary.examples.seen == 640
+    assert distance(second.model, straight.model) < 1e-11
+
+
+def test_a_gradient_that_is_nan_on_one_partition_is_pushed_by_none(tmp_path: Path) -> None:
+    result = trained(tmp_path, 2, data=functools.partial(poisoned, 320))
+    assert result.summary.refused == 16
+    assert all(bool(value.isfinite().all()) for value in result.model.parameters())
+
+
+def poisoned(examples: int) -> TensorDataset:
+    inputs, targets = in_double(examples).tensors
+    inputs[7, 3] = float("nan")
+    return TensorDataset(inputs, targets)
+
+
+def by_step(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"loss": None, "step": by_step, "test": None}, "step"),
+        ({"cluster": cluster(40)}, "partitions"),
+        ({"cluster": cluster(2, memory_bytes=1000)}, r"partition \d of 2 takes [\d,]+ bytes of memory, of 1,000 given"),
+        ({"cluster": cluster(Plan.units(2, {"nothing": on(0)}))}, "nothing"),
+        ({"cluster": cluster(Plan.stages(2, microbatches=17))}, "17"),
+        ({"cluster": cluster(Plan.stages(9))}, "stages"),
+        ({"model": functools.partial(nn.Bilinear, 12, 12, 3)}, "rule"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_before_anything_starts(
+    fields: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(db.ConfigurationError, match=words):
+        trained(tmp_path, 2, **({"cluster": cluster(2)} | fields))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_simulated_engine_with_partitions_is_refused() -> None:
+    with pytest.raises(db.ConfigurationError, match="simulated"):
+        dataclasses.replace(cluster(2), engine="simulated")
