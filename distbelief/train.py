@@ -20,6 +20,7 @@ from torch import nn
 from distbelief import checkpoint, events
 from distbelief.checkpoint import Manifest
 from distbelief.coordinator import Coordinator
+from distbelief.downpour_coordinator import DownpourCoordinator
 from distbelief.engine.base import Engine, Faults
 from distbelief.engine.local import LocalEngine
 from distbelief.engine.pickles import SHARED
@@ -194,7 +195,7 @@ def _commands(run: Path, job: Job, launched: Launch, leases: Leases) -> tuple[st
 def _coordinator(
     job: Job, engine: Engine, facts: Facts, run: Path, spans: list[Span], leases: Leases, model: Uncut,
     restore: tuple[Path, Manifest] | None, emit: Callable[[AnyEvent], None],
-) -> Coordinator:  # fmt: skip
+) -> DownpourCoordinator:  # fmt: skip
     layout, cluster, partitions = facts.layout, job.cluster, job.cluster.plan.partitions
     if restore is None:
         buffers, incarnation = model.buffers, 0
@@ -217,7 +218,6 @@ def _coordinator(
             RoleSpec(member_name(EVALUATOR, k, partitions), evaluator_role, (SHARED, k, spans))
             for k in range(partitions if facts.test_examples else 0)
         ],
-        stages=job.stages(leases.total_examples),
         checkpoint_seconds=job.checkpoint_seconds,
         keep_checkpoints=job.keep_checkpoints,
         evaluate_examples=job.evaluate_every or facts.examples,
@@ -228,7 +228,8 @@ def _coordinator(
     manifest_of = checkpoint.manifests(
         model.module, layout, facts.buffers, rule=repr(job.algorithm.update_rule), seed=job.seed
     )
-    return Coordinator(engine, settings, leases, buffers, manifest_of, emit)
+    stages = job.stages(leases.total_examples)
+    return DownpourCoordinator(engine, settings, buffers, manifest_of, emit, leases, stages)
 
 
 def _leases(job: Job, facts: Facts, restore: tuple[Path, Manifest] | None) -> Leases:
