@@ -60,7 +60,7 @@ class Hand:
 
 @final
 class Portions:
-    """The ledger of one batch after another: every bundle is to be handed out, in hand, or done. `now` is in seconds."""
+    """The ledger of one batch after another: a bundle is to be handed out, in hand, or done. `now` is in seconds."""
 
     def __init__(self, bundles: Sequence[Bundle], replicas: int, *, backups: bool = True) -> None:
         self.bundles, self._backups = list(bundles), backups
@@ -91,6 +91,11 @@ class Portions:
     def done(self) -> int:
         """How many bundles of the batch are done."""
         return len(self._done)
+
+    @property
+    def examples_done(self) -> int:
+        """Examples of the bundles that are done."""
+        return sum(self.bundles[index].examples for index in self._done)
 
     @property
     def examples(self) -> int:

@@ -10,9 +10,10 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, TypeVar, cast, final
 
 import torch
 
@@ -37,6 +38,7 @@ from distbelief.portions import Failures
 from distbelief.progress import Counters
 from distbelief.roster import ReplicaRecord, RoleSpec, Settings
 from distbelief.section import SectionStatus
+from distbelief.shard_file import ShardFile
 
 T = TypeVar("T")
 
@@ -48,6 +50,18 @@ FIRST_CHECKPOINT_TRIES = 3
 """A shard may die while it is written; a full disk stays full."""
 EVALUATION_SECONDS = 600.0
 """The last evaluation is given up when it takes longer than this and than twenty times the slowest before it."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A checkpoint that the shards are writing."""
+
+    folder: Path
+    answers: Future[list[list[ShardFile]]]
+    work: dict[str, Any]
+    examples: int
+    started: float
+    durable: bool
 
 
 class Coordinator(ABC):
@@ -107,6 +121,10 @@ class Coordinator(ABC):
         """What a manifest says of the work done; asked before the shards write."""
 
     @abstractmethod
+    def is_own(self, manifest: Manifest) -> bool:
+        """Whether the checkpoint was written by this algorithm; another one's holds parameters only."""
+
+    @abstractmethod
     def lose_replica(self, index: int, incarnation: int) -> None:
         """A replica died; what it was working on goes to others, and `replace_replica` is called for it."""
 
@@ -121,6 +139,10 @@ class Coordinator(ABC):
     @abstractmethod
     def run(self) -> str:
         """Watch over the job until it is finished; returns the reason why it ended. Raises what ended it badly."""
+
+    @abstractmethod
+    def go_on(self) -> tuple[str, str]:
+        """How the job could go on from here: (an option of the command line, or nothing; the job as an expression)."""
 
     @abstractmethod
     def finished(self, reason: str, resume: str, export: str) -> events.AnyEvent:
@@ -185,17 +207,22 @@ class Coordinator(ABC):
             self._start(spec)
         if restore is not None:
             folder, manifest = restore
-            self.wait(All(self.engine, [shard.call(ParameterServerShard.restore, str(folder), manifest.shards, {})
-                            for shard in self.shards]))  # fmt: skip
+            self.wait(self.restore(folder, manifest))
             return
         failed = 0
         while not self.begun:
             self.tick()
-            if all(section.ready for sections in self.wait(self._status()) for section in sections):
+            if all(section.ready for sections in self.wait(self.status()) for section in sections):
                 self.begun = self.checkpoint()
                 failed += not self.begun
             if failed == FIRST_CHECKPOINT_TRIES:
                 raise TrainingFailed(f"the first checkpoint could not be written below {self.settings.run}")
+
+    @final
+    def restore(self, folder: Path, manifest: Manifest) -> Future[Any]:
+        """Start giving every shard this checkpoint."""
+        given = str(folder), manifest.shards, dict[int, int](), self.is_own(manifest)
+        return All(self.engine, [shard.call(ParameterServerShard.restore, *given) for shard in self.shards])
 
     @final
     def tick(self, until: Future[Any] | None = None) -> None:
@@ -259,7 +286,7 @@ class Coordinator(ABC):
             while self._evaluation is not None and self.engine.now() < until:
                 self.tick()
             self._evaluation_left = True
-        self.counters.update(self.wait(self._status()))
+        self.counters.update(self.wait(self.status()))
 
     @final
     def fetch(self, into: torch.Tensor, spans: Sequence[Span]) -> None:
@@ -350,16 +377,17 @@ class Coordinator(ABC):
         def found(newest: tuple[Path, Manifest]) -> None:
             for event in damaged:
                 self.emit(event)
-            folder, files = str(newest[0]), newest[1].shards
+            folder, manifest = str(newest[0]), newest[1]
 
             def restore() -> Future[list[int]]:
-                return shard.call(ParameterServerShard.restore, folder, files, self._replaced())
+                own = self.is_own(manifest)
+                return shard.call(ParameterServerShard.restore, folder, manifest.shards, self._replaced(), own)
 
             def restored(versions: list[int]) -> None:
                 self.restoring.discard(index)
                 self.counters.restored(index, versions)
                 self.emit(events.ShardRestored(shard=index, version=max(versions)))
-                self.shard_restored(index, newest[1])
+                self.shard_restored(index, manifest)
 
             # A shard that has its parameters does not take them again, so asking twice undoes nothing.
             self.later(Insistent(self.engine, restore), restored)
@@ -412,10 +440,11 @@ class Coordinator(ABC):
         """Ask the shards for their counters; what they answer is used the next time."""
         if self._asked is None or self._asked.done():
             self._asked_at = self.engine.now()
-            self._asked = self._status()
+            self._asked = self.status()
             self.later(self._asked, self.counters.update)
 
-    def _status(self) -> All[list[SectionStatus]]:
+    @final
+    def status(self) -> All[list[SectionStatus]]:
         """Every shard's counters."""
         calls = [partial(shard.call, ParameterServerShard.status) for shard in self.shards]
         return All(self.engine, [Insistent(self.engine, call) for call in calls])
@@ -435,31 +464,56 @@ class Coordinator(ABC):
     @final
     def checkpoint(self) -> bool:
         """Write a checkpoint; when that fails, report it and keep the previous one. Returns whether it was written."""
-        started = self.engine.now()
-        work, examples = self.work(), self.examples
-        folder: Path | None = None
-        try:
-            folder = self._writing = checkpoint.next_folder(self.settings.run)
-            answers = [
-                shard.call(ParameterServerShard.snapshot, str(folder / f"shard-{index}"))
-                for index, shard in enumerate(self.shards)
-            ]
-            sections: list[Any] = self.wait(All(self.engine, answers))
-            files = [file for section in sections for file in section]
-            incarnation = max(self._incarnations.values()) + 1
-            manifest = self._manifest(shards=files, examples=examples, incarnation=incarnation, **work)
-            checkpoint.commit(folder, manifest, self.buffers())
-            if not self.restoring:
-                checkpoint.keep_newest(self.settings.run, self.settings.keep_checkpoints)
-        except (OSError, ChannelError, NotReady) as error:
-            if folder is not None:
-                checkpoint.discard(folder)
-            where = folder or self.settings.run / "checkpoints"
-            self.emit(events.CheckpointFailed(path=str(where), reason=str(error).strip().splitlines()[-1]))
+        writing = self.begin_checkpoint()
+        if writing is None or self.complete_checkpoint(writing) is None:
             return False
+        if not self.restoring:
+            checkpoint.keep_newest(self.settings.run, self.settings.keep_checkpoints)
+        return True
+
+    @final
+    def begin_checkpoint(self, slots: Sequence[int] = (), *, durable: bool = True) -> Writing | None:
+        """Have the shards write; None when there is no place for it. `slots` and `durable` as in their `snapshot`."""
+        started, work = self.engine.now(), self.work()
+        try:
+            self._writing = folder = checkpoint.next_folder(self.settings.run)
+        except OSError as error:
+            self._checkpoint_failed(self.settings.run / "checkpoints", error)
+            return None
+        answers = [
+            shard.call(ParameterServerShard.snapshot, str(folder / f"shard-{index}"), tuple(slots), durable)
+            for index, shard in enumerate(self.shards)
+        ]
+        return Writing(folder, All(self.engine, cast(Any, answers)), work, self.examples, started, durable)
+
+    @final
+    def complete_checkpoint(self, writing: Writing, kept: Sequence[tuple[Path, ShardFile]] = ()) -> Manifest | None:
+        """Make a checkpoint of what the shards wrote and of these files of earlier ones; None when that fails."""
+        folder = writing.folder
+        try:
+            written = [file for section in self.wait(writing.answers) for file in section]
+            # Of a vector that several files hold the last one counts.
+            files = [*sorted((checkpoint.share(*one, folder) for one in kept), key=lambda file: file.name), *written]
+            incarnation = max(self._incarnations.values()) + 1
+            manifest = self._manifest(
+                shards=files, examples=writing.examples, incarnation=incarnation, **writing.work
+            )  # fmt: skip
+            manifest = checkpoint.commit(folder, manifest, self.buffers(), durable=writing.durable)
+        except (OSError, ChannelError, NotReady) as error:
+            checkpoint.discard(folder)
+            self._checkpoint_failed(folder, error)
+            return None
         finally:
             self._writing = None
-            self.checkpoint_at = self.engine.now() + self.settings.checkpoint_seconds
-        seconds = self.engine.now() - started
-        self.emit(events.CheckpointWritten(path=str(folder), examples=examples, checkpoint_seconds=seconds))
-        return True
+            if writing.durable:
+                self.checkpoint_at = self.engine.now() + self.settings.checkpoint_seconds
+        if writing.durable:
+            seconds = self.engine.now() - writing.started
+            self.emit(
+                events.CheckpointWritten(path=str(folder), examples=writing.examples, checkpoint_seconds=seconds)
+            )  # fmt: skip
+        return manifest
+
+    def _checkpoint_failed(self, path: Path, error: Exception) -> None:
+        self.checkpoint_at = self.engine.now() + self.settings.checkpoint_seconds
+        self.emit(events.CheckpointFailed(path=str(path), reason=str(error).strip().splitlines()[-1]))

@@ -76,6 +76,10 @@ class DownpourCoordinator(Coordinator):
         """The leases, noted before the shards write: what is settled now is in all of them."""
         return {"leases": self.leases.state()}
 
+    def is_own(self, manifest: Manifest) -> bool:
+        """Whether it has leases."""
+        return manifest.leases is not None
+
     def run(self) -> str:
         """Watch over the job until every example is settled."""
         while not (self.leases.finished or self.stopping):
@@ -113,6 +117,13 @@ class DownpourCoordinator(Coordinator):
     def tell_progress(self, now: float, alive: int) -> None:
         """Emit the examples, rates and staleness of this moment."""
         self.emit(self._meter.progress(now, self.leases, self.counters, alive))
+
+    def go_on(self) -> tuple[str, str]:
+        """With more epochs, once these are behind it."""
+        epochs = 2 * self.leases.epochs
+        if not self.leases.finished:
+            return "", "job"
+        return f"--epochs {epochs}", f"dataclasses.replace(job, epochs={epochs})"
 
     def finished(self, reason: str, resume: str, export: str) -> events.JobFinished:
         """The last event of the run, with the audit of the data."""

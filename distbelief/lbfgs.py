@@ -219,6 +219,16 @@ class Solver:
         best, state.search = state.search.t, None
         return self._accept(best, loss, sealed) if best == asked.t else self._evaluate(best)
 
+    def tell_not_finite(self) -> list[Command]:
+        """The loss of some examples, or its gradient, is not finite at the trial; nothing was measured."""
+        return self.tell(math.nan, Sealed([], 0.0, self.state.slope, 0.0, 0.0, 0.0, 0.0, 0.0, False))
+
+    def resume(self) -> list[Command]:
+        """As `begin`, but go on where the reason to stop is gone, such as a limit that has been raised."""
+        if isinstance(self.state.asked, Stop) and self.state.last is not None and not self._finished():
+            self._search()
+        return self.begin()
+
     def told_gram(self, gram: list[list[float]]) -> list[Command]:
         """What a Gram gave: the sum over all sections, shape (2k+1, 2k+1)."""
         state = self.state
