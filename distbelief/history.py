@@ -59,6 +59,12 @@ class History(msgspec.Struct, frozen=True):
         """|p|_2."""
         return math.sqrt(max(0.0, self.gram[-1][-1]))
 
+    @property
+    def curved(self) -> bool:
+        """Whether s.y > 0 for each pair, without which there is no direction."""
+        k = len(self.pairs)
+        return all(self.gram[i][k + i] > 0 for i in range(k))
+
     def direction(self) -> tuple[tuple[float, ...], float]:
         """The coefficients of -H p over [s.., y.., p], and its slope: the derivative of the loss along it.
 

@@ -191,7 +191,7 @@ class Solver:
     def begin(self) -> list[Command]:
         """What to do first; after a restore or the loss of a section: form the direction again, then what was asked."""
         last = self.state.last
-        again = [] if last is None else [Step(False, 0.0, None, last.pairs, last.coefficients)]
+        again = [] if last is None else [msgspec.structs.replace(last, commit=False, slot=None)]
         return [*again, self.state.asked]
 
     def tell(self, loss: float, sealed: Sealed) -> list[Command]:
@@ -207,7 +207,11 @@ class Solver:
         if not self._predicted(sealed):
             return self._remedy("the direction in the sections is not the one that was ordered")
         if state.search is None:
-            return self._accept(asked.t, loss, sealed) if finite else self._drop("the loss is not the same twice")
+            return (
+                self._accept(asked.t, loss, sealed)
+                if finite
+                else self._drop("the loss is not the same when computed twice")
+            )
         measure = sealed.decrease if self.options.backtracking else sealed.slope
         outcome = state.search.next(loss if finite else math.nan, measure)
         if outcome == "accept":
@@ -215,7 +219,7 @@ class Solver:
         if outcome == "try":
             return self._evaluate(state.search.t)
         if not state.search.decreased:
-            return self._drop(state.search.failure)
+            return self._drop(f"the line search failed: {state.search.failure}")
         best, state.search = state.search.t, None
         return self._accept(best, loss, sealed) if best == asked.t else self._evaluate(best)
 
@@ -235,10 +239,10 @@ class Solver:
         if not isinstance(state.asked, Gram):
             raise ValueError(f"inner products were told, but {state.asked} was asked")
         state.history = state.history.refreshed(gram)
+        if not state.history.curved:
+            return self._drop("the pairs in the sections are not the ones that were kept")
         step = self._turn(Step(False, 0.0, None, state.history.pairs, ()))
-        if not self._descends():
-            return self._drop(_no_descent(state.slope))
-        return [step, *self._search()]
+        return [step, *self._search()] if self._descends() else self._drop(_no_descent(state.slope))
 
     def _first(self, loss: float, sealed: Sealed) -> list[Command]:
         state = self.state
@@ -273,6 +277,8 @@ class Solver:
     def _search(self) -> list[Command]:
         """Begin a search along the direction."""
         state, single = self.state, self.options.single
+        if not self._descends():
+            return self._stop(_no_descent(state.slope))
         t = 1.0 if state.history.pairs else state.length / state.history.gradient_norm
         if self.options.backtracking:
             state.search = Backtracking(state.loss, t, rounding=1e-7 if single else 1e-15)
@@ -300,7 +306,7 @@ class Solver:
         """Steepest descent once; where that was the direction already, the end."""
         state = self.state
         if state.doubts >= 2 or not state.history.pairs:
-            return self._stop(f"the line search failed: {problem}")
+            return self._stop(problem)
         state.doubts = 2
         state.history = state.history.forgotten()
         step = self._turn(Step(False, 0.0, None, (), ()))

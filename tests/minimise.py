@@ -43,7 +43,7 @@ class Sandblaster:
     history_dtype: torch.dtype | None = None
     state: SolverState | None = None
     observe: Callable[["Sandblaster", Command], None] = lambda run, command: None
-    """Called after each command."""
+    """Called before each question, when every step before it is made."""
     seals: int = 0
     grams: int = 0
     steps: list[Step] = field(default_factory=list)
@@ -69,6 +69,8 @@ class Sandblaster:
         commands = self.solver.begin()
         while True:
             for command in commands:
+                if isinstance(command, Evaluate | Gram):
+                    self.observe(self, command)
                 match command:
                     case Step():
                         self.steps.append(command)
@@ -81,7 +83,6 @@ class Sandblaster:
                         commands = self.solver.told_gram(add([basis.gram(command.pairs) for basis in self.bases]))
                     case Stop():
                         return command
-                self.observe(self, command)
 
     def evaluate(self, asked: Evaluate) -> list[Command]:
         x = torch.empty_like(self.start)
