@@ -81,7 +81,7 @@ def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> No
             f"computing the loss changes the buffer {changed[0]}, so the loss is no function of the parameters alone",
             hint="let the function that builds the model call .eval() on the layer",
         )
-    if not all(map(torch.equal, first, second)):
+    if not all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(first, second, strict=True)):
         difference = max(float((one - other).abs().max()) for one, other in zip(first, second, strict=True))
         raise ConfigurationError(
             f"the loss or gradient of the same examples differs by {difference:.1e} from call to call",
