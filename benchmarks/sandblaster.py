@@ -43,7 +43,7 @@ class Plan:
     """Of the model whose shard is weighed."""
 
 
-FULL = Plan(32_768, 12, 5, 8_000_000)
+FULL = Plan(32_768, 12, 5, 16_000_000)
 QUICK = Plan(8_192, 4, 1, 2_000_000)
 TARGETS = {1: 0.9, 2: 1.7}
 """Replicas -> how many times as fast as torch.optim.LBFGS on one thread."""
