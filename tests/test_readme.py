@@ -125,7 +125,8 @@ def test_the_example_of_a_full_batch_finds_the_minimum(tmp_path: Path) -> None:
     a, b = torch.from_numpy(pixels) / 16, torch.from_numpy(digits).double()
     exact = torch.linalg.solve(2 * a.T @ a + torch.eye(64), 2 * a.T @ b)  # squares, not halves of them
     assert found.converged
-    assert found.value == pytest.approx(float((a @ exact - b).square().sum() + exact.square().sum() / 2), rel=1e-8)
+    # It stops when three iterations in a row have lowered the value by 1e-9 of it.
+    assert found.value == pytest.approx(float((a @ exact - b).square().sum() + exact.square().sum() / 2), rel=1e-7)
 
 
 @pytest.mark.slow
