@@ -53,24 +53,30 @@ def torch_lbfgs(count: int) -> Iterator[Callable[[int, int, float], float]]:
     yield measure
 
 
+class Reached(Exception):
+    """The loss is low enough."""
+
+
 class Search:
     """One minimisation; it ends when the loss is low enough."""
 
     def __init__(self, module: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         self._module, self._inputs, self._targets = module, inputs, targets
         self._losses: list[float] = []
+        self._target = -1.0
 
     def run(self, iterations: int, target: float) -> float:
         """Seconds until the loss is at most `target`; for a target of -1 the lowest loss after the iterations."""
+        self._target = target
         optimizer = torch.optim.LBFGS(
-            self._module.parameters(), max_iter=1, history_size=HISTORY, line_search_fn="strong_wolfe",
-            tolerance_grad=0.0, tolerance_change=0.0,
+            self._module.parameters(), max_iter=iterations, max_eval=10 * iterations, history_size=HISTORY,
+            line_search_fn="strong_wolfe", tolerance_grad=0.0, tolerance_change=0.0,
         )  # fmt: skip
         started = time.perf_counter()
-        for _ in range(iterations):
+        try:
             optimizer.step(self._closure)  # type: ignore[no-untyped-call]
-            if min(self._losses) <= target:
-                return time.perf_counter() - started
+        except Reached:
+            return time.perf_counter() - started
         if target == -1.0:
             return min(self._losses)
         raise RuntimeError(f"the loss was {min(self._losses):.4f} after {iterations} iterations, not {target:.4f}")
@@ -85,4 +91,6 @@ class Search:
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         self._losses.append(total)
+        if total <= self._target:
+            raise Reached
         return total

@@ -20,7 +20,7 @@ from distbelief.errors import ConfigurationError
 from distbelief.events import Observation
 from distbelief.report import Terminal, write_plots
 from distbelief.report.plots import COLOURS, FAULT_COLOUR, collect
-from distbelief.report.summary import duration
+from distbelief.report.words import duration
 
 STALENESS = {0: 4, 1: 10, 2: 5, 7: 1}
 
