@@ -188,6 +188,11 @@ class MoreThuente(msgspec.Struct, tag=True):
         if rise is not None and rise.slope < start.slope / 2:
             promised = rise.t * (start.slope + rise.slope) / 2
             return _contradiction(rise.t, rise.loss - start.loss, promised)
+        if self.not_finite:
+            return (
+                f"the loss or the gradient was not finite at {self.not_finite} of {self.trials} trial points, and at "
+                "the others, which were nearer, it was not lower"
+            )
         return _no_decrease(self.trials)
 
 

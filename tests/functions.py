@@ -92,7 +92,7 @@ KOWALIK = (0.1957, 0.1947, 0.1735, 0.1600, 0.0844, 0.0627, 0.0456, 0.0342, 0.032
 
 
 def kowalik_osborne(x: Tensor) -> Tensor:
-    u = 1 / torch.tensor([0.25, 0.5, 1, 2, 4, 6, 8, 10, 12, 14, 16], dtype=x.dtype)
+    u = torch.tensor([4, 2, 1, 0.5, 0.25, 0.167, 0.125, 0.1, 0.0833, 0.0714, 0.0625], dtype=x.dtype)  # as published
     return squares(torch.tensor(KOWALIK, dtype=x.dtype) - x[0] * (u**2 + u * x[1]) / (u**2 + u * x[2] + x[3]))
 
 
