@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distbelief import checkpoint, events
-from distbelief.bundles import BUNDLES_PER_REPLICA, DETERMINISTIC_BUNDLES, Portions, cut_bundles
 from distbelief.checkpoint import Manifest
 from distbelief.coordinator import Coordinator
 from distbelief.downpour import Downpour
@@ -63,12 +62,9 @@ def appoint(
     buffers = model.buffers if restore is None else checkpoint.read_buffers(*restore)
     manifest = checkpoint.manifests(model.module, facts.layout, facts.buffers, rule=repr(keeping), seed=job.seed)
     if isinstance(algorithm, Sandblaster):
-        micro_batch = algorithm.micro_batch_of(job.batch_size, facts.examples)
-        count = DETERMINISTIC_BUNDLES if algorithm.deterministic else BUNDLES_PER_REPLICA * job.cluster.replicas
-        bundles = cut_bundles(facts.examples, micro_batch, count)
-        portions = Portions(bundles, job.cluster.replicas, backups=algorithm.backups)
+        work = algorithm.work(facts.examples, job.batch_size, job.cluster.replicas, job.seed)
         solver = _solver(algorithm, facts, restore)
-        return SandblasterCoordinator(engine, settings, buffers, manifest, emit, solver, portions)
+        return SandblasterCoordinator(engine, settings, buffers, manifest, emit, solver, work)
     leases = _leases(job, facts, restore)
     stages = job.stages(leases.total_examples)
     return DownpourCoordinator(engine, settings, buffers, manifest, emit, leases, stages)

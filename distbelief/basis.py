@@ -31,9 +31,12 @@ class Basis:
 
     def __init__(
         self, parameters: Tensor, history: int, penalties: Sequence[Penalty] = (),
-        history_dtype: torch.dtype | None = None,
+        history_dtype: torch.dtype | None = None, *, overlapping: bool = False,
     ) -> None:  # fmt: skip
-        """`parameters`: a contiguous CPU tensor of shape (n,), owned by the section, changed in place by `step`.
+        """`overlapping`: batches change, so y is the change of the gradient of what two batches share: two more sums in
+        float64 and a word per entry.
+
+        `parameters`: a contiguous CPU tensor of shape (n,), owned by the section, changed in place by `step`.
 
         `penalties` are in ascending order; entries that they leave out have neither penalty nor bound.
         """
@@ -43,6 +46,13 @@ class Basis:
         self._pairs = torch.zeros(2, history, n, dtype=history_dtype or dtype)
         """S and Y, by slot: shape (2, history, n)."""
         self._total = torch.zeros(n, dtype=torch.float64)
+        shared = n if overlapping else 0
+        self._before, self._after = (torch.zeros(shared, dtype=torch.float64) for _ in range(2))
+        """Sums over what the batch shares with the one before, and with the next one."""
+        self._overlap = torch.zeros(shared, dtype=dtype)
+        """The gradient at the present point of what the batch there shares with the next one."""
+        self._counts = (1, 1)
+        """Examples of the two sums of the sealed evaluation."""
         self._examples = 1
         """Of the sealed evaluation, whose gradient is the total divided by them."""
         self._work = torch.empty((2 * history + 3) * min(n, CHUNK), dtype=torch.float64)
@@ -57,15 +67,29 @@ class Basis:
 
     def open(self) -> None:
         """A new evaluation begins: nothing is added yet."""
-        self._total.zero_()
+        for total in (self._total, self._before, self._after):
+            total.zero_()
 
-    def add(self, gradient: Tensor) -> None:
-        """Add the gradient of a sum of losses, shape (n,), which is only read."""
+    def add(self, gradient: Tensor, *, before: bool = False, after: bool = False) -> None:
+        """Add the gradient of a sum of losses, shape (n,), which is only read.
+
+        `before` and `after`: it is of examples that the batch shares with the one before, and with the next one.
+        """
         self._total += gradient
+        if before:
+            self._before += gradient
+        if after:
+            self._after += gradient
 
-    def seal(self, t: float, examples: int, pairs: Sequence[int]) -> Sealed:
-        """Every gradient of the evaluation at `t` is in, of `examples` examples together. Repeatable until `step`."""
+    def seal(
+        self, t: float, examples: int, pairs: Sequence[int], overlap: tuple[int, int] = (0, 0)
+    ) -> Sealed:  # fmt: skip
+        """Every gradient of the evaluation at `t` is in, of `examples` examples together. Repeatable until `step`.
+
+        `overlap`: how many of them the batch shares with the one before and the next one.
+        """
         self._examples = examples
+        self._counts = max(1, overlap[0]), max(1, overlap[1])
         tops = 2 * _top(pairs)
         rows = torch.zeros(3, tops + 3, dtype=torch.float64)
         slope = decrease = square = absolute = largest_gradient = largest_step = 0.0
@@ -76,7 +100,8 @@ class Basis:
                 square += penalty.l2 * _dot(x_trial, x_trial)
             if penalty.l1:
                 absolute += penalty.l1 * float(x_trial.abs().sum(dtype=torch.float64))
-            p, p_old = penalty.reduced(x_trial, g_trial), penalty.reduced(self._x[block], self._g[block])
+            present = self._overlap if len(self._overlap) else self._g
+            p, p_old = penalty.reduced(x_trial, g_trial), penalty.reduced(self._x[block], present[block])
             s, y = self._changes(t, x_trial, g_trial, block, penalty)
             basis = self._load(block, pairs, s, y, p)
             rows += basis[tops:] @ basis.T
@@ -106,6 +131,8 @@ class Basis:
                     self._pairs[0, step.slot, block], self._pairs[1, step.slot, block] = pair
                 x.copy_(x_trial)
                 g.copy_(g_trial)
+                if len(self._overlap):
+                    self._overlap[block] = self._mean(self._after, self._counts[1], x_trial, block, penalty)
             basis = self._load(block, step.pairs, penalty.reduced(x, g))
             raw = weights @ basis
             self._raw_slope += float(raw @ basis[-1])
@@ -125,7 +152,7 @@ class Basis:
     def vectors(self) -> dict[str, Tensor]:
         """What a checkpoint holds besides the parameters, by name, each of shape (n,). Valid until the next call."""
         pairs = {f"{name}{slot}": self._pairs[half, slot] for half, name in enumerate("sy") for slot in self._used}
-        return {"gradient": self._g, **pairs}
+        return {"gradient": self._g, **({"overlap": self._overlap} if len(self._overlap) else {}), **pairs}
 
     def load(self, vectors: Mapping[str, Tensor]) -> None:
         """Go on from what `vectors` answered, perhaps on another cut; the tensors are copied, the parameters are there.
@@ -135,7 +162,8 @@ class Basis:
         known = {
             f"{name}{slot}": (half, slot) for half, name in enumerate("sy") for slot in range(self._pairs.shape[1])
         }
-        unknown = vectors.keys() - known.keys() - {"gradient"}
+        single = {"gradient": self._g, "overlap": self._overlap}
+        unknown = vectors.keys() - known.keys() - single.keys()
         if unknown:
             raise CheckpointError(
                 f"the checkpoint's vectors {', '.join(sorted(unknown))} are none of an L-BFGS history of "
@@ -144,8 +172,8 @@ class Basis:
         self._pairs.zero_()
         self._g.zero_()
         for name, values in vectors.items():
-            (self._g if name == "gradient" else self._pairs[known[name]]).copy_(values)
-        self._used = tuple(sorted({known[name][1] for name in vectors if name != "gradient"}))
+            (single[name] if name in single else self._pairs[known[name]]).copy_(values)
+        self._used = tuple(sorted({known[name][1] for name in vectors if name not in single}))
 
     def _trial(self, t: float, block: slice, penalty: Penalty) -> Tensor:
         x = self._x[block]
@@ -153,15 +181,22 @@ class Basis:
 
     def _gradient(self, x_trial: Tensor, block: slice, penalty: Penalty) -> Tensor:
         """That of loss and L2 at the sealed trial."""
-        g_trial = (self._total[block] / self._examples).to(x_trial.dtype)
-        return g_trial.add_(x_trial, alpha=penalty.l2) if penalty.l2 else g_trial
+        return self._mean(self._total, self._examples, x_trial, block, penalty)
+
+    def _mean(self, total: Tensor, examples: int, x_trial: Tensor, block: slice, penalty: Penalty) -> Tensor:
+        mean = (total[block] / examples).to(x_trial.dtype)
+        return mean.add_(x_trial, alpha=penalty.l2) if penalty.l2 else mean
 
     def _changes(
         self, t: float, x_trial: Tensor, g_trial: Tensor, block: slice, penalty: Penalty
     ) -> tuple[Tensor, Tensor]:
         """s and y of the trial, as the history keeps them."""
+        present = self._g[block]
+        if len(self._overlap):
+            g_trial = self._mean(self._before, self._counts[0], x_trial, block, penalty)
+            present = self._overlap[block]
         s = x_trial - self._x[block] if penalty.bends else t * self._d[block]
-        return s.to(self._pairs.dtype), (g_trial - self._g[block]).to(self._pairs.dtype)
+        return s.to(self._pairs.dtype), (g_trial - present).to(self._pairs.dtype)
 
     def _load(self, block: slice, pairs: Sequence[int], *rest: Tensor) -> Tensor:
         """Rows of float64: S and Y up to the last slot in use, then `rest`. Valid until the next call."""

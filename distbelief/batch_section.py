@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+import msgspec
 import torch
 
 from distbelief import shard_file
@@ -34,6 +35,8 @@ class Keeping:
     history: int = 10
     half_history: bool = False
     """Whether the pairs are kept in bfloat16."""
+    overlapping: bool = False
+    """Whether batches change, and share examples with the ones before and after."""
     deterministic: bool = False
     """Whether contributions are added in the order of their bundles, so that a sum never depends on who came first."""
     l2: float = 0.0
@@ -52,6 +55,29 @@ class Keeping:
         ]  # fmt: skip
 
 
+class Mark(msgspec.Struct, array_like=True, frozen=True):
+    """What a contribution says of itself."""
+
+    evaluation: int
+    position: int
+    """Of the bundle in its batch."""
+    before: bool = False
+    """Whether the batch before had it, too."""
+    after: bool = False
+    """Whether the next batch will have it, too."""
+
+
+class Extent(msgspec.Struct, array_like=True, frozen=True):
+    """How large a batch is."""
+
+    bundles: int
+    examples: int
+    before: int = 0
+    """Examples that the batch before had, too."""
+    after: int = 0
+    """Examples that the next batch will have, too."""
+
+
 @final
 class BatchSection:
     """The part of a shard that one partition computes on.
@@ -65,13 +91,13 @@ class BatchSection:
         self._parameters = torch.zeros(len(span), dtype=layout.dtype)
         dtype = torch.bfloat16 if keeping.half_history else None
         penalties = keeping.penalties(layout.segments(span), span)
-        self._basis = Basis(self._parameters, keeping.history, penalties, dtype)
+        self._basis = Basis(self._parameters, keeping.history, penalties, dtype, overlapping=keeping.overlapping)
         self._deterministic = keeping.deterministic
         self._state = ShardState(start=span.start, stop=span.stop)
         """Its version counts steps, its mini-batches contributions."""
         self._evaluation = 0
         self._seen: set[int] = set()
-        self._early: dict[int, torch.Tensor] = {}
+        self._early: dict[int, tuple[torch.Tensor, bool, bool]] = {}
         """Contributions that came before those ahead of them."""
         self._added = 0
         self.ready = False
@@ -100,11 +126,12 @@ class BatchSection:
             raise NotReady(f"shard {self.span.start}..{self.span.stop} is at step {self._state.version}, not {version}")
         self._basis.trial(t, parameters)
 
-    def contribute(self, evaluation: int, position: int, gradient: torch.Tensor) -> bool:
+    def contribute(self, mark: Mark, gradient: torch.Tensor) -> bool:
         """Add the gradient of one bundle, summed over its examples, shape (len(span),); whether it was the first copy.
 
-        `position` is that of the bundle in its batch. The first contribution opens the evaluation.
+        The first contribution opens the evaluation.
         """
+        evaluation, position = mark.evaluation, mark.position
         self._check_ready()
         if evaluation > self._evaluation:
             self._evaluation, self._seen, self._early, self._added = evaluation, set(), {}, 0
@@ -113,25 +140,25 @@ class BatchSection:
             return False
         self._seen.add(position)
         self._state.mini_batches += 1
-        if not self._deterministic:
-            self._basis.add(gradient)
-        elif position == self._added:
-            self._basis.add(gradient)
+        if not self._deterministic or position == self._added:
+            self._basis.add(gradient, before=mark.before, after=mark.after)
             self._added += 1
             while self._added in self._early:
-                self._basis.add(self._early.pop(self._added))
+                early, before, after = self._early.pop(self._added)
+                self._basis.add(early, before=before, after=after)
                 self._added += 1
         else:
-            self._early[position] = gradient.clone()
+            self._early[position] = gradient.clone(), mark.before, mark.after
         return True
 
-    def seal(self, evaluation: int, t: float, examples: int, bundles: int, pairs: Sequence[int]) -> Sealed:
+    def seal(self, evaluation: int, t: float, extent: Extent, pairs: Sequence[int]) -> Sealed:
         """What the solver needs of a complete evaluation. Raises NotReady naming the bundles that are missing."""
+        bundles = extent.bundles
         self._check_ready()
         seen = self._seen if self._evaluation == evaluation else set()
         if missing := sorted(set(range(bundles)) - seen):
             raise NotReady(f"shard {self.span.start}..{self.span.stop} lacks bundles {missing} of {evaluation}")
-        return self._basis.seal(t, examples, pairs)
+        return self._basis.seal(t, extent.examples, pairs, (extent.before, extent.after))
 
     def step(self, version: int, step: Step) -> None:
         """Carry out step number `version`, once."""
@@ -159,7 +186,8 @@ class BatchSection:
         vectors = self._basis.vectors()
         pairs = {f"{half}{slot}": vectors.get(f"{half}{slot}") for slot in slots for half in "sy"}
         written = {name: vector for name, vector in pairs.items() if vector is not None}
-        shard_file.write(file, {"parameters": self._parameters, "gradient": vectors["gradient"]}, self._state)
+        point = {name: vector for name, vector in vectors.items() if name in ("gradient", "overlap")}
+        shard_file.write(file, {"parameters": self._parameters, **point}, self._state)
         beside = file.with_name(f"{file.stem}-pairs{file.suffix}")
         if written:
             shard_file.write(beside, written, self._state)

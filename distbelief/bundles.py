@@ -11,7 +11,8 @@ copy of the bundle in somebody's hands that is expected to take longest. The fir
 """
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -49,6 +50,60 @@ def cut_bundles(examples: int, micro_batch: int, count: int) -> list[Bundle]:
     return [Bundle(index, edges[index], edges[index + 1]) for index in range(count)]
 
 
+class Batch(msgspec.Struct, frozen=True):
+    """The bundles of one batch, in ascending order, and where in that order those are that it shares."""
+
+    bundles: tuple[int, ...]
+    before: frozenset[int] = frozenset()
+    """Positions of those that the batch before had, too."""
+    after: frozenset[int] = frozenset()
+    """Positions of those that the next one will have, too."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Which bundles are in which batch: all in every one, or a few new ones and some of the batch before.
+
+        batch 0   |--- new ---|==after==|
+        batch 1               |==before=|--- new ---|==after==|
+        batch 2                                     |==before=|--- new ---|==after==|
+
+    New ones come in the order of a permutation that the seed gives every pass over the data (Berahas et al., 2016).
+    """
+
+    count: int
+    """Bundles of the data."""
+    size: int | None = None
+    """Bundles in a batch; None for all."""
+    shared: int = 0
+    """Of them, those that the next batch has, too."""
+    seed: int = 0
+
+    def batch(self, number: int) -> Batch:
+        """Batch `number`, from 0; it depends on nothing else."""
+        if self.size is None:
+            return Batch(tuple(range(self.count)))
+        fresh = self._new(number)
+        before = self._new(number - 1)[-self.shared :] if number else ()
+        order = sorted({*before, *fresh})
+        after = fresh[-self.shared :]
+        return Batch(
+            tuple(order), frozenset(map(order.index, before)), frozenset(map(order.index, after))
+        )  # fmt: skip
+
+    def _new(self, number: int) -> tuple[int, ...]:
+        """The bundles that come in with a batch: all but the shared ones are new to it, in the first one all."""
+        assert self.size is not None
+        each = self.size - self.shared
+        return tuple(self._place(place) for place in range(number * each, number * each + each))
+
+    def _place(self, place: int) -> int:
+        passed, index = divmod(place, self.count)
+        order = list(range(self.count))
+        random.Random(f"{self.seed} {passed}").shuffle(order)
+        return order[index]
+
+
 @dataclass
 class Hand:
     """What one replica has in hand: bundles in the order in which it computes them."""
@@ -72,22 +127,22 @@ class Portions:
         self._done: dict[int, float] = {}
         """Bundle -> its loss, summed over its examples."""
         self._deaths: dict[int, int] = {}
-        self.batch: frozenset[int] = frozenset()
-        """The bundles of the batch under way."""
+        self.batch = Batch(())
+        """The one under way."""
         self.backed_up = 0
         """Copies handed out, over the whole run."""
 
-    def begin(self, batch: Sequence[int] | None = None) -> None:
-        """Begin another batch, of all bundles or of these; what is in hand belongs to the last one."""
-        self.batch = frozenset(range(len(self.bundles)) if batch is None else batch)
-        self._open, self._done = set(self.batch), {}
+    def begin(self, batch: Batch) -> None:
+        """Begin another batch; what is in hand belongs to the last one."""
+        self.batch = batch
+        self._open, self._done = set(batch.bundles), {}
         for hand in self._hands:
             hand.bundles = []
 
     @property
     def complete(self) -> bool:
         """Whether every bundle of the batch is done."""
-        return len(self._done) == len(self.batch)
+        return len(self._done) == len(self.batch.bundles)
 
     @property
     def done(self) -> int:
@@ -102,12 +157,16 @@ class Portions:
     @property
     def examples(self) -> int:
         """Examples in the batch."""
-        return sum(self.bundles[index].examples for index in self.batch)
+        return self.examples_at(range(len(self.batch.bundles)))
 
-    @property
-    def mean_loss(self) -> float:
-        """The mean loss over the examples of a complete batch; it does not depend on who computed what."""
-        return math.fsum(self._done.values()) / self.examples
+    def examples_at(self, positions: Iterable[int]) -> int:
+        """Examples of the bundles at these positions of the batch."""
+        return sum(self.bundles[self.batch.bundles[position]].examples for position in positions)
+
+    def mean_loss(self, positions: Iterable[int] | None = None) -> float:
+        """The mean loss over the examples of a complete batch, or at these positions, whoever computed what."""
+        chosen = list(range(len(self.batch.bundles)) if positions is None else positions)
+        return math.fsum(self._done[self.batch.bundles[place]] for place in chosen) / self.examples_at(chosen)
 
     def next(self, replica: int, now: float) -> Bundle | None:
         """A bundle for the replica, or nothing for now."""
@@ -177,7 +236,7 @@ class Portions:
             bundle = hand.bundles.pop(0)
             hand.seconds_per_example = (now - hand.since) / bundle.examples
             hand.since = now
-        if index in self.batch:
+        if index in self.batch.bundles:
             self._open.discard(index)
             self._done.setdefault(index, loss_sum)
             self._deaths.pop(index, None)

@@ -18,7 +18,7 @@ evaluation, `Sealed`, has every inner product that the next direction needs if t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import msgspec
 
@@ -127,8 +127,9 @@ class Options:
     """Stop when the loss, penalties included, is no higher."""
     single: bool = False
     """Whether the parameters have no more than the 24 bits of float32."""
-    backtracking: bool = False
-    """With L1 or bounds: paths bend, and only a search by losses alone is right."""
+    search: Literal["wolfe", "backtracking", "overlapping"] = "wolfe"
+    """`backtracking`: with L1 or bounds paths bend, and only a search by losses alone is right. `overlapping`: batches
+    change, and only losses of the examples that two batches share can be compared; nothing converges."""
 
     @property
     def smallest_decrease(self) -> float:
@@ -155,6 +156,8 @@ class SolverState(msgspec.Struct):
     history: History = History()
     search: MoreThuente | Backtracking | None = None
     """None before the first point is accepted, and when the best trial of a failed search is computed again."""
+    shared_loss: float = 0.0
+    """Where batches change: at the last accepted point, of what its batch shares with the next one."""
     small_decreases: int = 0
     doubts: int = 0
     """Remedies tried since the last accepted point: 1, inner products measured anew; 2, history dropped."""
@@ -167,6 +170,8 @@ class Solver:
     def __init__(self, options: Options, state: SolverState | None = None) -> None:
         self.options = options
         self.state = state or SolverState(asked=Evaluate(0.0, ()))
+        self._after = 0.0
+        """The loss, of what was told last, with which the next trial is compared."""
 
     @property
     def iteration(self) -> int:
@@ -194,13 +199,19 @@ class Solver:
         again = [] if last is None else [msgspec.structs.replace(last, commit=False, slot=None)]
         return [*again, self.state.asked]
 
-    def tell(self, loss: float, sealed: Sealed) -> list[Command]:
-        """What an evaluation gave: the mean loss over all examples, penalties not included, and the merged answer."""
+    def tell(self, loss: float, sealed: Sealed, shared: tuple[float, float] | None = None) -> list[Command]:
+        """What an evaluation gave: the mean loss over all examples, penalties not included, and the merged answer.
+
+        Where batches change, `shared` is the mean loss over what this one shares with the one before and the next one.
+        """
         state, asked = self.state, self.state.asked
         if not isinstance(asked, Evaluate):
             raise ValueError(f"an evaluation was told, but {asked} was asked")
         state.evaluations += 1
-        loss += sealed.square / 2 + sealed.absolute
+        penalty = sealed.square / 2 + sealed.absolute
+        loss += penalty
+        compared = loss if shared is None else shared[0] + penalty
+        self._after = loss if shared is None else shared[1] + penalty
         finite = sealed.finite and math.isfinite(loss)
         if state.last is None:
             return self._first(loss, sealed) if finite else self._stop(_not_finite_at_start(loss))
@@ -212,8 +223,8 @@ class Solver:
                 if finite
                 else self._drop("the loss is not the same when computed twice")
             )
-        measure = sealed.decrease if self.options.backtracking else sealed.slope
-        outcome = state.search.next(loss if finite else math.nan, measure)
+        measure = sealed.slope if self.options.search == "wolfe" else sealed.decrease
+        outcome = state.search.next(compared if finite else math.nan, measure)
         if outcome == "accept":
             return self._accept(asked.t, loss, sealed)
         if outcome == "try":
@@ -248,6 +259,7 @@ class Solver:
         state = self.state
         state.history, _ = state.history.accept(sealed.rows, self.options.history, math.inf)
         state.loss, state.largest_gradient = loss, sealed.largest_gradient
+        state.shared_loss = self._after
         step = self._turn(Step(True, 0.0, None, (), ()))
         return [step, *(self._finished() or self._search())]
 
@@ -259,6 +271,7 @@ class Solver:
         small = state.loss - loss <= options.smallest_decrease * max(abs(state.loss), abs(loss), 1.0)
         state.small_decreases = state.small_decreases + 1 if small else 0
         state.loss, state.largest_gradient, state.length = loss, sealed.largest_gradient, math.sqrt(squared_length)
+        state.shared_loss = self._after
         state.iteration += 1
         state.doubts = 0
         step = self._turn(Step(True, t, slot, state.history.pairs, ()))
@@ -280,8 +293,8 @@ class Solver:
         if not self._descends():
             return self._stop(_no_descent(state.slope))
         t = 1.0 if state.history.pairs else state.length / state.history.gradient_norm
-        if self.options.backtracking:
-            state.search = Backtracking(state.loss, t, rounding=1e-7 if single else 1e-15)
+        if self.options.search != "wolfe":
+            state.search = Backtracking(state.shared_loss, t, rounding=1e-7 if single else 1e-15)
         else:
             resolution = 1e-7 if single else 1e-14
             state.search = MoreThuente.begin(state.loss, state.slope, t, resolution=resolution)
@@ -322,6 +335,10 @@ class Solver:
     def _finished(self) -> list[Command]:
         """A Stop if a point that was just accepted is the last one."""
         state, options = self.state, self.options
+        if options.search == "overlapping":
+            if state.iteration >= options.max_iterations:
+                return self._stop(f"the limit of {options.max_iterations} iterations was reached")
+            return []
         if state.largest_gradient <= options.gtol:
             return self._stop(f"the largest gradient, {state.largest_gradient:.1e}, is within {options.gtol:g}", True)
         if options.target is not None and state.loss <= options.target:

@@ -28,7 +28,7 @@ from typing import Any, TypeVar, final
 
 import torch
 
-from distbelief.batch_section import BatchSection, Keeping
+from distbelief.batch_section import BatchSection, Extent, Keeping, Mark
 from distbelief.channel.base import Future, Out, exported
 from distbelief.engine.base import Home
 from distbelief.engine.insistent import All, Insistent
@@ -153,14 +153,14 @@ class ParameterServerShard:
         self._section(partition, BatchSection).trial(version, t, parameters)
 
     @exported
-    def contribute(self, partition: int, evaluation: int, position: int, gradient: torch.Tensor) -> bool:
+    def contribute(self, partition: int, mark: Mark, gradient: torch.Tensor) -> bool:
         """Add the gradient of one bundle, once per (evaluation, position). Raises NotReady."""
-        return self._section(partition, BatchSection).contribute(evaluation, position, gradient)
+        return self._section(partition, BatchSection).contribute(mark, gradient)
 
     @exported
-    def seal(self, evaluation: int, t: float, examples: int, bundles: int, pairs: tuple[int, ...]) -> list[Sealed]:
+    def seal(self, evaluation: int, t: float, extent: Extent, pairs: tuple[int, ...]) -> list[Sealed]:
         """The inner products of a complete evaluation, per section. Raises NotReady when bundles are missing."""
-        return [section.seal(evaluation, t, examples, bundles, pairs) for section in self._batch_sections()]
+        return [section.seal(evaluation, t, extent, pairs) for section in self._batch_sections()]
 
     @exported
     def step(self, version: int, step: Step) -> None:
@@ -217,10 +217,10 @@ class ParameterServer:
             for shard, part in self.routes
         )
 
-    def contribute(self, evaluation: int, position: int, gradient: torch.Tensor) -> Future[list[bool]]:
+    def contribute(self, mark: Mark, gradient: torch.Tensor) -> Future[list[bool]]:
         """Start adding the gradient of one bundle; the memory stays untouched until it is done."""
         return self._all(
-            partial(shard.call, ParameterServerShard.contribute, self._partition, evaluation, position, gradient[part])
+            partial(shard.call, ParameterServerShard.contribute, self._partition, mark, gradient[part])
             for shard, part in self.routes
         )
 

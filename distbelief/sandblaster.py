@@ -8,13 +8,13 @@ the coordinator does with the answers is in sandblaster_coordinator.py and lbfgs
 
 import math
 from dataclasses import dataclass
-from typing import cast, final
+from typing import Literal, cast, final
 
 import torch
 from torch import nn
 
-from distbelief.batch_section import Keeping
-from distbelief.bundles import Bundle
+from distbelief.batch_section import Keeping, Mark
+from distbelief.bundles import BUNDLES_PER_REPLICA, DETERMINISTIC_BUNDLES, Batches, Bundle, Portions, cut_bundles
 from distbelief.channel.base import Future
 from distbelief.data_shard import DataShard
 from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Home
@@ -27,6 +27,8 @@ from distbelief.portions import Lease
 from distbelief.sandblaster_coordinator import Done, SandblasterCoordinator, Task
 
 IDLE_SECONDS = 0.05
+BUNDLES_PER_BATCH = 16
+"""Of a batch that is not all data; it does not depend on the number of replicas, which may change."""
 MICRO_BATCH = 1024
 """Examples computed at once where the user has not said."""
 
@@ -56,6 +58,12 @@ class Sandblaster:
     """(lowest, highest) value of every parameter; Job.groups may differ: {"low": 0.0}."""
     micro_batch: int | None = None
     """Examples that a replica computes at once; None: Job.batch_size, but at least 1024 where the data has them."""
+    batch: int | None = None
+    """Examples of one batch, for data too many for a pass per step; None: all. Batches then share `overlap` of their
+    examples with the next one, on which gradients are compared (Berahas et al., 2016); gtol, ftol and target are of no
+    use, as no two losses are of the same examples."""
+    overlap: float = 0.25
+    """Share of a batch that the next one has, too, where `batch` is given."""
     backups: bool = True
     """Whether an idle replica computes a copy of the slowest portion."""
     deterministic: bool = False
@@ -78,6 +86,19 @@ class Sandblaster:
             raise ConfigurationError(
                 f"Sandblaster(micro_batch={self.micro_batch}) computes nothing", hint="use 1 or more, or None"
             )
+        if self.batch is not None and self.batch < 1:
+            raise ConfigurationError(
+                f"Sandblaster(batch={self.batch}) holds nothing", hint="give a number of examples, or None for all"
+            )
+        if not 0 < self.overlap <= 0.5:
+            raise ConfigurationError(
+                f"Sandblaster(overlap={self.overlap}) is not between 0 and 0.5", hint="use for example 0.25"
+            )
+        if self.batch is not None and (self.l1 or self.bounds is not None):
+            raise ConfigurationError(
+                f"Sandblaster(batch={self.batch}) with l1 or bounds: there is no rule for batches that change",
+                hint="use batch=None, or l2",
+            )
         low, high = self.limits
         if not low < high:
             raise ConfigurationError(
@@ -99,7 +120,10 @@ class Sandblaster:
     def keeping(self) -> Keeping:
         """What shards keep."""
         low, high = self.limits
-        return Keeping(self.history, self.history_in_bfloat16, self.deterministic, self.l2, self.l1, low, high)
+        return Keeping(
+            self.history, self.history_in_bfloat16, self.batch is not None, self.deterministic, self.l2, self.l1, low,
+            high,
+        )  # fmt: skip
 
     def groups(self, own: Groups | None) -> Groups:
         """The user's groups, with parameters of one dimension, such as biases, free of penalties unless they say."""
@@ -108,13 +132,30 @@ class Sandblaster:
     def options(self, dtype: torch.dtype, bends: bool) -> Options:
         """For the solver; `bends` where any parameter has L1 or a bound."""
         single = torch.finfo(dtype).bits < 64
-        return Options(
-            self.history, self.max_iterations, self.max_evaluations, self.gtol, self.ftol, self.target, single, bends
-        )
+        limits = self.history, self.max_iterations, self.max_evaluations
+        search: Literal["wolfe", "backtracking", "overlapping"] = "backtracking" if bends else "wolfe"
+        if self.batch is not None:
+            search = "overlapping"
+        return Options(*limits, self.gtol, self.ftol, self.target, single, search)
 
     def micro_batch_of(self, batch_size: int, examples: int) -> int:
-        """Examples computed at once."""
-        return min(examples, self.micro_batch or max(batch_size, MICRO_BATCH))
+        """Examples computed at once; a batch that is not all data is at least so many bundles of them."""
+        most = examples if self.batch is None else max(1, min(self.batch, examples) // BUNDLES_PER_BATCH)
+        return min(most, self.micro_batch or max(batch_size, MICRO_BATCH))
+
+    def work(self, examples: int, batch_size: int, replicas: int, seed: int) -> tuple[Portions, Batches]:
+        """The bundles of the data, and which of them are in which batch."""
+        micro_batch = self.micro_batch_of(batch_size, examples)
+        if self.batch is None or self.batch >= examples:
+            count = DETERMINISTIC_BUNDLES if self.deterministic else BUNDLES_PER_REPLICA * replicas
+            bundles = cut_bundles(examples, micro_batch, count)
+            return Portions(bundles, replicas, backups=self.backups), Batches(len(bundles))
+        bundles = cut_bundles(examples, micro_batch, examples * BUNDLES_PER_BATCH // self.batch)
+        shared = max(1, round(self.overlap * BUNDLES_PER_BATCH))
+        return (
+            Portions(bundles, replicas, backups=self.backups),
+            Batches(len(bundles), BUNDLES_PER_BATCH, shared, seed),
+        )
 
 
 @dataclass(frozen=True)
@@ -166,7 +207,7 @@ class SandblasterReplica:
         try:
             while (task := self.next_task()) is not None:
                 assert task.bundle is not None
-                if task.evaluation != self.evaluation:
+                if task.mark.evaluation != self.evaluation:
                     self.fetch(task)
                 self.ask()  # for the bundle after this one
                 computed = self.compute(task)
@@ -202,17 +243,18 @@ class SandblasterReplica:
         """The answer, told to all partitions."""
         if self.group.size == 1:
             return self.asked.result()
-        words = torch.zeros(9, dtype=torch.float64)
+        words = torch.zeros(10, dtype=torch.float64)
         if self.leads:
             task = self.asked.result()
             held = task.bundle or Bundle(-1, 0, 0)
+            own = (task.mark.evaluation, task.mark.position, task.mark.before, task.mark.after)
             words = torch.tensor(
-                [held.index, held.start, held.stop, task.position, task.evaluation, task.version, task.over, 0, task.t],
-                dtype=torch.float64,
+                [held.index, held.start, held.stop, *own, task.version, task.over, task.t], dtype=torch.float64
             )
         *whole, t = self.group.share(words, self.group.size - 1).tolist()
-        index, start, stop, position, evaluation, version, over, _ = map(int, whole)
-        return Task(Bundle(index, start, stop) if index >= 0 else None, position, evaluation, version, t, bool(over))
+        index, start, stop, evaluation, position, before, after, version, over = map(int, whole)
+        mark = Mark(evaluation, position, bool(before), bool(after))
+        return Task(Bundle(index, start, stop) if index >= 0 else None, mark, version, t, bool(over))
 
     # the work
 
@@ -220,7 +262,7 @@ class SandblasterReplica:
         """Switch the model to the trial."""
         self.server.trial(task.version, task.t, self.model.spare).result()
         self.model.adopt()
-        self.evaluation = task.evaluation
+        self.evaluation = task.mark.evaluation
 
     def compute(self, task: Task) -> tuple[float, float] | None:
         """Accrue the gradient of the loss summed over a bundle's examples; (that sum, what it took in seconds).
@@ -249,15 +291,15 @@ class SandblasterReplica:
         if self.group.size > 1 or not self.asked.done():
             return False
         following = self.asked.result()
-        return following.over or following.evaluation > task.evaluation
+        return following.over or following.mark.evaluation > task.mark.evaluation
 
     def contribute(self, task: Task, loss_sum: float, seconds: float) -> None:
         """Start sending the bundle's gradient, once the one before is with every shard."""
         self.settle()
         assert task.bundle is not None
         gradient = self.model.take_gradient(mean=False, clip_norm=None)
-        future = None if gradient is None else self.server.contribute(task.evaluation, task.position, gradient)
-        done = Done(task.evaluation, task.bundle.index, math.nan if gradient is None else loss_sum, seconds)
+        future = None if gradient is None else self.server.contribute(task.mark, gradient)
+        done = Done(task.mark.evaluation, task.bundle.index, math.nan if gradient is None else loss_sum, seconds)
         self.contributing = Contributing(future, done)
 
     def settle(self) -> None:

@@ -20,7 +20,8 @@ import msgspec
 import torch
 
 from distbelief import checkpoint, events
-from distbelief.bundles import Bundle, Portions
+from distbelief.batch_section import Extent, Mark
+from distbelief.bundles import Batches, Bundle, Portions
 from distbelief.channel.base import Promise, exported
 from distbelief.checkpoint import Manifest, Search
 from distbelief.coordinator import Coordinator, Writing
@@ -40,9 +41,8 @@ class Task(msgspec.Struct, array_like=True, frozen=True):
     """What a replica is to do: compute a bundle at a trial; nothing, and ask again; or leave."""
 
     bundle: Bundle | None = None
-    position: int = 0
-    """Of the bundle in its batch."""
-    evaluation: int = 0
+    mark: Mark = Mark(0, 0)
+    """For the contribution."""
     version: int = 0
     """The step from which the trial starts."""
     t: float = 0.0
@@ -69,10 +69,10 @@ class SandblasterCoordinator(Coordinator):
 
     def __init__(
         self, engine: Engine, settings: Settings, buffers: Sequence[torch.Tensor], manifest: Callable[..., Manifest],
-        emit: Callable[[events.AnyEvent], None], solver: Solver, portions: Portions,
+        emit: Callable[[events.AnyEvent], None], solver: Solver, work: tuple[Portions, Batches],
     ) -> None:  # fmt: skip
         super().__init__(engine, settings, buffers, manifest, emit)
-        self.solver, self.portions = solver, portions
+        self.solver, (self.portions, self._batches) = solver, work
         self.round_trips = 0
         """Times that all shards were asked something and waited for."""
         self._waiting: dict[int, tuple[Promise[Task], float]] = {}
@@ -172,7 +172,7 @@ class SandblasterCoordinator(Coordinator):
             events.BatchProgress(
                 iteration=solver.iteration, max_iterations=solver.options.max_iterations,
                 evaluations=solver.evaluations, loss=_finite(solver.loss), gradient=_finite(solver.gradient_norm),
-                portions_done=portions.done, portions=len(portions.batch), backed_up=portions.backed_up,
+                portions_done=portions.done, portions=len(portions.batch.bundles), backed_up=portions.backed_up,
                 examples=examples, examples_per_second=max(0, examples - before) / max(now - since, 1e-9),
                 replicas_alive=alive,
             )
@@ -213,10 +213,10 @@ class SandblasterCoordinator(Coordinator):
 
     def _evaluate(self, trial: Evaluate) -> list[Command]:
         """Have loss and gradient at the trial computed, once per bundle, and ask what the next direction needs."""
-        self.portions.begin()
+        self.portions.begin(self._batches.batch(0 if self.solver.state.last is None else self.solver.iteration + 1))
         self._number += 1
         self._spoilt, self._moment = None, self.engine.promise()
-        self._task = Task(None, 0, self._number, self._version, trial.t)
+        self._task = Task(None, Mark(self._number, 0), self._version, trial.t)
         self._offer()
         try:
             while not self._moment.done():
@@ -231,13 +231,16 @@ class SandblasterCoordinator(Coordinator):
                 )
             return self.solver.tell_not_finite()
         self._finish_writing()
-        examples, bundles = self.portions.examples, len(self.portions.bundles)
-        sealed: list[Sealed] = self._ask(
-            ParameterServerShard.seal, self._number, trial.t, examples, bundles, trial.pairs
-        )
-        self._computed += examples
+        portions, batch = self.portions, self.portions.batch
+        extent = Extent(len(batch.bundles), portions.examples, *map(portions.examples_at, (batch.before, batch.after)))
+        sealed: list[Sealed] = self._ask(ParameterServerShard.seal, self._number, trial.t, extent, trial.pairs)
+        self._computed += extent.examples
         before = self.solver.iteration
-        commands = self.solver.tell(self.portions.mean_loss, merge(sealed))
+        shared = None
+        if batch.after:
+            # The first batch has none before it, and nothing is compared with it.
+            shared = portions.mean_loss(batch.before or batch.after), portions.mean_loss(batch.after)
+        commands = self.solver.tell(portions.mean_loss(), merge(sealed), shared)
         if self.solver.iteration > before:
             self._tell_iteration(trial.t)
         return commands
@@ -281,12 +284,17 @@ class SandblasterCoordinator(Coordinator):
             if self.stopping or isinstance(self.solver.state.asked, Stop):
                 task = Task(over=True)
             elif self._task is not None and (bundle := self.portions.next(replica, now)) is not None:
-                task = msgspec.structs.replace(self._task, bundle=bundle, position=bundle.index)
+                task = msgspec.structs.replace(self._task, bundle=bundle, mark=self._mark(bundle))
             elif now - since > IDLE_SECONDS:
                 task = Task()
             if task is not None:
                 del self._waiting[replica]
                 promise.keep(task)
+
+    def _mark(self, bundle: Bundle) -> Mark:
+        batch = self.portions.batch
+        position = batch.bundles.index(bundle.index)
+        return Mark(self._number, position, position in batch.before, position in batch.after)
 
     # what survives a shard
 

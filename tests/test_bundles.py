@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distbelief.bundles import AHEAD, DEATHS, Bundle, Portions, cut_bundles
+from distbelief.bundles import AHEAD, DEATHS, Batches, Bundle, Portions, cut_bundles
 
 
 @given(st.integers(1, 5000), st.integers(1, 700), st.integers(1, 40))
@@ -24,7 +24,7 @@ def makespan(speeds: list[float], bundles: int, *, backups: bool) -> tuple[float
     portions = Portions(cut_bundles(bundles * 10, 10, bundles), len(speeds), backups=backups)
     clock = begun = 0.0
     for _ in range(2):
-        portions.begin()
+        portions.begin(Batches(len(portions.bundles)).batch(0))
         begun = clock
         queues: list[list[Bundle]] = [[] for _ in speeds]
         running: list[tuple[float, int]] = []
@@ -69,7 +69,7 @@ def test_every_bundle_of_a_batch_is_done_once_whatever_dies(replicas: int, count
     portions = Portions(cut_bundles(count * 3, 3, count), replicas)
     deaths = 0
     for batch in range(3):
-        portions.begin()
+        portions.begin(Batches(len(portions.bundles)).batch(0))
         hands: list[list[Bundle]] = [[] for _ in range(replicas)]
         losses: dict[int, float] = {}
         now = 0.0
@@ -91,14 +91,14 @@ def test_every_bundle_of_a_batch_is_done_once_whatever_dies(replicas: int, count
                 assert len(hands[replica]) <= AHEAD
         assert portions.complete
         assert set(losses) == {bundle.index for bundle in portions.bundles}
-        assert portions.mean_loss == pytest.approx(sum(losses.values()) / (count * 3))
+        assert portions.mean_loss() == pytest.approx(sum(losses.values()) / (count * 3))
 
 
 def test_a_replica_works_through_consecutive_bundles_and_keeps_them_from_batch_to_batch() -> None:
     portions = Portions(cut_bundles(64, 1, 32), 4)
     seen = []
     for _ in range(2):
-        portions.begin()
+        portions.begin(Batches(len(portions.bundles)).batch(0))
         order = []
         for step in range(8):
             for replica in range(4):
@@ -115,7 +115,7 @@ def test_a_replica_works_through_consecutive_bundles_and_keeps_them_from_batch_t
 
 def test_a_bundle_with_which_replicas_keep_dying_is_to_blame() -> None:
     portions = Portions(cut_bundles(8, 1, 8), 2)
-    portions.begin()
+    portions.begin(Batches(len(portions.bundles)).batch(0))
     blamed = []
     for life in range(DEATHS):
         bundle = portions.next(0, float(life))
@@ -127,9 +127,9 @@ def test_a_bundle_with_which_replicas_keep_dying_is_to_blame() -> None:
 
 def test_a_late_copy_changes_nothing() -> None:
     portions = Portions([Bundle(0, 0, 10)], 2)
-    portions.begin()
+    portions.begin(Batches(len(portions.bundles)).batch(0))
     assert portions.next(0, 0.0) is not None
     portions.finish(0, 0, 5.0, 1.0)
     portions.finish(1, 0, 7.0, 2.0)
     assert portions.complete
-    assert portions.mean_loss == 0.5
+    assert portions.mean_loss() == 0.5

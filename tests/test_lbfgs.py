@@ -164,7 +164,7 @@ def test_penalties_have_the_minimum_of_the_closed_form() -> None:
     ridge = Sandblaster(one_bundle(quadratic), start, EXACT, penalty=Penalty(0, 0, l2=3.0))
     ridge.run()
     torch.testing.assert_close(ridge.point, weights / (weights + 3), rtol=1e-7, atol=1e-9)
-    bending = dataclasses.replace(EXACT, backtracking=True)
+    bending = dataclasses.replace(EXACT, search="backtracking")
     lasso = Sandblaster(one_bundle(quadratic), start, bending, penalty=Penalty(0, 0, l1=3.0))
     lasso.run()
     torch.testing.assert_close(lasso.point, (1 - 3 / weights).clamp(min=0), rtol=1e-6, atol=1e-8)

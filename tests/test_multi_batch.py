@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sandblaster on batches that change from step to step and share examples with their neighbours."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import distbelief as db
+from distbelief.basis import Basis
+from distbelief.bundles import Batches
+from distbelief.events import EvaluationLost, Iterated, RoleLost
+from distbelief.lbfgs import Step
+from tests import problems
+from tests.test_sandblaster import of_kind, trained
+
+EXAMPLES = 1600
+
+
+def many_points() -> TensorDataset:
+    inputs, targets = problems.points(EXAMPLES).tensors
+    return TensorDataset(inputs.double(), targets)
+
+
+def net() -> nn.Module:
+    return nn.Linear(problems.FEATURES, problems.CLASSES).double()
+
+
+def job(run: Path, **fields: Any) -> db.Job:
+    algorithm = {"batch": 320, "max_iterations": 60, "l2": 1e-2} | fields.pop("algorithm", {})
+    given: dict[str, Any] = {
+        "model": net, "data": many_points, "loss": nn.functional.cross_entropy, "run": run,
+        "algorithm": db.Sandblaster(**algorithm), "cluster": db.Cluster(replicas=3, shards=2, engine="simulated"),
+    }  # fmt: skip
+    return db.Job(**(given | fields))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_batch_shares_its_last_new_bundles_with_the_next_and_a_pass_sees_every_bundle(seed: int) -> None:
+    batches = Batches(count=36, size=8, shared=2, seed=seed)
+    for number in range(40):
+        this, following = batches.batch(number), batches.batch(number + 1)
+        after = {this.bundles[position] for position in this.after}
+        assert after == {following.bundles[position] for position in following.before}
+        assert len(after) == 2
+        assert list(this.bundles) == sorted(set(this.bundles))
+    first_pass = [bundle for number in range(6) for bundle in batches._new(number)]
+    assert sorted(first_pass) == list(range(36))
+    assert batches.batch(7) == batches.batch(7)
+    assert not batches.batch(0).before
+
+
+def test_a_pair_is_the_change_of_the_gradient_of_what_two_batches_share() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(6)]
+    x = torch.randn(50, generator=generator, dtype=torch.float64)
+    basis, l2 = Basis(x, 3, overlapping=True), 0.0
+    basis.open()
+    basis.add(gradients[0])
+    basis.add(gradients[1], after=True)
+    basis.seal(0.0, 20, (), (0, 10))
+    basis.step(Step(True, 0.0, None, (), (-1.0,)))
+    direction = -(gradients[0] + gradients[1]) / 20
+    basis.open()
+    basis.add(gradients[2], before=True)
+    basis.add(gradients[3])
+    basis.add(gradients[4], after=True)
+    sealed = basis.seal(0.5, 30, (), (10, 10))
+    y = (gradients[2] - gradients[1]) / 10 + l2
+    s = 0.5 * direction
+    assert sealed.rows[1][1] == pytest.approx(float(y @ y), rel=1e-12)
+    assert sealed.rows[0][1] == pytest.approx(float(s @ y), rel=1e-12)
+    assert sealed.decrease == pytest.approx(float(s @ gradients[1]) / 10, rel=1e-12)
+    basis.step(Step(True, 0.5, 0, (0,), (0.0, 0.0, -1.0)))
+    torch.testing.assert_close(basis.vectors()["y0"], y, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(basis.vectors()["overlap"], gradients[4] / 10, rtol=1e-12, atol=1e-14)
+
+
+def whole_loss(model: nn.Module, l2: float = 1e-2) -> float:
+    inputs, targets = many_points().tensors
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        return float(loss + l2 / 2 * dict(model.named_parameters())["weight"].square().sum())
+
+
+def test_it_comes_near_the_optimum_of_all_data_with_a_fraction_of_the_passes(tmp_path: Path) -> None:
+    full, heard = trained(job(tmp_path / "full", algorithm={"batch": None, "max_iterations": 200}))
+    some, batches = trained(job(tmp_path / "some"))
+    optimum, start = whole_loss(full.model), whole_loss(problems.fresh_model(job(tmp_path)))
+    assert whole_loss(some.model) < optimum + 0.05 * (start - optimum)
+    assert of_kind(batches, Iterated)[-1].iteration == 60
+    first_tenth = [event for event in of_kind(batches, Iterated) if event.examples <= 5 * EXAMPLES][-1]
+    early_full = [event for event in of_kind(heard, Iterated) if event.examples <= 5 * EXAMPLES][-1]
+    assert first_tenth.iteration > 2 * early_full.iteration
+
+
+def test_deaths_and_the_number_of_replicas_change_no_step(tmp_path: Path) -> None:
+    algorithm = {"deterministic": True, "max_iterations": 15}
+    plain, _ = trained(job(tmp_path / "plain", algorithm=algorithm))
+    other, heard = trained(
+        job(
+            tmp_path / "other", algorithm=algorithm,
+            cluster=db.Cluster(replicas=2, shards=2, engine="simulated"),
+        ),
+        faults=db.Faults(kill=((0.4, "replica/0"), (0.5, "shard/1"))),
+    )  # fmt: skip
+    assert len(of_kind(heard, RoleLost)) == 2
+    assert of_kind(heard, EvaluationLost)
+    assert problems.same_parameters(plain.model, other.model)
+
+
+def test_it_resumes_on_the_batches_that_come_next(tmp_path: Path) -> None:
+    algorithm = {"deterministic": True, "max_iterations": 16}
+    plain, _ = trained(job(tmp_path / "plain", algorithm=algorithm))
+    short = job(tmp_path / "short", algorithm=algorithm | {"max_iterations": 7})
+    trained(short)
+    longer = dataclasses.replace(short.algorithm, max_iterations=16)
+    again, _ = trained(dataclasses.replace(short, algorithm=longer), resume=tmp_path / "short")
+    assert problems.same_parameters(plain.model, again.model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch": 0}, "batch=0"),
+        ({"batch": 64, "overlap": 0.0}, r"overlap=0\.0"),
+        ({"batch": 64, "overlap": 0.6}, r"overlap=0\.6"),
+        ({"batch": 64, "l1": 0.1}, r"batch=64.*l1 or bounds"),
+    ],
+)
+def test_batches_that_cannot_work_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(db.ConfigurationError, match=message):
+        functools.partial(db.Sandblaster, **fields)()
