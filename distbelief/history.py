@@ -21,8 +21,14 @@ class History(msgspec.Struct, frozen=True):
 
     pairs: tuple[int, ...] = ()
     """The slots in which the sections keep the pairs, oldest first."""
-    gram: tuple[tuple[float, ...], ...] = ((0.0,),)
-    """(2k+1) x (2k+1), float64, over [s.., y.., p]."""
+    products: bytes = bytes(8)
+    """The Gram matrix, (2k+1) x (2k+1) float64 over [s.., y.., p] in rows: as bytes it is written down in no time."""
+
+    @property
+    def gram(self) -> Matrix:
+        """The matrix, read only."""
+        size = 2 * len(self.pairs) + 1
+        return np.frombuffer(self.products).reshape(size, size)
 
     def accept(self, rows: list[list[float]], capacity: int, curvature: float) -> tuple[Self, int | None]:
         """After a trial was accepted: the history with its pair and its p, and the slot for the pair.
@@ -32,7 +38,7 @@ class History(msgspec.Struct, frozen=True):
         """
         k, measured = len(self.pairs), np.array(rows)
         full = np.zeros((2 * k + 3, 2 * k + 3))
-        full[: 2 * k, : 2 * k] = np.array(self.gram)[: 2 * k, : 2 * k]
+        full[: 2 * k, : 2 * k] = self.gram[: 2 * k, : 2 * k]
         full[2 * k :, :], full[:, 2 * k :] = measured, measured.T
         s, y, p = 2 * k, 2 * k + 1, 2 * k + 2
         if not full[s, y] > curvature * math.sqrt(full[s, s] * full[y, y]):
@@ -45,25 +51,25 @@ class History(msgspec.Struct, frozen=True):
 
     def refreshed(self, gram: list[list[float]]) -> Self:
         """The same pairs with their inner products measured again, shape (2k+1, 2k+1)."""
-        return type(self)(self.pairs, tuple(map(tuple, gram)))
+        return type(self)(self.pairs, np.array(gram).tobytes())
 
     def forgotten(self) -> Self:
         """Without pairs: the direction becomes that of steepest descent."""
-        return type(self)((), ((self.gram[-1][-1],),))
+        return type(self)((), self.gram[-1:, -1:].tobytes())
 
     def _of(self, pairs: tuple[int, ...], full: Matrix, basis: list[int]) -> Self:
-        return type(self)(pairs, tuple(map(tuple, full[np.ix_(basis, basis)].tolist())))
+        return type(self)(pairs, full[np.ix_(basis, basis)].tobytes())
 
     @property
     def gradient_norm(self) -> float:
         """|p|_2."""
-        return math.sqrt(max(0.0, self.gram[-1][-1]))
+        return math.sqrt(max(0.0, float(self.gram[-1, -1])))
 
     @property
     def curved(self) -> bool:
         """Whether s.y > 0 for each pair, without which there is no direction."""
-        k = len(self.pairs)
-        return all(self.gram[i][k + i] > 0 for i in range(k))
+        k, gram = len(self.pairs), self.gram
+        return all(gram[i, k + i] > 0 for i in range(k))
 
     def direction(self) -> tuple[tuple[float, ...], float]:
         """The coefficients of -H p over [s.., y.., p], and its slope: the derivative of the loss along it.
@@ -73,7 +79,7 @@ class History(msgspec.Struct, frozen=True):
         c *= G[s_k, y_k] / G[y_k, y_k]
         for i oldest..newest:  c[s_i] += a[i] - (G[y_i] c) / G[s_i, y_i]
         """
-        gram, k = np.array(self.gram), len(self.pairs)
+        gram, k = self.gram, len(self.pairs)
         c, alpha = np.zeros(2 * k + 1), np.zeros(k)
         c[2 * k] = -1.0
         for i in reversed(range(k)):

@@ -141,7 +141,9 @@ class SandblasterCoordinator(Coordinator):
 
     def work(self) -> dict[str, Any]:
         """The solver, as it is after the last step."""
-        return {"search": Search(copy.deepcopy(self.solver.state), self._moved, self.portions.bundles[-1].stop)}
+        state = self.solver.state  # all of it is values but itself and the search
+        state = msgspec.structs.replace(state, search=copy.copy(state.search))
+        return {"search": Search(state, self._moved, self.portions.bundles[-1].stop)}
 
     def is_own(self, manifest: Manifest) -> bool:
         """Whether a solver was in it."""
