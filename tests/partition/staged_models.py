@@ -305,4 +305,5 @@ if __name__ == "__main__":
             sys.stderr.flush()
             os._exit(code)
         running.append(child)
-    sys.exit(any([os.waitpid(child, 0)[1] for child in running]))
+    statuses = [os.waitpid(child, 0)[1] for child in running]
+    sys.exit(any(statuses))
