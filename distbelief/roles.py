@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a process of a job is built of when it is born: a partition of a replica, or of the evaluator."""
 
-import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from distbelief.model_partition import Meeting, PartObjective
 from distbelief.model_replica import ModelReplica, Part, build, pick_device, whole
 from distbelief.parameter_server import ParameterServer
 from distbelief.parameters import Layout, Span
-from distbelief.partition.group import Group
+from distbelief.partition.group import Group, form_default_group
 from distbelief.partition.stages import StagePlan
 from distbelief.roster import EVALUATOR, replica_name
 from distbelief.sandblaster import Sandblaster, SandblasterReplica
@@ -49,9 +48,8 @@ def _seat(home: Home, prepared: Prepared, name: str, partition: int, device: tor
         and torch.cuda.device_count() >= job.cluster.replicas * job.cluster.plan.partitions,
     )  # fmt: skip
     if isinstance(cut.plan, StagePlan):
-        limit = datetime.timedelta(seconds=job.cluster.silence_seconds)
         store = dist.PrefixStore("stages", meeting)  # type: ignore[attr-defined]
-        dist.init_process_group("gloo", store=store, rank=partition, world_size=group.size, timeout=limit)
+        form_default_group(store, partition, group.size, job.cluster.silence_seconds)
     part = cut.part(partition, group, seed)
     torch.manual_seed(seed)
     return Seat(part, cut.layout.of_partition(partition), cut.layout.partitions[partition], group)

@@ -13,7 +13,6 @@ import heapq
 import itertools
 import math
 import random
-import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
@@ -28,7 +27,7 @@ import torch
 from distbelief.channel.base import RAISED_AS_IS, Future, Promise, Remote, Signature, exported_methods
 from distbelief.engine.base import COORDINATOR, Death, Faults
 from distbelief.engine.pickles import SHARED
-from distbelief.engine.virtual import Activity, Answer, Costs
+from distbelief.engine.virtual import Activity, Answer, Costs, held_lock
 from distbelief.errors import (
     DistbeliefError,
     PeerLost,
@@ -134,7 +133,9 @@ class SimulatedEngine(SimulatedHome):
         super().__init__(COORDINATOR, 0, self)
         self.costs, self.faults = costs or Costs(), faults or Faults()
         self.clock = 0.0
-        self.baton = threading.Semaphore(0)
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # what is exported runs here, and more would only wait for each other
+        self.baton = held_lock()
         self.current: Activity | None = None
         self._random = random.Random(seed)
         self._agenda: list[tuple[float, float, int, Callable[[], None]]] = []
@@ -380,6 +381,7 @@ class SimulatedEngine(SimulatedHome):
 
     def close(self) -> None:
         """End every activity."""
+        torch.set_num_threads(self._threads)
         for activity in self._activities:
             activity.kill()
         self._agenda.clear()

@@ -47,8 +47,8 @@ class Flow:
 
     def box(self, step: int, partition: int) -> Box | None:
         """The box that the partition computes in the step; None for none, or for a result that is no tensor."""
-        layout = self.steps[step].layout
-        return layout.boxes[partition] if layout is not None and self.wanted[step][partition] else None
+        division = self.steps[step].division
+        return division.boxes[partition] if division is not None and self.wanted[step][partition] else None
 
 
 def flow(steps: Sequence[Step], partitions: int) -> Flow:
@@ -64,19 +64,19 @@ def flow(steps: Sequence[Step], partitions: int) -> Flow:
     inputs: list[list[Input]] = [[Input(None, (None,) * partitions, ())] * len(step.inputs) for step in steps]
     crossings: list[Crossing] = []
     for source, consumers in sorted(uses.items()):
-        layout = states[source].layout
-        if layout is None:
+        division = states[source].division
+        if division is None:
             continue
         remote: dict[float, list[tuple[int, int, Needs]]] = defaultdict(list)
         for index, place, asked in consumers:
             if all(
-                need is None or intersect(have, need) == need for have, need in zip(layout.boxes, asked, strict=True)
+                need is None or intersect(have, need) == need for have, need in zip(division.boxes, asked, strict=True)
             ):
-                inputs[index][place] = Input(None, asked, layout.boxes)
+                inputs[index][place] = Input(None, asked, division.boxes)
             else:
                 remote[steps[index].fill].append((index, place, asked))
         for fill, asking in remote.items():
-            for merged, served in _merged(layout.boxes, asking):
+            for merged, served in _merged(division.boxes, asking):
                 for index, place, needs in served:
                     inputs[index][place] = Input(len(crossings), needs, merged)
                 crossings.append(Crossing(states[source], merged, fill, min(index for index, _, _ in served)))
@@ -86,7 +86,7 @@ def flow(steps: Sequence[Step], partitions: int) -> Flow:
 def _wanted(steps: Sequence[Step], partitions: int) -> list[list[bool]]:
     """From the last step back: boxes are computed by who has them, lazy steps by whom they are needed."""
     wanted = [
-        [False] * partitions if step.lazy or step.layout is None else [box is not None for box in step.layout.boxes]
+        [False] * partitions if step.lazy or step.division is None else [box is not None for box in step.division.boxes]
         for step in steps
     ]
     for index, step in reversed(list(enumerate(steps))):
@@ -102,7 +102,7 @@ def _needs(step: Step, wanted: Sequence[bool], partition: int) -> Sequence[Box |
     if not wanted[partition]:
         return [None] * len(step.inputs)
     if step.lazy:
-        return [None if state.layout is None else whole(state.layout.shape) for state in step.inputs]
+        return [None if state.division is None else whole(state.division.shape) for state in step.inputs]
     box = tensor(step).boxes[partition]
     assert box is not None
     return step.need(box)

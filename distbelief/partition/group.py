@@ -15,6 +15,8 @@ import torch.distributed as dist
 from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost
 
 LOOPBACK = "127.0.0.1"
+DEFAULT_BACKEND = "gloo_on_loopback"
+"""What torch calls gloo of ours: its own listens where the name of the host leads, or an environment variable."""
 
 
 @final
@@ -95,12 +97,7 @@ class Group:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = limit
             return dist.ProcessGroupNCCL(store, self.index, self.size, options)
-        gloo: Any = dist.ProcessGroupGloo  # its options are not in torch's type stubs
-        given = gloo._Options()
-        given._timeout = limit
-        # Nobody else need reach them: the partitions of one replica share a machine.
-        given._devices = [gloo.create_device(hostname=LOOPBACK)]
-        return gloo(store, self.index, self.size, given)
+        return _gloo(store, self.index, self.size, limit)
 
     def _start(self, parcels: Mapping[int, torch.Tensor], arrivals: Mapping[int, torch.Tensor]) -> Sequence[Any]:
         def start() -> Sequence[Any]:
@@ -133,6 +130,23 @@ class Group:
         kind = DeadlineExceeded if late else PeerLost
         told = "did not answer in time" if late else "was lost"
         return kind(f"a partition of this replica {told}, says partition {self.index} of {self.size}: {error}")
+
+
+def form_default_group(store: Any, index: int, size: int, deadline_seconds: float) -> None:
+    """Make the partitions of a replica this process's default process group, over which torch's pipelining talks."""
+    if DEFAULT_BACKEND not in dist.Backend.backend_list:
+        dist.Backend.register_backend(DEFAULT_BACKEND, _gloo, devices=["cpu", "cuda"])
+    limit = datetime.timedelta(seconds=deadline_seconds)
+    dist.init_process_group(DEFAULT_BACKEND, store=store, rank=index, world_size=size, timeout=limit)
+
+
+def _gloo(store: Any, index: int, size: int, limit: datetime.timedelta) -> Any:
+    """Nobody else need reach them: the partitions of one replica share a machine."""
+    gloo: Any = dist.ProcessGroupGloo  # its options are not in torch's type stubs
+    given = gloo._Options()
+    given._timeout = limit
+    given._devices = [gloo.create_device(hostname=LOOPBACK)]
+    return gloo(store, index, size, given)
 
 
 @final

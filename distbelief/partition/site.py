@@ -2,12 +2,12 @@
 """What a rule is asked and what it answers: one call of the forward pass, cut into steps.
 
 A rule is a function of a `Site` and the call's arguments, in which states stand for results of earlier calls. It
-chooses a layout for the result, says which boxes of the inputs and of the parameters a box of it takes, and how to
+chooses a division for the result, says which boxes of the inputs and of the parameters a box of it takes, and how to
 build the layer that computes that box:
 
     def linear(site: Site, x: State) -> State:
-        layout = site.choose(x, {"rows": lambda cut: site.along(-1)}, units=site.module.out_features)
-        return site.compute([x], layout, build=lambda box: nn.Linear(...), pieces=lambda box: {"weight": ...})
+        division = site.choose(x, {"rows": lambda cut: site.along(-1)}, units=site.module.out_features)
+        return site.compute([x], division, build=lambda box: nn.Linear(...), pieces=lambda box: {"weight": ...})
 
 Everything else (who sends what to whom, what is exchanged only once, memory, counting) follows from these answers.
 """
@@ -21,7 +21,7 @@ from torch import nn
 
 from distbelief.errors import ConfigurationError
 from distbelief.partition.box import Box, near_square, sizes, whole
-from distbelief.partition.layout import Layout, along, at, everywhere, in_tiles
+from distbelief.partition.division import Division, along, at, everywhere, in_tiles
 from distbelief.partition.trace import STAGES_HINT, Call, Value
 from distbelief.plan import Cut, CutName
 
@@ -36,7 +36,7 @@ class State:
     """What a step yields."""
 
     step: int
-    layout: Layout | None
+    division: Division | None
     """None for what is no tensor, or has no batch in front: whoever needs it makes it."""
     dtype: torch.dtype
 
@@ -47,7 +47,7 @@ class Step:
 
     name: str
     inputs: tuple[State, ...]
-    layout: Layout | None
+    division: Division | None
     lazy: bool
     """Computed as a whole by whoever needs it; otherwise each partition computes its box."""
     need: Callable[[Box], Sequence[Box | None]]
@@ -64,10 +64,10 @@ class Step:
     """Of a lazy step, per example."""
 
 
-def tensor(state: State | Step) -> Layout:
-    """The layout of a state that a rule takes for granted."""
-    assert state.layout is not None
-    return state.layout
+def tensor(state: State | Step) -> Division:
+    """The division of a state that a rule takes for granted."""
+    assert state.division is not None
+    return state.division
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,15 +111,15 @@ class Site:
         """The same site where the call's result is not one tensor, but what the rule is about is."""
         return replace(self, call=replace(self.call, value=value))
 
-    # layouts
+    # divisions
 
-    def choose(self, x: State, ways: Mapping[CutName, Callable[[], Layout]], units: int) -> Layout:
-        """The layout asked for, else the first of `ways`; a layer of fewer than 4K `units` stays on one partition."""
+    def choose(self, x: State, ways: Mapping[CutName, Callable[[], Division]], units: int) -> Division:
+        """The division asked for, else the first of `ways`; a layer of fewer than 4K `units` stays on one partition."""
         cut = self.cut
         if cut is None:
             if units >= 4 * self.partitions:
                 return next(iter(ways.values()))()
-            owner = None if x.layout is None else x.layout.owner
+            owner = None if x.division is None else x.division.owner
             return at(self.shape, self.out if owner is None else owner, self.partitions, batched=self.value.batched)
         if cut.kind == "on":
             return at(self.shape, cut.numbers[0], self.partitions, batched=self.value.batched)
@@ -128,14 +128,14 @@ class Site:
             raise self.impossible(f"cannot be cut by {cut}", hint=f"cut it by one of {able}")
         if cut.kind == "grid":
             self._check_grid(cut.numbers)
-        layout = ways[cut.kind]()
-        idle = sum(box is None for box in layout.boxes)
+        division = ways[cut.kind]()
+        idle = sum(box is None for box in division.boxes)
         if idle:
             raise self.impossible(
                 f"has too few units for {cut}: {idle} of {self.partitions} partitions would have none",
                 hint=f"use on(partition) for it, or at most {self.partitions - idle} partitions",
             )
-        return layout
+        return division
 
     def _check_grid(self, numbers: tuple[int, ...]) -> None:
         rows, columns = numbers
@@ -146,20 +146,20 @@ class Site:
                 hint=f"use for example grid({best[0]}, {best[1]})",
             )
 
-    def follow(self, x: State, ways: Mapping[CutName, Callable[[], Layout]]) -> Layout:
-        """The layout asked for, else that of the input; the first of `ways` where everybody has the input."""
-        layout = tensor(x)
+    def follow(self, x: State, ways: Mapping[CutName, Callable[[], Division]]) -> Division:
+        """The division asked for, else that of the input; the first of `ways` where everybody has the input."""
+        division = tensor(x)
         if self.cut is not None:
             return self.choose(x, ways, 0)
-        if layout.everywhere and self.partitions > 1:
+        if division.everywhere and self.partitions > 1:
             return next(iter(ways.values()))()
-        return layout.carried(self.shape)
+        return division.carried(self.shape)
 
-    def along(self, dimension: int, unit: int = 1) -> Layout:
+    def along(self, dimension: int, unit: int = 1) -> Division:
         """The result cut along one dimension into whole units."""
         return along(self.shape, dimension, self.partitions, unit=unit, batched=self.value.batched)
 
-    def tiles(self) -> Layout:
+    def tiles(self) -> Division:
         """The result cut over its plane, by the grid asked for or a nearly square one."""
         asked = self.cut is not None and self.cut.kind == "grid"
         parts = self.cut.numbers if self.cut is not None and asked else near_square(self.partitions)
@@ -168,16 +168,16 @@ class Site:
     # steps
 
     def compute(
-        self, inputs: Sequence[State], layout: Layout, build: Callable[[Box], Layer], *,
+        self, inputs: Sequence[State], division: Division, build: Callable[[Box], Layer], *,
         need: Callable[[Box], Sequence[Box | None]] | None = None,
         pieces: Callable[[Box], Mapping[str, Part]] | None = None, within: str = "", fill: float = 0.0,
         dtype: torch.dtype | None = None,
     ) -> State:  # fmt: skip
-        """A step that each partition does for its box of `layout`. Without `need` it takes the inputs whole."""
-        everything = [None if state.layout is None else whole(state.layout.shape) for state in inputs]
+        """A step that each partition does for its box of `division`. Without `need` it takes the inputs whole."""
+        everything = [None if state.division is None else whole(state.division.shape) for state in inputs]
         return self._add(
             Step(
-                self.call.name, tuple(inputs), layout, False, need or (lambda box: everything),
+                self.call.name, tuple(inputs), division, False, need or (lambda box: everything),
                 build,  # type: ignore[arg-type]
                 pieces or (lambda box: {}), f"{self.call.name}.{within}", fill,
             ),
@@ -190,12 +190,12 @@ class Site:
         Where several do, each gets its part of the gradient, and the exchange of the inputs adds the parts up.
         """
         value = self.call.value
-        layout = None
+        division = None
         if value is not None:
             box = whole(value.shape)
-            layout = Layout(value.shape, (box,) * self.partitions, value.batched)
+            division = Division(value.shape, (box,) * self.partitions, value.batched)
         step = Step(
-            self.call.name, tuple(inputs), layout, True, lambda box: [], lambda box: build(), lambda box: {}, "", 0.0,
+            self.call.name, tuple(inputs), division, True, lambda box: [], lambda box: build(), lambda box: {}, "", 0.0,
             self.call.operations,
         )  # fmt: skip
         return self._add(step, value.dtype if value is not None else torch.float32)
@@ -209,22 +209,22 @@ class Site:
         shape = tuple(found.shape)
         if isinstance(found, nn.Parameter):
             return self.parameter(found, local, within, dimension=-1)
-        layout = everywhere(shape, self.partitions, batched=False)
+        division = everywhere(shape, self.partitions, batched=False)
         if local in owner._buffers:
             step = Step(
-                self.call.name, (), layout, True, lambda box: [], lambda box: Kept(local, found),
+                self.call.name, (), division, True, lambda box: [], lambda box: Kept(local, found),
                 lambda box: {local: (box, shape)}, within, 0.0,
             )  # fmt: skip
         else:
             step = Step(
-                self.call.name, (), layout, True, lambda box: [], lambda box: lambda: found, lambda box: {}, "", 0.0
+                self.call.name, (), division, True, lambda box: [], lambda box: lambda: found, lambda box: {}, "", 0.0
             )
         return self._add(step, found.dtype)
 
     def parameter(self, found: torch.Tensor, local: str, within: str, dimension: int) -> State:
         """A parameter as a state: partitions own parts of it along a dimension and send them where they are needed."""
         shape = tuple(found.shape)
-        layout = (
+        division = (
             along(shape, dimension, self.partitions, batched=False)
             if shape and shape[dimension] >= 4 * self.partitions
             else at(shape, self.out, self.partitions, batched=False)
@@ -235,7 +235,7 @@ class Site:
 
         return self._add(
             Step(
-                self.call.name, (), layout, False, lambda box: [], build,  # type: ignore[arg-type]
+                self.call.name, (), division, False, lambda box: [], build,  # type: ignore[arg-type]
                 lambda box: {local: (box, shape)}, within, 0.0,
             ),
             found.dtype,
@@ -243,7 +243,7 @@ class Site:
 
     def _add(self, step: Step, dtype: torch.dtype) -> State:
         self.steps.append(step)
-        return State(len(self.steps) - 1, step.layout, dtype)
+        return State(len(self.steps) - 1, step.division, dtype)
 
 
 @final

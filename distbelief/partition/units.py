@@ -122,12 +122,12 @@ class Blueprint:
         moved = {(batched, way): [0] * self.partitions for batched in (True, False) for way in ("in", "out")}
         messages = {way: [0] * self.partitions for way in ("in", "out")}
         for crossing in self._flow.crossings:
-            layout = crossing.state.layout
-            assert layout is not None
-            for (sender, receiver), box in routes(layout.boxes, crossing.needs).items():
+            division = crossing.state.division
+            assert division is not None
+            for (sender, receiver), box in routes(division.boxes, crossing.needs).items():
                 if sender != receiver:
                     for way, partition in (("in", receiver), ("out", sender)):
-                        moved[layout.batched, way][partition] += count(box)
+                        moved[division.batched, way][partition] += count(box)
                         messages[way][partition] += 1
         return tuple(
             Numbers(
@@ -143,9 +143,9 @@ class Blueprint:
     def layers(self) -> tuple[LayerCut, ...]:
         """How the steps are divided, in the order of the forward pass, but for those that several do as a whole."""
         return tuple(
-            LayerCut(step.name, step.layout.shape, step.layout.boxes)
+            LayerCut(step.name, step.division.shape, step.division.boxes)
             for step in self._steps[1:-1]
-            if step.layout is not None and not step.lazy
+            if step.division is not None and not step.lazy
         )
 
     # what one partition runs
@@ -183,10 +183,15 @@ class Blueprint:
         )
 
     def _transfer(self, number: int, crossing: Crossing, group: Group) -> list[Transfer | Computation]:
-        layout = crossing.state.layout
-        assert layout is not None
+        division = crossing.state.division
+        assert division is not None
         exchange = Exchange(
-            layout.boxes, crossing.needs, group, dtype=crossing.state.dtype, fill=crossing.fill, batched=layout.batched
+            division.boxes,
+            crossing.needs,
+            group,
+            dtype=crossing.state.dtype,
+            fill=crossing.fill,
+            batched=division.batched,
         )
         if exchange.wanted is None and not exchange.send:
             return []
@@ -199,9 +204,9 @@ class Blueprint:
             slot = state.step if entry.crossing is None else len(self._steps) + entry.crossing
             need = entry.needs[partition]
             part = None
-            if need is not None and state.layout is not None and need != (held := entry.held[partition]):
+            if need is not None and state.division is not None and need != (held := entry.held[partition]):
                 assert held is not None
-                part = (slice(None),) * state.layout.batched + inside(need, held)
+                part = (slice(None),) * state.division.batched + inside(need, held)
             found.append((slot, part))
         return found
 
@@ -235,9 +240,9 @@ class Blueprint:
                 continue
             layer: Callable[..., Any] = self._layer(index, partition)
             held = [
-                None if need is None or state.layout is None
+                None if need is None or state.division is None
                 else torch.empty(
-                    ((self._batch,) if state.layout.batched else ()) + sizes(need), dtype=state.dtype, device="meta"
+                    ((self._batch,) if state.division.batched else ()) + sizes(need), dtype=state.dtype, device="meta"
                 )
                 for state, entry in zip(step.inputs, self._flow.inputs[index], strict=True)
                 for need in [entry.needs[partition]]
@@ -250,7 +255,7 @@ class Blueprint:
     def _states(self, partition: int) -> int:
         boxes = [crossing.needs[partition] for crossing in self._flow.crossings]
         for index, step in enumerate(self._steps[1:-1], 1):
-            if step.layout is not None and step.layout.batched:
+            if step.division is not None and step.division.batched:
                 boxes.append(self._flow.box(index, partition))
         return sum(map(count, boxes))
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from distbelief.errors import ConfigurationError
-from distbelief.partition.layout import at, everywhere
+from distbelief.partition.division import at, everywhere
 from distbelief.partition.rules import has_rule, rule_of
 from distbelief.partition.site import Site, State, Step
 from distbelief.partition.trace import Call, name_of, trace
@@ -66,10 +66,10 @@ def _elements(module: nn.Module) -> int:
 
 
 def _source(steps: list[Step], call: Call, shape: tuple[int, ...], partitions: int) -> State:
-    layout = everywhere(shape, partitions)
-    steps.append(Step("input", (), layout, False, lambda box: [], lambda box: tuple, lambda box: {}, "", 0.0))
+    division = everywhere(shape, partitions)
+    steps.append(Step("input", (), division, False, lambda box: [], lambda box: tuple, lambda box: {}, "", 0.0))
     assert call.value is not None
-    return State(0, layout, call.value.dtype)
+    return State(0, division, call.value.dtype)
 
 
 def _output(site: Site, result: Any) -> None:

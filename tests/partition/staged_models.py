@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that are cut into stages, and what is asked of them; and one partition of a replica as a program.
+"""Models that are cut into stages, and what is asked of them; and a replica as a program.
 
-    python staged_models.py FOLDER PARTITIONS PARTITION TASK
+    python staged_models.py FOLDER PARTITIONS TASK
 
-runs a task of this module as one partition of a replica that meets in the folder.
+runs a task of this module in so many processes, partitions of a replica that meet in the folder.
 """
 
-import datetime
+import contextlib
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distbelief.errors import DeadlineExceeded, PeerLost
+from distbelief.partition.group import form_default_group
 from distbelief.partition.materialise import record
 from distbelief.partition.pipeline import Pipeline
 from distbelief.partition.stages import Stage, StagePlan, stages
@@ -179,7 +182,7 @@ def check(found: Tensor | None, expected: Tensor | None, what: str) -> None:
 def trains(partition: int, partitions: int) -> None:
     """Mini-batches of several sizes, evaluation between them: what the uncut model computes, part by part."""
     for name, dtype in [(name, dtype) for name in MODELS for dtype in (torch.float64, torch.float32)]:
-        for microbatches in (1, 2, 4):
+        for microbatches in (1, 2, 4) if dtype == torch.float64 else (4,):
             uncut = plain(name, dtype)
             plan = stages(record(of(name, dtype), 0).module, mini_batch(name, 8, dtype)[0], partitions, microbatches)
             stage = make(plan, partition, of(name, dtype))
@@ -263,18 +266,44 @@ def hangs(partition: int, partitions: int) -> None:
             pipeline.step(x, target, loss)
 
 
-TASKS = {"trains": trains, "hooks": hooks, "dies": dies, "hangs": hangs}
-PATIENCE_SECONDS = {"trains": 60.0, "hooks": 60.0, "dies": 60.0, "hangs": 5.0}
+def listens(partition: int, partitions: int) -> None:
+    """Nobody of another machine can connect."""
+    opened = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the descriptor that lists the folder
+            opened.add(os.readlink(f"/proc/self/fd/{name}"))
+    sockets = [line.split() for table in ("tcp", "tcp6") for line in Path("/proc/net", table).read_text().splitlines()]
+    own = [fields[1] for fields in sockets if fields[3] == "0A" and f"socket:[{fields[9]}]" in opened]  # listening
+    assert own
+    assert all(address.startswith("0100007F:") for address in own), own  # 127.0.0.1
+
+
+TASKS = {"trains": trains, "hooks": hooks, "dies": dies, "hangs": hangs, "listens": listens}
+PATIENCE_SECONDS = {"trains": 60.0, "hooks": 60.0, "dies": 60.0, "hangs": 5.0, "listens": 60.0}
 """How long a partition waits for another."""
 
 
-if __name__ == "__main__":
+def live(folder: str, size: int, index: int, task: str) -> int:
+    """One partition's life, in a process of its own; the exit status."""
     torch.set_num_threads(1)
-    folder, size, index, task = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), TASKS[sys.argv[4]]
-    store = dist.FileStore(str(Path(folder) / "meeting"), size)
-    limit = datetime.timedelta(seconds=PATIENCE_SECONDS[sys.argv[4]])
-    dist.init_process_group("gloo", store=store, rank=index, world_size=size, timeout=limit)
     try:
-        task(index, size)
-    finally:
+        form_default_group(dist.FileStore(str(Path(folder) / "meeting"), size), index, size, PATIENCE_SECONDS[task])
+        TASKS[task](index, size)
         dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    folder, partitions, task = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    running = []
+    for index in range(partitions):
+        if (child := os.fork()) == 0:
+            code = live(folder, partitions, index, task)
+            sys.stderr.flush()
+            os._exit(code)
+        running.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in running]
+    sys.exit(any(statuses))

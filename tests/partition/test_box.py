@@ -23,7 +23,7 @@ from distbelief.partition.box import (
     union,
     whole,
 )  # fmt: skip
-from distbelief.partition.layout import Layout, along, at, everywhere, in_tiles
+from distbelief.partition.division import Division, along, at, everywhere, in_tiles
 
 RANGES = some.tuples(some.integers(-3, 6), some.integers(1, 6)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 BOXES = some.tuples(RANGES, RANGES, RANGES)
@@ -121,7 +121,7 @@ def test_a_reshaped_box_holds_the_same_units_and_is_found_whenever_there_is_one(
 
 
 @pytest.mark.parametrize("partitions", [1, 2, 3, 5])
-def test_layouts_say_who_holds_what(partitions: int) -> None:
+def test_divisions_say_who_holds_what(partitions: int) -> None:
     assert everywhere((4, 6), partitions).everywhere
     assert at((4, 6), partitions - 1, partitions).owner == partitions - 1
     cut = along((4, 6), -1, partitions)
@@ -130,10 +130,10 @@ def test_layouts_say_who_holds_what(partitions: int) -> None:
     assert sum(map(count, cut.boxes)) == 24
 
 
-def test_a_layout_is_carried_to_another_shape_tile_by_tile() -> None:
+def test_a_division_is_carried_to_another_shape_tile_by_tile() -> None:
     cut = in_tiles((3, 9, 7), (1, 2, 2), 4)
     carried = cut.carried((3, 5, 7))
-    assert carried == Layout(
+    assert carried == Division(
         (3, 5, 7),
         (((0, 3), (0, 3), (0, 4)), ((0, 3), (0, 3), (4, 7)), ((0, 3), (3, 5), (0, 4)), ((0, 3), (3, 5), (4, 7))),
     )

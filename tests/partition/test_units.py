@@ -260,8 +260,8 @@ def scaled(site: Site, x: State) -> State:
     def pieces(box: Box) -> Mapping[str, Part]:
         return {"gain": part(site.module, "gain", box)}
 
-    layout = site.choose(x, {"rows": lambda: site.along(-1)}, len(site.module.gain))
-    return site.compute([x], layout, lambda box: Scaled(*sizes(box)), need=lambda box: [box], pieces=pieces)
+    division = site.choose(x, {"rows": lambda: site.along(-1)}, len(site.module.gain))
+    return site.compute([x], division, lambda box: Scaled(*sizes(box)), need=lambda box: [box], pieces=pieces)
 
 
 def greedy(site: Site, x: State) -> State:

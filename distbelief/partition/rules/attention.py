@@ -34,7 +34,7 @@ def multihead(
     if any(user.users and user.args[1] != 0 for user in site.call.node.users):
         raise site.impossible("returns its weights, which no partition has whole", hint="use need_weights=False")
     masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
-    if any(mask.layout is None or len(mask.layout.shape) + mask.layout.batched != 2 for mask in masks):
+    if any(mask.division is None or len(mask.division.shape) + mask.division.batched != 2 for mask in masks):
         raise site.impossible("has a mask per head", hint="use a mask of shape (length, length)")
     width, size = module.embed_dim, module.embed_dim // module.num_heads
     inner = site.yielding(Value(tensor(query).shape, query.dtype, batched=True))
@@ -64,8 +64,8 @@ def multihead(
             {"bias": part(module.out_proj, "bias", (box[-1],))} if module.out_proj.bias is not None else {}
         )
 
-    layout = heads if heads.owner is not None else inner.along(-1)
-    return inner.compute([context], layout, project, pieces=rows, within="out_proj."), None
+    division = heads if heads.owner is not None else inner.along(-1)
+    return inner.compute([context], division, project, pieces=rows, within="out_proj."), None
 
 
 @final
@@ -138,13 +138,13 @@ def scaled_dot_product(site: Site, query: State, key: State, value: State, *args
         raise site.impossible("draws random numbers", hint="use nn.MultiheadAttention for attention with dropout")
     mask = options.pop("attn_mask", None)
     inputs = [query, key, value] + ([mask] if mask is not None else [])
-    if states_in(options) or any(state.layout is None or not state.layout.batched for state in inputs[:3]):
+    if states_in(options) or any(state.division is None or not state.division.batched for state in inputs[:3]):
         raise site.impossible("has arguments that have no unit rule")
     if len(site.shape) != 3 or options.get("enable_gqa"):
         return as_a_whole(site, query, key, value, *args, **kwargs)
-    layout = site.follow(query, {"rows": lambda: site.along(0)})
-    if layout.is_cut(1) or layout.is_cut(2):
-        layout = site.along(0)
+    division = site.follow(query, {"rows": lambda: site.along(0)})
+    if division.is_cut(1) or division.is_cut(2):
+        division = site.along(0)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return functional.scaled_dot_product_attention(q, k, v, mask, **options)
@@ -153,4 +153,4 @@ def scaled_dot_product(site: Site, query: State, key: State, value: State, *args
         own = [(box[0], *whole(tensor(state).shape[1:])) for state in inputs[:3]]
         return [*own, *(seen((*box[:2], (0, tensor(key).shape[1])), True, state) for state in inputs[3:])]
 
-    return site.compute(inputs, layout, lambda box: attend, need=need)
+    return site.compute(inputs, division, lambda box: attend, need=need)

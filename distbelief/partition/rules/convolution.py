@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from distbelief.partition.box import Box, field, sizes, whole
-from distbelief.partition.layout import Layout
+from distbelief.partition.division import Division
 from distbelief.partition.site import Part, Site, State, part, tensor
 from distbelief.plan import CutName
 
@@ -24,12 +24,12 @@ def convolution(site: Site, x: State) -> State:
     module: nn.Conv2d = site.module
     unit = module.out_channels // module.groups if module.groups > 1 else 1
     planar = len(module.kernel_size) == 2 and module.padding_mode == "zeros"
-    ways: dict[CutName, Callable[[], Layout]] = {"channels": lambda: site.along(0, unit)}
+    ways: dict[CutName, Callable[[], Division]] = {"channels": lambda: site.along(0, unit)}
     if planar:
         ways["grid"] = site.tiles
-    layout = site.choose(x, ways, math.prod(site.shape))
+    division = site.choose(x, ways, math.prod(site.shape))
     if site.cut is not None and site.cut.kind == "grid":
-        return _over_the_plane(site, x, layout)
+        return _over_the_plane(site, x, division)
 
     def groups(box: Box) -> int:
         return max(1, sizes(box)[0] // unit) if module.groups > 1 else 1
@@ -52,10 +52,10 @@ def convolution(site: Site, x: State) -> State:
         weight = {"weight": part(module, "weight", (box[0], *whole(module.weight.shape[1:])))}
         return weight | ({"bias": part(module, "bias", (box[0],))} if module.bias is not None else {})
 
-    return site.compute([x], layout, build, need=need, pieces=pieces)
+    return site.compute([x], division, build, need=need, pieces=pieces)
 
 
-def _over_the_plane(site: Site, x: State, layout: Layout) -> State:
+def _over_the_plane(site: Site, x: State, division: Division) -> State:
     module: nn.Conv2d = site.module
     held = [site.parameter(module.weight, "weight", f"{site.call.name}.", dimension=0)]
     if module.bias is not None:
@@ -72,7 +72,7 @@ def _over_the_plane(site: Site, x: State, layout: Layout) -> State:
 
         return convolve
 
-    return site.compute([x, *held], layout, build, need=need)
+    return site.compute([x, *held], division, build, need=need)
 
 
 def _before(module: nn.Conv2d) -> tuple[int, ...]:

@@ -25,8 +25,8 @@ def linear(site: Site, x: State) -> State:
         return weight | ({"bias": part(module, "bias", (box[-1],))} if module.bias is not None else {})
 
     narrow = site.light and module.out_features < module.in_features
-    layout = site.choose(x, {"rows": lambda: site.along(-1)}, 0 if narrow else module.out_features)
-    return site.compute([x], layout, build, pieces=pieces)
+    division = site.choose(x, {"rows": lambda: site.along(-1)}, 0 if narrow else module.out_features)
+    return site.compute([x], division, build, pieces=pieces)
 
 
 def embedding(site: Site, x: State) -> State:
@@ -42,5 +42,5 @@ def embedding(site: Site, x: State) -> State:
     def pieces(box: Box) -> dict[str, Part]:
         return {"weight": part(module, "weight", (*whole((module.num_embeddings,)), box[-1]))}
 
-    layout = site.choose(x, {"rows": lambda: site.along(-1)}, module.embedding_dim)
-    return site.compute([x], layout, build, pieces=pieces)
+    division = site.choose(x, {"rows": lambda: site.along(-1)}, module.embedding_dim)
+    return site.compute([x], division, build, pieces=pieces)

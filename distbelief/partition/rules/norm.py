@@ -9,16 +9,16 @@ from torch import nn
 from torch.nn import functional
 
 from distbelief.partition.box import Box, count, sizes, whole
-from distbelief.partition.layout import Layout
+from distbelief.partition.division import Division
 from distbelief.partition.site import Part, Site, State, part, tensor
 
 
 def batch_norm(site: Site, x: State) -> State:
     """Channels with their statistics, over whole planes: exact, and nobody has to wait for anybody's sums."""
     module: nn.BatchNorm2d = site.module
-    layout = site.follow(x, {"channels": lambda: site.along(0)})
-    if any(layout.is_cut(dimension) for dimension in range(1, len(layout.shape))):
-        layout = site.along(0)
+    division = site.follow(x, {"channels": lambda: site.along(0)})
+    if any(division.is_cut(dimension) for dimension in range(1, len(division.shape))):
+        division = site.along(0)
     tensors = {**module._parameters, **module._buffers}
 
     def build(box: Box) -> nn.Module:
@@ -32,35 +32,35 @@ def batch_norm(site: Site, x: State) -> State:
             if value is not None
         }
 
-    return site.compute([x], layout, build, need=lambda box: [(box[0], *whole(site.shape[1:]))], pieces=pieces)
+    return site.compute([x], division, build, need=lambda box: [(box[0], *whole(site.shape[1:]))], pieces=pieces)
 
 
 def layer_norm(site: Site, x: State) -> State:
     """Own units with their weights. Partitions tell each other mean and deviation of what they own, two numbers."""
     module: nn.LayerNorm = site.module
     ahead = len(site.shape) - len(module.normalized_shape)
-    layout = site.follow(x, {"rows": lambda: site.along(-1)})
-    if any(layout.is_cut(dimension) for dimension in range(ahead)):
-        layout = site.along(-1)
+    division = site.follow(x, {"rows": lambda: site.along(-1)})
+    if any(division.is_cut(dimension) for dimension in range(ahead)):
+        division = site.along(-1)
 
     def pieces(box: Box) -> dict[str, Part]:
         return {
             name: part(module, name, box[ahead:]) for name, value in module._parameters.items() if value is not None
         }
 
-    holders = [partition for partition, box in enumerate(layout.boxes) if box is not None]
+    holders = [partition for partition, box in enumerate(division.boxes) if box is not None]
     if len(holders) == 1 or tensor(x).everywhere:  # who has the whole asks nobody
-        return site.compute([x], layout, lambda box: WholeNorm(module, ahead, box), pieces=pieces)
+        return site.compute([x], division, lambda box: WholeNorm(module, ahead, box), pieces=pieces)
     lead = site.shape[:ahead]
     seats: list[Box | None] = [None] * site.partitions
     for seat, partition in enumerate(holders):
         seats[partition] = (*whole(lead), (seat, seat + 1), (0, 2))
-    table = Layout((*lead, len(holders), 2), tuple(seats))
-    owned = {seats[partition]: layout.boxes[partition] for partition in holders}
-    numbers = [count(box) // math.prod(lead) for partition in holders if (box := layout.boxes[partition]) is not None]
+    table = Division((*lead, len(holders), 2), tuple(seats))
+    owned = {seats[partition]: division.boxes[partition] for partition in holders}
+    numbers = [count(box) // math.prod(lead) for partition in holders if (box := division.boxes[partition]) is not None]
     moments = site.compute([x], table, lambda box: Moments(ahead), need=lambda box: [owned[box]])
     return site.compute(
-        [x, moments], layout, lambda box: CutNorm(module, ahead, box, numbers),
+        [x, moments], division, lambda box: CutNorm(module, ahead, box, numbers),
         need=lambda box: [box, whole(table.shape)], pieces=pieces,
     )  # fmt: skip
 

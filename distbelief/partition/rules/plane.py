@@ -41,8 +41,8 @@ def locally_connected(site: Site, x: State) -> State:
         held = {"weight": part(module, "weight", (*box[1:], *whole(weight.shape[2:])))}
         return held | ({"bias": part(module, "bias", (*box[1:], box[0]))} if module.bias is not None else {})
 
-    layout = site.choose(x, {"grid": site.tiles}, math.prod(site.shape))
-    return site.compute([x], layout, build, need=need, pieces=pieces)
+    division = site.choose(x, {"grid": site.tiles}, math.prod(site.shape))
+    return site.compute([x], division, build, need=need, pieces=pieces)
 
 
 def max_pool(site: Site, x: State) -> State:
@@ -135,12 +135,12 @@ def l2_pool(site: Site, x: State) -> State:
 
 def adaptive_pool(site: Site, x: State) -> State:
     """Own channels, their whole plane."""
-    layout = site.follow(x, {"channels": lambda: site.along(0)})
-    if any(layout.is_cut(dimension) for dimension in range(1, len(layout.shape))):
-        layout = site.along(0)
+    division = site.follow(x, {"channels": lambda: site.along(0)})
+    if any(division.is_cut(dimension) for dimension in range(1, len(division.shape))):
+        division = site.along(0)
     plane = whole(tensor(x).shape[1:])
     return site.compute(
-        [x], layout, lambda box: type(site.module)(site.module.output_size), need=lambda box: [(box[0], *plane)]
+        [x], division, lambda box: type(site.module)(site.module.output_size), need=lambda box: [(box[0], *plane)]
     )
 
 
@@ -151,9 +151,9 @@ def _pooled(site: Site, x: State) -> Any:
 def contrast_norm(site: Site, x: State) -> State:
     """As the input if its channels are whole, else in tiles; twice half a window around, once for each of two steps."""
     module: LocalContrastNorm2d = site.module
-    layout = site.follow(x, {"grid": site.tiles})
-    if layout.is_cut(0):
-        layout = site.tiles()
+    division = site.follow(x, {"grid": site.tiles})
+    if division.is_cut(0):
+        division = site.tiles()
     middle = module.kernel_size // 2
 
     def around(box: Box) -> Box:
@@ -162,5 +162,5 @@ def contrast_norm(site: Site, x: State) -> State:
     def centre(box: Box) -> Any:
         return lambda x: x[..., middle : x.shape[-2] - middle, middle : x.shape[-1] - middle] - module.mean(x)
 
-    centred = site.compute([x], layout, centre, need=lambda box: [around(box)])
-    return site.compute([centred, centred], layout, lambda box: module.scaled, need=lambda box: [box, around(box)])
+    centred = site.compute([x], division, centre, need=lambda box: [around(box)])
+    return site.compute([centred, centred], division, lambda box: module.scaled, need=lambda box: [box, around(box)])

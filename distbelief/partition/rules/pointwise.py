@@ -50,13 +50,13 @@ def pointwise(site: Site, *args: Any, **kwargs: Any) -> State:
     inputs = states_in((args, kwargs, site.evaluating))
     value = site.call.value
     leaders = [
-        state.layout
+        state.division
         for state in inputs
         if value is not None
-        and state.layout is not None
-        and (state.layout.shape, state.layout.batched) == (value.shape, value.batched)
+        and state.division is not None
+        and (state.division.shape, state.division.batched) == (value.shape, value.batched)
     ]
-    cut_ones = [layout for layout in leaders if not layout.everywhere or site.partitions == 1]
+    cut_ones = [division for division in leaders if not division.everywhere or site.partitions == 1]
     if value is None or not cut_ones or site.cut is not None:
         return whole_call(site, *args, **kwargs)
     return site.compute(
@@ -67,14 +67,14 @@ def pointwise(site: Site, *args: Any, **kwargs: Any) -> State:
 
 def seen(box: Box, batched: bool, operand: State) -> Box | None:
     """The box of an operand that broadcasts to a box of a result, `batched` or not; None for what is no tensor."""
-    if operand.layout is None:
+    if operand.division is None:
         return None
     # Dimensions are matched from the last one on, the batch among them, where a parameter has length 1.
     ranges: list[Range] = [(0, 1)] * batched + list(box)
-    shape = (1,) * operand.layout.batched + operand.layout.shape
+    shape = (1,) * operand.division.batched + operand.division.shape
     matched = ranges[len(ranges) - len(shape) :]
     matching = [side if length != 1 else (0, 1) for side, length in zip(matched, shape, strict=True)]
-    return tuple(matching[operand.layout.batched :])
+    return tuple(matching[operand.division.batched :])
 
 
 @final
@@ -119,12 +119,12 @@ def dropout_function(site: Site, input: State, p: float = 0.5, training: bool = 
 
 
 def _dropout(site: Site, x: State, rates: tuple[float, float], *, by_channel: bool) -> State:
-    layout, layer = tensor(x) if site.cut is None else site.follow(x, {}), len(site.steps)
-    shape = (layout.shape[0], *[1] * (len(layout.shape) - 1)) if by_channel else layout.shape
+    division, layer = tensor(x) if site.cut is None else site.follow(x, {}), len(site.steps)
+    shape = (division.shape[0], *[1] * (len(division.shape) - 1)) if by_channel else division.shape
 
     def build(box: Box) -> nn.Module:
         return CutDropout(rates, shape, (box[0], *[(0, 1)] * (len(box) - 1)) if by_channel else box, layer)
 
-    if layout.everywhere and site.partitions > 1:
-        return site.lazily([x], lambda: build(layout.boxes[0] or ()))
-    return site.compute([x], layout, build, need=lambda box: [box])
+    if division.everywhere and site.partitions > 1:
+        return site.lazily([x], lambda: build(division.boxes[0] or ()))
+    return site.compute([x], division, build, need=lambda box: [box])

@@ -7,27 +7,27 @@ from typing import Any
 import torch
 
 from distbelief.partition.box import Box, reshaped, sizes, whole
-from distbelief.partition.layout import Layout
+from distbelief.partition.division import Division
 from distbelief.partition.rules.whole import Applied, states_in, whole_call
 from distbelief.partition.site import Site, State, tensor
 
 
 def reshape(site: Site, x: State, *args: Any, **kwargs: Any) -> State:
     """Boxes stay where they are if they are boxes in the new shape, too; else whoever needs the whole arranges it."""
-    layout, value = x.layout, site.call.value
-    if layout is None or value is None or value.batched != layout.batched or _at_hand(site, layout):
+    division, value = x.division, site.call.value
+    if division is None or value is None or value.batched != division.batched or _at_hand(site, division):
         return whole_call(site, x, *args, **kwargs)
-    images = tuple(None if box is None else reshaped(box, layout.shape, value.shape) for box in layout.boxes)
-    if [box is None for box in images] != [box is None for box in layout.boxes]:
+    images = tuple(None if box is None else reshaped(box, division.shape, value.shape) for box in division.boxes)
+    if [box is None for box in images] != [box is None for box in division.boxes]:
         return whole_call(site, x, *args, **kwargs)
-    back = {image: box for image, box in zip(images, layout.boxes, strict=True) if image is not None}
+    back = {image: box for image, box in zip(images, division.boxes, strict=True) if image is not None}
 
     def build(box: Box) -> Callable[[torch.Tensor], torch.Tensor]:
         if value.batched:
             return lambda held: held.reshape(held.shape[0], *sizes(box))
         return lambda held: held.reshape(sizes(box))
 
-    return site.compute([x], Layout(value.shape, images, value.batched), build, need=lambda box: [back[box]])
+    return site.compute([x], Division(value.shape, images, value.batched), build, need=lambda box: [back[box]])
 
 
 def transpose(site: Site, x: State, dim0: int, dim1: int) -> State:
@@ -45,17 +45,17 @@ def permute(site: Site, x: State, *given: Any, dims: Any = ()) -> State:
 
 
 def _permuted(site: Site, x: State, order: list[int], *args: Any) -> State:
-    layout = x.layout
-    if layout is None or site.call.value is None or _at_hand(site, layout) or (layout.batched and order[0] != 0):
+    division = x.division
+    if division is None or site.call.value is None or _at_hand(site, division) or (division.batched and order[0] != 0):
         return whole_call(site, x, *args)
-    behind = [dimension - layout.batched for dimension in order[layout.batched :]]
-    boxes = tuple(None if box is None else tuple(box[dimension] for dimension in behind) for box in layout.boxes)
+    behind = [dimension - division.batched for dimension in order[division.batched :]]
+    boxes = tuple(None if box is None else tuple(box[dimension] for dimension in behind) for box in division.boxes)
 
     def need(box: Box) -> list[Box]:
         return [tuple(box[behind.index(dimension)] for dimension in range(len(behind)))]
 
     return site.compute(
-        [x], Layout(site.shape, boxes, layout.batched), lambda box: lambda held: held.permute(order), need=need
+        [x], Division(site.shape, boxes, division.batched), lambda box: lambda held: held.permute(order), need=need
     )
 
 
@@ -63,32 +63,32 @@ def getitem(site: Site, x: State | tuple[Any, ...], index: Any) -> Any:
     """Slices along dimensions that are not cut; everything else is taken from the whole."""
     if not isinstance(x, State):
         return x[index]  # of the results of a rule that has several
-    layout, value = x.layout, site.call.value
+    division, value = x.division, site.call.value
     parts = index if isinstance(index, tuple) else (index,)
     if (
-        layout is None
+        division is None
         or value is None
-        or value.batched != layout.batched
-        or _at_hand(site, layout)
+        or value.batched != division.batched
+        or _at_hand(site, division)
         or not all(isinstance(part, slice) for part in parts)
-        or (layout.batched and parts[0] != slice(None))
+        or (division.batched and parts[0] != slice(None))
     ):
         return whole_call(site, x, index)
-    sliced = [part != slice(None) for part in parts[layout.batched :]]
-    sliced += [False] * (len(layout.shape) - len(sliced))
-    if any(layout.is_cut(dimension) for dimension, narrower in enumerate(sliced) if narrower):
+    sliced = [part != slice(None) for part in parts[division.batched :]]
+    sliced += [False] * (len(division.shape) - len(sliced))
+    if any(division.is_cut(dimension) for dimension, narrower in enumerate(sliced) if narrower):
         return whole_call(site, x, index)
-    there = zip(sliced, layout.shape, strict=True)
+    there = zip(sliced, division.shape, strict=True)
     needed = [(0, length) if narrower else None for narrower, length in there]
     boxes = tuple(
         None
         if box is None
         else tuple(end if known else side for known, side, end in zip(needed, box, whole(value.shape), strict=True))
-        for box in layout.boxes
+        for box in division.boxes
     )
     inputs = states_in((x, index, site.evaluating))
     return site.compute(
-        inputs, Layout(value.shape, boxes, value.batched), lambda box: Applied(site, inputs, (x, index), {}),
+        inputs, Division(value.shape, boxes, value.batched), lambda box: Applied(site, inputs, (x, index), {}),
         need=lambda box: [
             tuple(known or side for known, side in zip(needed, box, strict=True)), *[None] * (len(inputs) - 1)
         ],
@@ -97,13 +97,13 @@ def getitem(site: Site, x: State | tuple[Any, ...], index: Any) -> Any:
 
 def shape_of(site: Site, x: State, *args: Any) -> State:
     """What a shape says is known to everybody, from the mini-batch and the plan."""
-    if x.layout is None or (site.call.kind == "call_function" and args[0] not in KNOWN):
+    if x.division is None or (site.call.kind == "call_function" and args[0] not in KNOWN):
         return whole_call(site, x, *args)
-    layout, dtype, target = tensor(x), x.dtype, site.call.target
+    division, dtype, target = tensor(x), x.dtype, site.call.target
 
     def build() -> Callable[[torch.Tensor], Any]:
         def answer(source: torch.Tensor) -> Any:
-            shape = (*source.shape[:1], *layout.shape) if layout.batched else layout.shape
+            shape = (*source.shape[:1], *division.shape) if division.batched else division.shape
             like = torch.empty(shape, dtype=dtype, device="meta")
             if target is getattr:
                 return source.device if args[0] == "device" else getattr(like, args[0])
@@ -121,10 +121,10 @@ QUESTIONS = ("size", "dim", "ndimension", "numel", "is_floating_point")
 """Methods of a tensor that do not depend on its values."""
 
 
-def _at_hand(site: Site, layout: Layout) -> bool:
+def _at_hand(site: Site, division: Division) -> bool:
     """Whether everybody has the whole, so that there is nothing to follow; or the user asked for something else."""
-    return site.cut is not None or (layout.everywhere and site.partitions > 1)
+    return site.cut is not None or (division.everywhere and site.partitions > 1)
 
 
 def _rank(x: State) -> int:
-    return 0 if x.layout is None else len(x.layout.shape) + x.layout.batched
+    return 0 if x.division is None else len(x.division.shape) + x.division.batched

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from torch import fx, nn
 
-from distbelief.partition.layout import at
+from distbelief.partition.division import at
 from distbelief.partition.site import Site, State
 
 
@@ -61,12 +61,12 @@ def whole_call(site: Site, *args: Any, **kwargs: Any) -> State:
 def as_a_whole(site: Site, *args: Any, **kwargs: Any) -> State:
     """The same for a call that is known to draw no random numbers."""
     inputs = states_in((args, kwargs, site.evaluating))
-    owners = {state.layout.owner for state in inputs if state.layout is not None and not state.layout.everywhere}
+    owners = {state.division.owner for state in inputs if state.division is not None and not state.division.everywhere}
     asked = site.cut.numbers[0] if site.cut is not None and site.cut.kind == "on" else None
     if site.cut is not None and asked is None:
         raise site.impossible(f"cannot be cut by {site.cut}", hint="cut it by on(partition), or not at all")
     owner = asked if asked is not None else owners.pop() if len(owners) == 1 else None
     if site.call.value is None or owner is None:
         return site.lazily(inputs, lambda: Applied(site, inputs, args, kwargs))
-    layout = at(site.shape, owner, site.partitions, batched=site.value.batched)
-    return site.compute(inputs, layout, lambda box: Applied(site, inputs, args, kwargs))
+    division = at(site.shape, owner, site.partitions, batched=site.value.batched)
+    return site.compute(inputs, division, lambda box: Applied(site, inputs, args, kwargs))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts: which partition holds which box of a value."""
+"""Divisions: which partition holds which box of a value."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from distbelief.partition.box import Box, Range, split, tiles, whole
 
 
 @dataclass(frozen=True)
-class Layout:
+class Division:
     """Who holds which box of a value: disjoint boxes that cover it, or everybody the whole."""
 
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class Layout:
         """Whether somebody holds a part of the dimension only."""
         return any(box is not None and box[dimension] != (0, self.shape[dimension]) for box in self.boxes)
 
-    def carried(self, shape: Sequence[int]) -> "Layout":
+    def carried(self, shape: Sequence[int]) -> "Division":
         """The same cut of another shape of so many dimensions.
 
         Dimensions of unchanged length keep their ranges; others are cut evenly into as many, in the same order.
@@ -47,35 +47,35 @@ class Layout:
             None if box is None else tuple(known[side] for known, side in zip(maps, box, strict=True))
             for box in self.boxes
         )
-        return Layout(tuple(shape), tuple(box if box and _some(box) else None for box in boxes), self.batched)
+        return Division(tuple(shape), tuple(box if box and _some(box) else None for box in boxes), self.batched)
 
 
 def _some(box: Box) -> bool:
     return all(high > low for low, high in box)
 
 
-def in_tiles(shape: Sequence[int], parts: Sequence[int], partitions: int, *, batched: bool = True) -> Layout:
+def in_tiles(shape: Sequence[int], parts: Sequence[int], partitions: int, *, batched: bool = True) -> Division:
     """`shape` cut evenly into so many `parts` per dimension; partitions beyond them hold nothing."""
     boxes = tiles(shape, parts)
-    return Layout(tuple(shape), (*boxes, *[None] * (partitions - len(boxes))), batched)
+    return Division(tuple(shape), (*boxes, *[None] * (partitions - len(boxes))), batched)
 
 
-def along(shape: Sequence[int], dimension: int, partitions: int, *, unit: int = 1, batched: bool = True) -> Layout:
+def along(shape: Sequence[int], dimension: int, partitions: int, *, unit: int = 1, batched: bool = True) -> Division:
     """`shape` cut along one dimension into whole units."""
     dimension %= len(shape)
     boxes = [
         None if low == high else (*whole(shape[:dimension]), (low, high), *whole(shape[dimension + 1 :]))
         for low, high in split(shape[dimension], partitions, unit)
     ]
-    return Layout(tuple(shape), tuple(boxes), batched)
+    return Division(tuple(shape), tuple(boxes), batched)
 
 
-def at(shape: Sequence[int], owner: int, partitions: int, *, batched: bool = True) -> Layout:
+def at(shape: Sequence[int], owner: int, partitions: int, *, batched: bool = True) -> Division:
     """`shape` on one partition."""
     boxes = tuple(whole(shape) if partition == owner else None for partition in range(partitions))
-    return Layout(tuple(shape), boxes, batched)
+    return Division(tuple(shape), boxes, batched)
 
 
-def everywhere(shape: Sequence[int], partitions: int, *, batched: bool = True) -> Layout:
+def everywhere(shape: Sequence[int], partitions: int, *, batched: bool = True) -> Division:
     """`shape` on every partition."""
-    return Layout(tuple(shape), (whole(shape),) * partitions, batched)
+    return Division(tuple(shape), (whole(shape),) * partitions, batched)
