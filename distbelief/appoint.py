@@ -24,6 +24,8 @@ from distbelief.sandblaster import Sandblaster
 from distbelief.sandblaster_coordinator import SandblasterCoordinator
 from distbelief.uncut import Uncut
 
+EVALUATIONS = 10
+"""Passes of Sandblaster over the data between two looks at the test set, where the user has not said."""
 Restore = tuple[Path, Manifest] | None
 """The checkpoint to begin with, if any."""
 
@@ -35,7 +37,7 @@ def appoint(
     """The coordinator, with nothing started. Raises CheckpointError, ConfigurationError."""
     algorithm = job.algorithm
     keeping = algorithm.keeping if isinstance(algorithm, Sandblaster) else algorithm.update_rule
-    partitions = job.cluster.plan.partitions
+    partitions, is_batch = job.cluster.plan.partitions, isinstance(algorithm, Sandblaster)
     settings = Settings(
         run=run,
         replicas=[
@@ -54,7 +56,7 @@ def appoint(
         ],
         checkpoint_seconds=job.checkpoint_seconds,
         keep_checkpoints=job.keep_checkpoints,
-        evaluate_examples=job.evaluate_every or facts.examples,
+        evaluate_examples=job.evaluate_every or facts.examples * (EVALUATIONS if is_batch else 1),
         silence_seconds=job.cluster.silence_seconds,
         refusals=algorithm.refusals if isinstance(algorithm, Downpour) else 0,
         incarnation=0 if restore is None else restore[1].incarnation,
@@ -63,7 +65,7 @@ def appoint(
     manifest = checkpoint.manifests(model.module, facts.layout, facts.buffers, rule=repr(keeping), seed=job.seed)
     if isinstance(algorithm, Sandblaster):
         work = algorithm.work(facts.examples, job.batch_size, job.cluster.replicas, job.seed)
-        solver = _solver(algorithm, facts, restore)
+        solver = _solver(algorithm, facts, restore, work.objective)
         return SandblasterCoordinator(engine, settings, buffers, manifest, emit, solver, work)
     leases = _leases(job, facts, restore)
     stages = job.stages(leases.total_examples)
@@ -92,16 +94,15 @@ def _leases(job: Job, facts: Facts, restore: Restore) -> Leases:
     return leases
 
 
-def _solver(algorithm: Sandblaster, facts: Facts, restore: Restore) -> Solver:
-    """A search from its beginning, or where a checkpoint of Sandblaster was in it."""
+def _solver(algorithm: Sandblaster, facts: Facts, restore: Restore, objective: str) -> Solver:
+    """A search from its beginning, or where a checkpoint of the same objective was in it."""
     line = Span(0, facts.layout.length)
     bends = any(penalty.bends for penalty in algorithm.keeping.penalties(facts.layout.segments(line), line))
     options = algorithm.options(facts.layout.dtype, bends)
-    if restore is None or restore[1].search is None:
+    before = None if restore is None else restore[1].search
+    if restore is None or before is None or before.objective != objective:
         return Solver(options)
-    folder, manifest = restore
-    before = manifest.search
-    assert before is not None
+    folder, _ = restore
     if (examples := before.examples) != facts.examples:
         raise CheckpointError(
             f"{folder} is of a batch of {examples} examples, the job has {facts.examples}; the gradients before and "

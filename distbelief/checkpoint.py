@@ -84,7 +84,9 @@ class Search(msgspec.Struct, frozen=True):
     version: int
     """Of the last step that moved the point; what the shards' files hold is the point after it."""
     examples: int
-    """Examples in the full batch."""
+    """Examples in the data."""
+    objective: str
+    """Penalties, bounds and batches: the history of another objective is of no use."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

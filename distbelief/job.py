@@ -63,7 +63,7 @@ class Job:
     run: Path | str | None = None
     """Folder for checkpoints, events and the summary; None makes one below runs/."""
     evaluate_every: int | None = None
-    """Examples between evaluations; None for once an epoch."""
+    """Examples between evaluations on the test set; None for once an epoch, under Sandblaster once in ten passes."""
     checkpoint_seconds: float = 60.0
     keep_checkpoints: int = 3
 

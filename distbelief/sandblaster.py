@@ -24,7 +24,8 @@ from distbelief.model_replica import ModelReplica
 from distbelief.parameter_server import ParameterServer
 from distbelief.parameters import Groups
 from distbelief.portions import Lease
-from distbelief.sandblaster_coordinator import Done, SandblasterCoordinator, Task
+from distbelief.sandblaster_coordinator import SandblasterCoordinator
+from distbelief.tasks import Done, Task, Work
 
 IDLE_SECONDS = 0.05
 BUNDLES_PER_BATCH = 16
@@ -143,19 +144,18 @@ class Sandblaster:
         most = examples if self.batch is None else max(1, min(self.batch, examples) // BUNDLES_PER_BATCH)
         return min(most, self.micro_batch or max(batch_size, MICRO_BATCH))
 
-    def work(self, examples: int, batch_size: int, replicas: int, seed: int) -> tuple[Portions, Batches]:
+    def work(self, examples: int, batch_size: int, replicas: int, seed: int) -> Work:
         """The bundles of the data, and which of them are in which batch."""
+        objective = f"l1={self.l1} l2={self.l2} bounds={self.bounds} batch={self.batch} overlap={self.overlap}"
         micro_batch = self.micro_batch_of(batch_size, examples)
         if self.batch is None or self.batch >= examples:
             count = DETERMINISTIC_BUNDLES if self.deterministic else BUNDLES_PER_REPLICA * replicas
             bundles = cut_bundles(examples, micro_batch, count)
-            return Portions(bundles, replicas, backups=self.backups), Batches(len(bundles))
+            return Work(Portions(bundles, replicas, backups=self.backups), Batches(len(bundles)), objective)
         bundles = cut_bundles(examples, micro_batch, examples * BUNDLES_PER_BATCH // self.batch)
         shared = max(1, round(self.overlap * BUNDLES_PER_BATCH))
-        return (
-            Portions(bundles, replicas, backups=self.backups),
-            Batches(len(bundles), BUNDLES_PER_BATCH, shared, seed),
-        )
+        batches = Batches(len(bundles), BUNDLES_PER_BATCH, shared, seed)
+        return Work(Portions(bundles, replicas, backups=self.backups), batches, objective)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 
 from distbelief import checkpoint, events
 from distbelief.batch_section import Extent, Mark
-from distbelief.bundles import Batches, Bundle, Portions
+from distbelief.bundles import Bundle
 from distbelief.channel.base import Promise, exported
 from distbelief.checkpoint import Manifest, Search
 from distbelief.coordinator import Coordinator, Writing
@@ -32,31 +32,10 @@ from distbelief.lbfgs import Command, Evaluate, Gram, Sealed, Solver, Step, Stop
 from distbelief.parameter_server import ParameterServerShard
 from distbelief.roster import Settings
 from distbelief.shard_file import ShardFile
+from distbelief.tasks import Done, Task, Work
 
 IDLE_SECONDS = 1.0
 """A replica for which there is nothing is told so after this time, and asks again: so it is heard of."""
-
-
-class Task(msgspec.Struct, array_like=True, frozen=True):
-    """What a replica is to do: compute a bundle at a trial; nothing, and ask again; or leave."""
-
-    bundle: Bundle | None = None
-    mark: Mark = Mark(0, 0)
-    """For the contribution."""
-    version: int = 0
-    """The step from which the trial starts."""
-    t: float = 0.0
-    over: bool = False
-
-
-class Done(msgspec.Struct, array_like=True, frozen=True):
-    """A replica's contribution is with every shard."""
-
-    evaluation: int
-    bundle: int
-    loss_sum: float
-    """Over the examples of the bundle; NaN when the loss or its gradient is not finite."""
-    seconds: float
 
 
 class Setback(Exception):
@@ -69,10 +48,10 @@ class SandblasterCoordinator(Coordinator):
 
     def __init__(
         self, engine: Engine, settings: Settings, buffers: Sequence[torch.Tensor], manifest: Callable[..., Manifest],
-        emit: Callable[[events.AnyEvent], None], solver: Solver, work: tuple[Portions, Batches],
+        emit: Callable[[events.AnyEvent], None], solver: Solver, work: Work,
     ) -> None:  # fmt: skip
         super().__init__(engine, settings, buffers, manifest, emit)
-        self.solver, (self.portions, self._batches) = solver, work
+        self.solver, self.portions, self._batches, self._objective = solver, work.portions, work.batches, work.objective
         self.round_trips = 0
         """Times that all shards were asked something and waited for."""
         self._waiting: dict[int, tuple[Promise[Task], float]] = {}
@@ -143,11 +122,11 @@ class SandblasterCoordinator(Coordinator):
         """The solver, as it is after the last step."""
         state = self.solver.state  # all of it is values but itself and the search
         state = msgspec.structs.replace(state, search=copy.copy(state.search))
-        return {"search": Search(state, self._moved, self.portions.bundles[-1].stop)}
+        return {"search": Search(state, self._moved, self.portions.bundles[-1].stop, self._objective)}
 
     def is_own(self, manifest: Manifest) -> bool:
-        """Whether a solver was in it."""
-        return manifest.search is not None
+        """Whether it is of the same objective."""
+        return manifest.search is not None and manifest.search.objective == self._objective
 
     def lose_replica(self, index: int, incarnation: int) -> None:
         """What it had in hand goes to others; its contributions so far stay."""
@@ -342,21 +321,27 @@ class SandblasterCoordinator(Coordinator):
                 section.ready for sections in self.wait(self.status()) for section in sections
             ):
                 continue
-            behind = [one for one in self._restored if one.search is None or one.search.version != self._moved]
+            behind = [one for one in self._restored if not self._stands(one)]
             self._restored = []
             if not behind:
                 break
             # The step was not written down everywhere: all go back to the one before.
             folder, manifest = checkpoint.newest(self.settings.run, lambda path, reason: None)
-            state = None if manifest.search is None else manifest.search.solver
-            self.solver = Solver(self.solver.options, state)
-            self._moved = 0 if manifest.search is None else manifest.search.version
+            search = manifest.search if self.is_own(manifest) else None
+            self.solver = Solver(self.solver.options, None if search is None else search.solver)
+            self._moved = 0 if search is None else search.version
             self._unsaved = set(self.solver.state.history.pairs)
             try:
                 self.wait(self.restore(folder, manifest))
             except (PeerLost, DeadlineExceeded):
                 self._restored.append(manifest)
         return self.solver.begin()
+
+    def _stands(self, manifest: Manifest) -> bool:
+        """Whether the checkpoint is of the present point."""
+        if not self.is_own(manifest):
+            return self.solver.state.last is None
+        return manifest.search is not None and manifest.search.version == self._moved
 
     def _tell_iteration(self, t: float) -> None:
         solver = self.solver

@@ -113,6 +113,17 @@ def test_a_run_that_was_cut_short_resumes_where_it_was(replicas: int, tmp_path: 
     torch.testing.assert_close(torch.tensor(both), torch.tensor(undisturbed(tmp_path)), rtol=1e-9, atol=1e-12)
 
 
+def test_another_objective_takes_the_parameters_and_begins_its_own_search(tmp_path: Path) -> None:
+    first = job(tmp_path / "run", algorithm={"max_iterations": 8})
+    begun, before = trained(first)
+    penalised = dataclasses.replace(first.algorithm, l1=0.05)
+    _, heard = trained(dataclasses.replace(first, algorithm=penalised), resume=tmp_path / "run")
+    taken = of_kind(heard, Iterated)
+    assert [event.iteration for event in taken] == list(range(1, 9))
+    weights = sum(value.abs().sum().item() for name, value in begun.model.named_parameters() if "weight" in name)
+    assert taken[0].loss < of_kind(before, Iterated)[-1].loss + 0.05 * weights
+
+
 def test_checkpoints_of_iterations_are_kept_as_few_as_the_job_says(tmp_path: Path) -> None:
     trained(job(tmp_path / "run", algorithm={"max_iterations": LIMIT}, keep_checkpoints=2))
     assert len(complete(tmp_path / "run")) == 2
