@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A physics-informed network for the viscous Burgers equation, u_t + u u_x = nu u_xx, by full-batch L-BFGS in float64:
 
-python examples/pinn.py      (some minutes on two cores; draws burgers.png: the network beside the solution)
+python examples/pinn.py      (minutes on two cores; draws burgers.png: the network beside the solution)
 """
 
 import functools
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,17 +18,14 @@ import distbelief as db
 NU = 0.01 / math.pi
 
 
-def solution(points: Tensor) -> Tensor:
-    """u at (x, t > 0), shape (n, 2) -> (n,), for u(x, 0) = -sin(pi x): Cole and Hopf's formula by Gauss and Hermite."""
+def solution(points: Tensor) -> Tensor:  # for u(x, 0) = -sin(pi x), t > 0: Cole and Hopf's formula by Gauss and Hermite
     nodes, weights = (torch.from_numpy(each) for each in np.polynomial.hermite.hermgauss(100))
     y = points[:, :1] - nodes * 2 * (NU * points[:, 1:]).sqrt()
     kernel = weights * torch.exp(-torch.cos(math.pi * y) / (2 * math.pi * NU))
     return -(torch.sin(math.pi * y) * kernel).sum(1) / kernel.sum(1)
 
 
-class Burgers(nn.Module):
-    """-sin(pi x) + t (1 - x^2) (N(x, t) - N(-x, t)): odd, and right at t = 0 and x = +-1, whatever the network N says."""
-
+class Burgers(nn.Module):  # -sin(pi x) + t (1 - x^2) (N(x, t) - N(-x, t)): odd, and right at t = 0 and x = +-1
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
         ends = itertools.pairwise([2, *[width] * layers])
@@ -45,8 +41,7 @@ class Burgers(nn.Module):
         return -torch.sin(math.pi * x) + t * (1 - x**2) * odd[:, 0]
 
 
-def residual(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
-    """Mean over the points of how far the equation is from holding, squared."""
+def residual(model: nn.Module, batch: tuple[Tensor]) -> Tensor:  # how far the equation is from holding, squared
     points = batch[0].requires_grad_()
     with torch.enable_grad():
         u = model(points)
@@ -56,13 +51,11 @@ def residual(model: nn.Module, batch: tuple[Tensor]) -> Tensor:
 
 
 def error(model: nn.Module, test: TensorDataset) -> dict[str, float]:
-    (points,) = test.tensors
-    exact = solution(points)
-    return {"relative_l2_error": float((model(points) - exact).norm() / exact.norm())}
+    exact = solution(*test.tensors)
+    return {"relative_l2_error": float((model(*test.tensors) - exact).norm() / exact.norm())}
 
 
-def collocation(count: int) -> TensorDataset:
-    """Half of the points near x = 0, where the front becomes as steep as 1 / nu."""
+def collocation(count: int) -> TensorDataset:  # half of the points where the front becomes as steep as 1 / nu
     x, t = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(count, dtype=torch.float64).unbind(1)
     x = (2 * x - 1).abs()
     return TensorDataset(torch.stack([torch.where(torch.arange(count) % 2 == 0, x, x**3), t], 1))
@@ -73,23 +66,27 @@ def grid() -> TensorDataset:
 
 
 def job(points: int = 2048, width: int = 20, layers: int = 4) -> db.Job:
+    algorithm = db.Sandblaster(history=50, max_iterations=5000, gtol=0.0, ftol=0.0)
+    model, data = functools.partial(Burgers, width, layers), functools.partial(collocation, points)
     return db.Job(
-        model=functools.partial(Burgers, width, layers), step=residual, data=functools.partial(collocation, points),
-        test=grid, evaluate=error, evaluate_every=500 * points,
-        algorithm=db.Sandblaster(history=50, max_iterations=5000, gtol=0.0, ftol=0.0),
-        cluster=db.Cluster(replicas=2),
-    )  # fmt: skip
+        model=model,
+        data=data,
+        step=residual,
+        test=grid,
+        evaluate=error,
+        evaluate_every=500 * points,
+        algorithm=algorithm,
+    )
 
 
 if __name__ == "__main__":
     from matplotlib.figure import Figure
 
-    model = db.train(job()).model
-    figure = Figure(figsize=(6, 4))
+    model, figure = db.train(job()).model, Figure(figsize=(6, 4))
     axes = figure.add_subplot(title="Burgers: the network (lines) and the solution (dots)", xlabel="x", ylabel="u")
     for t in (0.1, 0.3, 0.6, 1.0):
         line = torch.stack([torch.linspace(-1, 1, 201).double(), torch.full((201,), t).double()], 1)
         axes.plot(line[:, 0], model(line).detach(), label=f"t = {t}")
         axes.plot(line[::4, 0], solution(line[::4]), "k.", markersize=2)
     axes.legend()
-    figure.savefig(Path("burgers.png"), dpi=120)
+    figure.savefig("burgers.png", dpi=120)
