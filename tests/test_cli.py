@@ -137,3 +137,45 @@ def test_the_help_names_the_rules_and_the_rate(run: Callable[..., None], capsys:
     assert "--algorithm.rate" in told
     assert "Learning rate of the update rule. (default: as in the file)" in told
     assert "Named here, it has its default options. (default: as in the file)" in told
+
+
+def test_another_algorithm_is_named_on_the_command_line_and_goes_on_where_the_first_one_was(
+    run: Callable[..., None],
+) -> None:
+    run("train", "rules_script.py", "--run", "a", "--epochs", "1", "--algorithm.rate", "0.02")
+    run("resume", "a", "--algorithm", "sandblaster", "--algorithm.max-iterations", "5")
+    assert algorithm() == "Sandblaster L-BFGS, 10 pairs"
+    summary = read_summary(Path("a/summary.json"))
+    assert summary.batch is not None
+    assert summary.batch.iterations == 5
+    run("resume", "a", "--algorithm.max-iterations", "9", "--algorithm.gtol=0", "--algorithm.l2", "0")
+    again = read_summary(Path("a/summary.json")).batch
+    assert again is not None
+    assert again.iterations == 9
+    run("resume", "a", "--algorithm=downpour", "--epochs", "1")
+    assert algorithm() == "Downpour, adagrad(0.1, eps=1e-07)"
+
+
+def test_a_file_trains_with_sandblaster_by_option_alone(run: Callable[..., None]) -> None:
+    run("train", "rules_script.py", "--run", "a", "--algorithm", "sandblaster", "--algorithm.max-iterations", "4")
+    assert algorithm() == "Sandblaster L-BFGS, 10 pairs"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--algorithm newton", "--algorithm newton: there is no such algorithm"),
+        ("--algorithm", "--algorithm names nothing: there is no such algorithm"),
+        ("--algorithm sandblaster --algorithm.n-push 2", "--algorithm.n-push is no option of Sandblaster"),
+        ("--algorithm.history 5", "--algorithm.history is no option of Downpour"),
+        ("--algorithm sandblaster --algorithm.history 0", "history=0"),
+    ],
+)
+def test_an_algorithm_or_option_that_is_not_there_is_refused(
+    given: str, said: str, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("train", "rules_script.py", "--run", "a", *given.split())
+    assert ended.value.code != 0
+    assert said in capsys.readouterr().err
+    assert not Path("a").exists()
