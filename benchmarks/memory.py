@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a shard and a replica hold in memory, beside what the formulas say: the paper's acoustic model, two of each.
+"""What a shard, a replica and a partition of one hold in memory, beside what the formulas say.
+
+The model is the paper's acoustic one, on two shards and two replicas, each of 1, 2 or 4 partitions.
 
 Memory that processes share is counted once: a page that k processes map is a k-th of a page in each (PSS), and the
 buffers that shards read where replicas fill them (memfd) are the replicas'. What a process needs in any case (the
@@ -27,6 +29,7 @@ from distbelief.events import Observation, Progress, RoleStarted
 INPUTS, LAYERS, CLASSES, BATCH_SIZE = 440, 4, 8192, 32
 WIDTH, QUICK_WIDTH = 2560, 1024
 REPLICAS = SHARDS = 2
+PARTITIONS = (1, 2, 4)
 STATE_VECTORS = 1
 """Of Adagrad, for each parameter."""
 SAMPLES, QUICK_SAMPLES = 12, 5
@@ -84,8 +87,7 @@ class Watch:
     def median(self, kind: str) -> Held:
         """The typical process of this kind. The replicas share among themselves what all processes share."""
         own, peak = (statistics.median(getattr(one, name) for one in self.seen[kind]) for name in ("own", "peak"))
-        looks = len(self.seen["replica"]) / REPLICAS
-        shared = sum(one.shared for held_by in self.seen.values() for one in held_by) / looks / REPLICAS
+        shared = sum(one.shared for held_by in self.seen.values() for one in held_by) / len(self.seen["replica"])
         return Held(own, shared if kind == "replica" else 0.0, peak)
 
 
@@ -116,63 +118,94 @@ def _children(pid: int) -> list[int]:
     ]
 
 
-def watched(width: int, classes: int, transport: TransportName, samples: int) -> Watch:
+def watched(width: int, classes: int, transport: TransportName, samples: int, partitions: int = 1) -> Watch:
     """Train for a moment and look."""
     watch = Watch(samples)
     with tempfile.TemporaryDirectory() as folder:
         job = db.Job(
             model=partial(model, width, classes), loss=nn.functional.cross_entropy, data=partial(frames, classes),
             algorithm=db.Downpour(update_rule=db.adagrad(0.01), warmstart=0, cooldown=0),
-            cluster=db.Cluster(replicas=REPLICAS, shards=SHARDS, threads_per_replica=1, transport=transport),
+            cluster=db.Cluster(
+                replicas=REPLICAS, partitions=partitions, shards=SHARDS, threads_per_replica=1, transport=transport
+            ),
             epochs=1000, batch_size=BATCH_SIZE, checkpoint_seconds=1e6, run=Path(folder) / "run",
         )  # fmt: skip
         db.train(job, listeners=[watch], view=False)
     return watch
 
 
-def formulas(parameters: int, width: int, classes: int, transport: TransportName) -> dict[str, tuple[float, float]]:
-    """Kind of process -> (bytes that it holds by construction, bytes that it may hold)."""
+def formulas(
+    parameters: int, width: int, classes: int, transport: TransportName, partitions: int = 1
+) -> dict[str, tuple[float, float]]:
+    """Kind of process -> (bytes that it holds by construction, bytes that it may hold).
+
+    A partition has a part of the parameters and of what each layer computes, but all that the layer reads.
+    """
     span = NUMBER_BYTES * parameters / SHARDS
     staged = REPLICAS if transport == "tcp" else 0
-    activations = NUMBER_BYTES * BATCH_SIZE * (INPUTS + 2 * LAYERS * width + 2 * classes)
-    replica = NUMBER_BYTES * 4 * parameters + activations
+    gathered = LAYERS * width if partitions > 1 else 0
+    states = INPUTS + gathered + (2 * LAYERS * width + 2 * classes) / partitions
+    replica = NUMBER_BYTES * (4 * parameters / partitions + BATCH_SIZE * states)
     return {"shard": ((1 + STATE_VECTORS + staged) * span, (2 + STATE_VECTORS) * span), "replica": (replica, replica)}
 
 
 def run(quick: bool) -> list[Row]:
-    """Measure over both transports, print the table, return a row per kind of process and transport."""
+    """Measure, print the table, return a row per kind of process, number of partitions and transport."""
     width, samples = (QUICK_WIDTH, QUICK_SAMPLES) if quick else (WIDTH, SAMPLES)
-    parameters = sum(parameter.numel() for parameter in model(width, CLASSES).parameters())
-    rows: list[Row] = []
-    for transport in ("shared_memory", "tcp"):
-        large, bare = watched(width, CLASSES, transport, samples), watched(1, 2, transport, samples)
-        for kind, (formula, asked) in formulas(parameters, width, CLASSES, transport).items():
-            one, other = large.median(kind), bare.median(kind)
-            total = one.own + one.shared - other.own - other.shared
-            rows.append(
-                {
-                    "process": kind,
-                    "transport": transport,
-                    "parameters": parameters,
-                    "held_bytes": total,
-                    "shared_bytes": one.shared - other.shared,
-                    "peak_bytes": one.peak + one.shared - other.peak - other.shared,
-                    "formula_bytes": formula,
-                    "ratio": total / formula,
-                    "asked_bytes": asked,
-                    "reached": total <= (1 + TOLERANCE) * asked,
-                    "bare_process_bytes": other.own + other.shared,
-                }
-            )
+    cases: list[tuple[TransportName, int]] = [("shared_memory", count) for count in PARTITIONS]
+    rows = [row for case in [*cases, ("tcp", 1)] for row in measure(width, samples, *case)]
     print(_table(rows))
     return rows
 
 
+def measure(width: int, samples: int, transport: TransportName, partitions: int) -> list[Row]:
+    """What one job's processes hold: a row per kind."""
+    parameters = sum(parameter.numel() for parameter in model(width, CLASSES).parameters())
+    large = watched(width, CLASSES, transport, samples, partitions)
+    # The smallest model that is cut like the large one.
+    least = (4 * partitions, 4 * partitions) if partitions > 1 else (1, 2)
+    bare = watched(*least, transport, samples, partitions)
+    rows: list[Row] = []
+    for kind, (formula, asked) in formulas(parameters, width, CLASSES, transport, partitions).items():
+        one, other = large.median(kind), bare.median(kind)
+        total = one.own + one.shared - other.own - other.shared
+        rows.append(
+            {
+                "process": kind,
+                "partitions": partitions,
+                "transport": transport,
+                "parameters": parameters,
+                "held_bytes": total,
+                "shared_bytes": one.shared - other.shared,
+                "peak_bytes": one.peak + one.shared - other.peak - other.shared,
+                "formula_bytes": formula,
+                "ratio": total / formula,
+                "asked_bytes": asked,
+                "reached": total <= (1 + TOLERANCE) * asked,
+                "bare_process_bytes": other.own + other.shared,
+            }
+        )
+    return rows
+
+
 def _table(rows: list[Row]) -> str:
-    header = ["process", "transport", "held MB", "of it shared", "peak", "formula", "ratio", "asked", "reached", "bare"]
+    header = [
+        "process",
+        "K",
+        "transport",
+        "held MB",
+        "of it shared",
+        "peak",
+        "formula",
+        "ratio",
+        "asked",
+        "reached",
+        "bare",
+    ]
     lines = [
         [
-            str(row["process"]),
+            "partition" if row["process"] == "replica" and row["partitions"] != 1 else str(row["process"]),
+            str(row["partitions"]),
             str(row["transport"]),
             *(
                 f"{float(row[name] or 0) / MB:,.0f}"

@@ -189,6 +189,17 @@ def test_the_memory_formulas_are_those_of_the_documentation() -> None:
     assert tcp["shard"] == (4 * number / 2, 3 * number / 2)
     assert local["replica"] == tcp["replica"]
     assert 4 * number < local["replica"][0] < 4.1 * number
+    quarter = memory.formulas(1_000_000, 100, 10, "shared_memory", partitions=4)
+    assert quarter["shard"] == local["shard"]
+    assert number < quarter["replica"][0] < 1.1 * number
+
+
+@pytest.mark.slow
+def test_each_partition_of_a_replica_holds_its_part_of_four_vectors() -> None:
+    watch = memory.watched(512, 2048, "shared_memory", 2, partitions=2)
+    assert {kind: len(looks) for kind, looks in watch.seen.items()} == {"shard": 4, "replica": 8}
+    parameters = sum(parameter.numel() for parameter in memory.model(512, 2048).parameters())
+    assert watch.median("replica").shared == pytest.approx(4 * 4 * parameters / 2, rel=0.05)
 
 
 @pytest.mark.slow

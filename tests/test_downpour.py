@@ -286,7 +286,7 @@ def test_pushes_and_the_mini_batches_in_them_are_both_counted_even_over_a_shard_
 def test_two_hundred_replicas_train_on_the_simulated_engine(tmp_path: Path) -> None:
     job = problems.job(
         cluster=db.Cluster(replicas=200, shards=4, engine="simulated"), data=functools.partial(problems.points, 6400),
-        epochs=2, algorithm=db.Downpour(warmstart=0),
+        epochs=2, algorithm=db.Downpour(warmstart=0, cooldown=0),
     )  # fmt: skip
     heard: list[Observation] = []
     summary = trained(job, tmp_path, listeners=[heard.append], costs=db.Costs(example_seconds=0.02)).summary
