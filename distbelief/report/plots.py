@@ -27,7 +27,7 @@ from distbelief.events import (
     staleness_quantile,
 )
 from distbelief.report.summary import one_clock
-from distbelief.report.words import values_of
+from distbelief.report.words import count, values_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 BARS = 60
 """At most so many bars in the histogram of staleness."""
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#9f6b53")
+DECADES = 100
+"""A loss that falls by more than this factor is drawn on a logarithmic scale."""
 FAULT_COLOUR = "#b05555"
 
 
@@ -121,7 +123,7 @@ def collect(observations: Iterable[Observation]) -> Curves:
         match event:
             case JobStarted():
                 examples, again = event.resumed_examples, bool(curves.title or event.resumed_examples)
-                curves.title = f"{event.run}: {event.algorithm}, {event.replicas} replicas, {event.shards} shards"
+                curves.title = f"{event.run}: {event.algorithm}, {count(event.replicas, 'replica')}, {count(event.shards, 'shard')}"
                 if again:
                     curves.marks.append(Mark(seconds, examples, "resumed"))
             case Progress():
@@ -250,13 +252,17 @@ def _iterations(curves: Curves) -> "Figure":
     taken = [curves.iterations[number] for number in numbers]
     figure = _figure(curves.title, height=6.4)
     panels = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
-    panels[0].plot(numbers, [each.loss for each in taken], color=COLOURS[0])
+    losses = [each.loss for each in taken]
+    panels[0].plot(numbers, losses, color=COLOURS[0])
+    if min(losses) > 0 and max(losses) > DECADES * min(losses):
+        panels[0].set_yscale("log")
     panels[0].set_ylabel("loss, with penalties")
     panels[1].semilogy(numbers, [max(each.gradient, 1e-300) for each in taken], color=COLOURS[1])
     panels[1].set_ylabel("largest gradient")
     before = [1, *(each.evaluations for each in taken)]
     each_took = [after - earlier for earlier, after in pairwise(before)]
-    panels[2].bar(numbers, each_took, width=0.8, color=COLOURS[2])
+    panels[2].fill_between(numbers, each_took, step="mid", color=COLOURS[2], linewidth=0)
+    panels[2].set_ylim(bottom=0)
     panels[2].set_ylabel("evaluations")
     panels[2].yaxis.set_major_locator(MaxNLocator(integer=True))
     panels[2].set_xlabel("iteration")
