@@ -123,7 +123,8 @@ def collect(observations: Iterable[Observation]) -> Curves:
         match event:
             case JobStarted():
                 examples, again = event.resumed_examples, bool(curves.title or event.resumed_examples)
-                curves.title = f"{event.run}: {event.algorithm}, {count(event.replicas, 'replica')}, {count(event.shards, 'shard')}"
+                roles = f"{count(event.replicas, 'replica')}, {count(event.shards, 'shard')}"
+                curves.title = f"{event.run}: {event.algorithm}, {roles}"
                 if again:
                     curves.marks.append(Mark(seconds, examples, "resumed"))
             case Progress():
