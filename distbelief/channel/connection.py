@@ -45,8 +45,6 @@ class Connection:
         self.socket = link
         self.local = link.family == socket.AF_UNIX
         """Whether the peer is on this host and can map our memory."""
-        self.held = False
-        """Whether what is queued waits for more to be sent with it."""
         self.awaits_room = False
         """Whether the endpoint's selector watches for room in the socket."""
         self._side: AcceptingSide | CallingSide | None = side
@@ -90,8 +88,7 @@ class Connection:
             if len(part):
                 self._outbox.append(part)
                 self._queued_bytes += len(part)
-        if not self.held:
-            self.flush()
+        self.flush()
 
     @property
     def sending(self) -> bool:

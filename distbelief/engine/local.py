@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing import spawn
 from typing import Any, Literal, TypeVar
@@ -80,10 +79,6 @@ class LocalHome:
     def find(self, role: str, kind: type[R], deadline_seconds: float = 60.0) -> Remote[R]:
         """A reference to another role."""
         return Peer(self._endpoint, self._wiring.addresses[role], deadline_seconds)
-
-    def together(self) -> AbstractContextManager[None]:
-        """Send calls to one peer with one system call."""
-        return self._endpoint.together()
 
     def spend(self, examples: int, started: float) -> None:
         """Real computing has taken its time already; a role slowed by script waits."""
