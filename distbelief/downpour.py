@@ -264,7 +264,7 @@ class DownpourReplica:
         return not busy
 
     def push(self, *, fetches: bool = False) -> None:
-        """Start pushing what is accrued, with a fetch behind it in the same call where one is due and none under way."""
+        """Start pushing what is accrued; where a fetch is due and none under way, the same call brings it."""
         portions, mini_batches = tuple(self.portions.items()), self.model.accrued
         gradient = self.model.take_gradient(mean=self.rule.accrue == "mean", clip_norm=self.rule.clip_norm)
         if gradient is None:
