@@ -26,6 +26,7 @@ from distbelief.layers import L2Pool2d, LocalContrastNorm2d, LocallyConnected2d
 from distbelief.partition.rules import register_rule
 from distbelief.plan import Plan, channels, grid, on, rows
 from distbelief.report.summary import Summary
+from distbelief.sandblaster import Sandblaster
 from distbelief.train import Result, train
 from distbelief.update_rule import (
     UpdateRule,
@@ -56,6 +57,7 @@ __all__ = [
     "LocallyConnected2d",
     "Plan",
     "Result",
+    "Sandblaster",
     "Summary",
     "TrainingFailed",
     "UpdateRule",

@@ -26,6 +26,7 @@ from torch import nn
 
 from distbelief import shard_file
 from distbelief.errors import CheckpointError
+from distbelief.lbfgs import SolverState
 from distbelief.parameters import Layout, Piece, Span, changed_pieces, trainable
 from distbelief.partition.box import count, sizes, whole
 from distbelief.partition.units import OwnedPiece
@@ -76,6 +77,16 @@ class LayoutRecord(msgspec.Struct, frozen=True):
         return Layout(tuple(pieces), getattr(torch, self.dtype.removeprefix("torch.")), self.edges)
 
 
+class Search(msgspec.Struct, frozen=True):
+    """Where Sandblaster was."""
+
+    solver: SolverState
+    version: int
+    """Of the last step that moved the point; what the shards' files hold is the point after it."""
+    examples: int
+    """Examples in the full batch."""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What makes a folder a checkpoint."""
 
@@ -92,7 +103,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: int
     """No role that pushed into these shards had this incarnation or a higher one."""
     examples: int
-    leases: LeaseState
+    leases: LeaseState | None = None
+    """Of Downpour."""
+    search: Search | None = None
+    """Of Sandblaster."""
     shards: list[ShardFile]
     buffers: ShardFile | None = None
     """Filled in by `commit`."""
@@ -154,27 +168,42 @@ def next_folder(run: Path) -> Path:
     return folder
 
 
-def commit(folder: Path, manifest: Manifest, buffers: Sequence[torch.Tensor]) -> Manifest:
-    """Make the folder a checkpoint: buffers, then the manifest, forced to disk in that order.
+def commit(folder: Path, manifest: Manifest, buffers: Sequence[torch.Tensor], *, durable: bool = True) -> Manifest:
+    """Make the folder a checkpoint: buffers, then the manifest, in that order.
 
-    `buffers` are those of each partition on their line. Returns what the manifest became. Raises OSError.
+    One that is not `durable` outlives processes, but perhaps not the machine: nothing is forced to disk. `buffers` are
+    those of each partition on their line. Returns what the manifest became. Raises OSError.
     """
     line = torch.cat([*buffers, torch.empty(0, dtype=BUFFERS_DTYPE)])
     state = ShardState(start=0, stop=len(line))
     shard_file.write(folder / BUFFERS, {"buffers": line}, state)
-    manifest = msgspec.structs.replace(manifest, buffers=shard_file.seal(folder / BUFFERS, state))
+    manifest = msgspec.structs.replace(manifest, buffers=shard_file.seal(folder / BUFFERS, state, durable=durable))
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
     part = folder / (MANIFEST + ".part")
     with part.open("wb") as file:
         file.write(msgspec.json.encode(Sealed(zlib.crc32(text), msgspec.Raw(text))))
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     part.rename(folder / MANIFEST)
-    for directory in (folder, folder.parent):
+    for directory in (folder, folder.parent) if durable else ():
         descriptor = os.open(directory, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
     return manifest
+
+
+def share(source: Path, file: ShardFile, folder: Path) -> ShardFile:
+    """Let a file of the checkpoint `source` be one of `folder`, too, without a copy where the disk can. Raises OSError.
+
+    Its name in the new folder tells where it was written first.
+    """
+    name = file.name if file.name[0].isdecimal() else f"{source.name}-{file.name}"
+    try:
+        os.link(source / file.name, folder / name)
+    except OSError:
+        shutil.copyfile(source / file.name, folder / name)
+    return msgspec.structs.replace(file, name=name)
 
 
 def discard(folder: Path) -> None:

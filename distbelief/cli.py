@@ -2,6 +2,7 @@
 """The command line: builds the same values as a script would.
 
 distbelief train FILE.py [--width 512] [--cluster.replicas 4] [--algorithm.rate 0.02] [--epochs 3]
+distbelief train FILE.py --algorithm sandblaster [--algorithm.max-iterations 100]
 distbelief plan FILE.py --cluster.partitions 4 [--picture plan.png]
 distbelief resume RUN [--cluster.shards 3]
 distbelief export RUN model.safetensors
@@ -33,6 +34,7 @@ from distbelief.report.plan import plan_text
 from distbelief.report.plan_picture import plan_picture
 from distbelief.report.plots import write_plots
 from distbelief.report.summary import summarize, text
+from distbelief.sandblaster import Sandblaster
 from distbelief.train import train
 from distbelief.update_rule import UpdateRule, adagrad, adam, adamw, adaptive_revision, sgd
 from distbelief.update_rule.adaptive_revision import AdaptiveRevision
@@ -41,7 +43,10 @@ from distbelief.update_rule.torch_rule import TorchRule
 NOT_OPTIONS = {"model", "data", "loss", "step", "test", "metrics", "evaluate", "groups"}
 """Fields that hold code or data and cannot be written on a command line."""
 
+ALGORITHMS: dict[str, type[Downpour] | type[Sandblaster]] = {"downpour": Downpour, "sandblaster": Sandblaster}
+
 RuleName = Literal["adagrad", "sgd", "adam", "adamw", "adaptive_revision"]
+ALGORITHM_OPTION = "--algorithm {downpour,sandblaster}  Trains with the other algorithm, with its default options."
 RULES: dict[str, Callable[..., UpdateRule]] = {
     "adagrad": adagrad, "sgd": sgd, "adam": adam, "adamw": adamw, "adaptive_revision": adaptive_revision,
 }  # fmt: skip
@@ -161,14 +166,38 @@ def _parse(
     ]
     options_type = dataclasses.make_dataclass("Options", [*own, *more, *_override_fields(Job)], kw_only=True)
     about = inspect.getdoc(make_job) or ""
-    options: Any = tyro.cli(options_type, args=list(arguments), prog=program, description=about)
+    algorithm, arguments = _algorithm(arguments)
+    options: Any = tyro.cli(options_type, args=arguments, prog=program, description=f"{about}\n\n{ALGORITHM_OPTION}")
     given = {name: getattr(options, name) for name, _, _ in own}
     overrides = before.overrides | _given(options, [*given, *extra])
+    if algorithm is not None:
+        # Another algorithm begins with its defaults, not with what an earlier command said of the one before.
+        overrides = {name: value for name, value in overrides.items() if not name.startswith("algorithm")}
+        overrides |= _given(options, [*given, *extra]) | {"algorithm": algorithm}
     return (
         _override(make_job(**given), overrides),
         Launch(before.script, given, overrides),
         {name: getattr(options, name) for name in extra},
     )
+
+
+def _algorithm(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What `--algorithm NAME` says, and the other arguments; it cannot be a field beside `--algorithm.history`."""
+    rest = [word for argument in arguments for word in _words(argument)]
+    if "--algorithm" not in rest:
+        return None, rest
+    at = rest.index("--algorithm")
+    name = rest[at + 1] if at + 1 < len(rest) else ""
+    if name not in ALGORITHMS:
+        raise ConfigurationError(
+            f"--algorithm {name or 'names nothing'}: there is no such algorithm",
+            hint=f"use --algorithm {' or --algorithm '.join(ALGORITHMS)}",
+        )
+    return name, rest[:at] + rest[at + 2 :]
+
+
+def _words(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--algorithm=") else [argument]
 
 
 def _override_fields(value: type) -> list[tuple[str, Any, Any]]:
@@ -179,7 +208,11 @@ def _override_fields(value: type) -> list[tuple[str, Any, Any]]:
         if item.name in NOT_OPTIONS:
             continue
         hint = Path if item.name == "run" else hints[item.name]
-        if hint in (Cluster, Downpour):
+        if hint == Downpour | Sandblaster:
+            nested = dataclasses.make_dataclass("Algorithm", _either(), kw_only=True)
+            fields.append((item.name, nested, dataclasses.field(default_factory=nested)))
+            continue
+        if hint is Cluster:
             nested = dataclasses.make_dataclass(hint.__name__, _override_fields(hint), kw_only=True)
             fields.append((item.name, nested, dataclasses.field(default_factory=nested)))
             continue
@@ -191,6 +224,13 @@ def _override_fields(value: type) -> list[tuple[str, Any, Any]]:
             fields.append(_option("rate", float, "Learning rate of the update rule."))
         fields.append(_option(item.name, hint, about))
     return fields
+
+
+def _either() -> list[tuple[str, Any, Any]]:
+    """The fields of both algorithms; those of the one that the job has not are refused when they are given."""
+    fields = _override_fields(Downpour)
+    known = {name for name, _, _ in fields}
+    return [*fields, *(field for field in _override_fields(Sandblaster) if field[0] not in known)]
 
 
 def _option(name: str, hint: Any, about: str) -> tuple[str, Any, Any]:
@@ -227,13 +267,29 @@ def _given(options: Any, skip: Sequence[str], prefix: str = "") -> dict[str, Any
 def _override(job: Job, overrides: dict[str, Any]) -> Job:
     """The job with the dotted fields replaced."""
     flat = {name: value for name, value in overrides.items() if "." not in name}
+    if "algorithm" in flat:
+        kind = ALGORITHMS[flat.pop("algorithm")]
+        job = job if isinstance(job.algorithm, kind) else dataclasses.replace(job, algorithm=kind())
     for part in {name.partition(".")[0] for name in overrides if "." in name}:
         inner = {name.partition(".")[2]: value for name, value in overrides.items() if name.startswith(f"{part}.")}
-        if part == "algorithm" and {"update_rule", "rate"} & inner.keys():
-            name, rate = inner.pop("update_rule", None), inner.pop("rate", None)
-            inner["update_rule"] = _update_rule(job.algorithm.update_rule, name, rate)
+        if part == "algorithm":
+            inner = _of_algorithm(job.algorithm, inner)
         flat[part] = dataclasses.replace(getattr(job, part), **inner)
     return dataclasses.replace(job, **flat)
+
+
+def _of_algorithm(algorithm: Downpour | Sandblaster, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the job's algorithm that were given; raises ConfigurationError for those of the other one."""
+    if isinstance(algorithm, Downpour) and {"update_rule", "rate"} & given.keys():
+        name, rate = given.pop("update_rule", None), given.pop("rate", None)
+        given["update_rule"] = _update_rule(algorithm.update_rule, name, rate)
+    known = {item.name for item in dataclasses.fields(algorithm)}
+    for name in given.keys() - known:
+        raise ConfigurationError(
+            f"--algorithm.{name.replace('_', '-')} is no option of {type(algorithm).__name__}",
+            hint="leave it out, or name the algorithm: --algorithm " + " or ".join(ALGORITHMS),
+        )
+    return given
 
 
 def _update_rule(own: UpdateRule, name: str | None, rate: float | None) -> UpdateRule:

@@ -56,10 +56,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
 class DataShard:
     """The examples that one replica is given, lease by lease.
 
-    The data set is asked for one mini-batch at a time, by the role's own thread or by its second one.
+    The data set is asked for one mini-batch at a time, by the role's own thread or by its second one. Without a `seed`
+    the examples come in the data set's own order.
     """
 
-    def __init__(self, home: Home, dataset: Any, batch_size: int, seed: int) -> None:
+    def __init__(self, home: Home, dataset: Any, batch_size: int, seed: int | None) -> None:
         self._home, self._dataset, self._batch_size, self._seed = home, dataset, batch_size, seed
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
@@ -103,9 +104,14 @@ class DataShard:
 
     def _prepare(self, part: Lease) -> Any:
         started = self._home.now()
+        batch = collect(self._dataset, self._indices(part))
+        self._seconds = self._home.now() - started
+        return batch
+
+    def _indices(self, part: Lease) -> torch.Tensor:
+        if self._seed is None:
+            return torch.arange(part.start, part.stop)
         if part.epoch != self._epoch:
             self._order = epoch_order(len(self._dataset), self._seed, part.epoch)
             self._epoch = part.epoch
-        batch = collect(self._dataset, self._order[part.start : part.stop])
-        self._seconds = self._home.now() - started
-        return batch
+        return self._order[part.start : part.stop]

@@ -14,8 +14,8 @@ from typing import Any, Literal, final, get_args
 import torch
 
 from distbelief.channel.base import Future
-from distbelief.coordinator import Coordinator
 from distbelief.data_shard import DataShard
+from distbelief.downpour_coordinator import DownpourCoordinator
 from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Home
 from distbelief.errors import ConfigurationError, Fenced
 from distbelief.model_replica import ModelReplica
@@ -113,7 +113,7 @@ class DownpourReplica:
     ) -> None:  # fmt: skip
         self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
         self.rule, self.group = downpour, model.group
-        self.coordinator = home.find(COORDINATOR, Coordinator, COORDINATOR_SECONDS)
+        self.coordinator = home.find(COORDINATOR, DownpourCoordinator, COORDINATOR_SECONDS)
         self.versions: list[int] = []
         self.base_versions: list[int] = []
         self.leads = self.group.index == self.group.size - 1
@@ -189,7 +189,7 @@ class DownpourReplica:
             yield answer.lease
         self.flush()
         if self.leads:
-            self.coordinator.call(Coordinator.leave, self.index, self.home.incarnation).result()
+            self.coordinator.call(DownpourCoordinator.leave, self.index, self.home.incarnation).result()
 
     def upcoming(self) -> Lease | None:
         """The lease after this one, if it has been granted and the other partitions need not be told of it."""
@@ -199,7 +199,7 @@ class DownpourReplica:
         """Ask for the next lease."""
         if self.leads:
             settled, self.report.settled = tuple(self.report.settled), []
-            self.asked = self.coordinator.call(Coordinator.lease, self.index, self.home.incarnation, settled)
+            self.asked = self.coordinator.call(DownpourCoordinator.lease, self.index, self.home.incarnation, settled)
 
     def granted(self) -> Granted:
         """The answer, told to all partitions."""
@@ -314,7 +314,7 @@ class DownpourReplica:
         self.hear()
         message = self.report.take(self.index, self.home.incarnation, now)
         if self.leads:
-            self.reporting = self.coordinator.call(Coordinator.report, message)
+            self.reporting = self.coordinator.call(DownpourCoordinator.report, message)
         self.send_buffers(BUFFERS_SECONDS)
 
     def hear(self) -> None:
@@ -335,19 +335,19 @@ class DownpourReplica:
         if not all(map(torch.equal, own, self.buffers)):
             self.buffers = [buffer.clone() for buffer in own]
             given = self.model.buffers()
-            self.coordinator.call(Coordinator.take_buffers, self.index, self.group.index, given).result()
+            self.coordinator.call(DownpourCoordinator.take_buffers, self.index, self.group.index, given).result()
 
     def load_buffers(self) -> None:
         """Begin with the mean of the live replicas' buffers."""
         buffers = self.model.buffers()
         if len(buffers):
-            self.coordinator.call(Coordinator.mean_buffers, self.group.index, buffers).result()
+            self.coordinator.call(DownpourCoordinator.mean_buffers, self.group.index, buffers).result()
             self.model.set_buffers(buffers)
         self.buffers = [buffer.clone() for buffer in self.model.part.buffers.values()]
 
     def initialise(self) -> None:
         """Give the shards the initial parameters for as long as they want them: no other process holds them."""
-        while self.coordinator.call(Coordinator.wants_parameters, self.index).result():
+        while self.coordinator.call(DownpourCoordinator.wants_parameters, self.index).result():
             self.server.initialise(self.model.spare).result()
             self.home.sleep(IDLE_SECONDS)
 

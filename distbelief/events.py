@@ -29,6 +29,8 @@ class JobStarted(Event, frozen=True):
     shard_balance: float
     """Largest shard / mean shard, in parameters."""
     resumed_examples: int = 0
+    iterations: int = 0
+    """At most so many iterations of Sandblaster, which has no epochs; 0 for Downpour."""
 
 
 class RoleStarted(Event, frozen=True):
@@ -102,6 +104,52 @@ class Progress(Event, frozen=True):
     """Mini-batches that were accrued in the pushes."""
 
 
+class BatchProgress(Event, frozen=True):
+    """The state of a Sandblaster job, about twice a second."""
+
+    iteration: int
+    """Accepted steps."""
+    max_iterations: int
+    evaluations: int
+    """Times that loss and gradient of the whole batch were computed."""
+    loss: float | None
+    """At the last accepted point, penalties included; None before there is one."""
+    gradient: float | None
+    """Its largest entry there."""
+    portions_done: int
+    """Bundles of the evaluation under way that are done."""
+    portions: int
+    backed_up: int
+    """Copies of slow bundles that were handed out, over the whole run."""
+    examples: int
+    """Examples whose gradients were added up, over all evaluations."""
+    examples_per_second: float
+    replicas_alive: int
+
+
+class Iterated(Event, frozen=True):
+    """Sandblaster took a step."""
+
+    iteration: int
+    loss: float
+    gradient: float
+    """The largest entry of the gradient, as penalties and bounds reduce it."""
+    t: float
+    """How far along the direction."""
+    length: float
+    """The Euclidean length of the step."""
+    evaluations: int
+    examples: int
+    backed_up: int
+
+
+class EvaluationLost(Event, frozen=True):
+    """A shard was lost during an evaluation, which is computed again."""
+
+    evaluation: int
+    reason: str
+
+
 class Evaluated(Event, frozen=True):
     """The servers' parameters, measured on the held-out data."""
 
@@ -166,6 +214,13 @@ class JobFinished(Event, frozen=True):
     """What goes on from the last checkpoint; empty where there is none."""
     mini_batches: int = 0
     """Mini-batches that were accrued in the pushes."""
+    iterations: int = 0
+    """Of Sandblaster; 0 for Downpour, and so the next three."""
+    evaluations: int = 0
+    round_trips: int = 0
+    """Times that the coordinator asked all shards for something and waited."""
+    converged: bool = False
+    """Whether the search ended where it was meant to."""
 
 
 AnyEvent = (
@@ -177,6 +232,9 @@ AnyEvent = (
     | ShardRestored
     | PushRefused
     | Progress
+    | BatchProgress
+    | Iterated
+    | EvaluationLost
     | Evaluated
     | EpochFinished
     | CheckpointWritten

@@ -22,6 +22,8 @@ from distbelief.parameters import Groups, Layout
 from distbelief.partition.footprint import check_memory, footprints
 from distbelief.partition.stages import StagePlan
 from distbelief.portions import Stages
+from distbelief.repeatable import check_batch, check_repeatable
+from distbelief.sandblaster import Sandblaster
 from distbelief.update_rule import check
 
 STAGE_SHARE = 0.02
@@ -48,7 +50,8 @@ class Job:
     """Name -> (output, target) -> mean over the mini-batch."""
     evaluate: Callable[[nn.Module, Any], Mapping[str, float]] | None = None
     """(model, test set) -> metrics, instead of `loss` and `metrics` on the test set."""
-    algorithm: Downpour = field(default_factory=Downpour)
+    algorithm: Downpour | Sandblaster = field(default_factory=Downpour)
+    """Downpour: asynchronous stochastic gradient descent. Sandblaster: full-batch L-BFGS."""
     cluster: Cluster = field(default_factory=Cluster)
     groups: Groups | None = None
     """(name, parameter) -> options of the update rule that differ for it, such as {"weight_decay": 0.0}."""
@@ -105,8 +108,14 @@ class Job:
         """What to measure on the test set."""
         return Measures(self.loss, self.step, dict(self.metrics), self.evaluate)
 
+    @property
+    def grouping(self) -> Groups | None:
+        """(name, parameter) -> options that the algorithm has for it."""
+        return self.algorithm.groups(self.groups) if isinstance(self.algorithm, Sandblaster) else self.groups
+
     def stages(self, total_examples: int) -> Stages:
-        """When how many replicas train."""
+        """When how many replicas train, under Downpour."""
+        assert isinstance(self.algorithm, Downpour)
         if self.cluster.replicas == 1:
             return Stages()
         derived = max(
@@ -141,33 +150,49 @@ class Facts:
 def prepare(job: Job) -> tuple[Prepared, Facts]:
     """Build the data sets and try one mini-batch. Raises ConfigurationError, and whatever the user's code raises."""
     data, test = _build_data(job.data, "data"), _build_data(job.test, "test")
-    examples = len(data)
+    sample, test_examples = collect(data, torch.arange(_batch_size(job, len(data)))), 0 if test is None else len(test)
+    if job.cluster.plan.partitions > 1:
+        cut = cut_model(job.model, job.seed, job.grouping, _input(job, sample), job.cluster.plan)
+        if job.cluster.memory_bytes is not None:
+            check_memory(footprints(cut.plan, len(sample[0]), cut.layout.dtype), job.cluster.memory_bytes)
+        _check_algorithm(job, cut.module, cut.layout, isinstance(cut.plan, StagePlan))
+        buffers = lay_out_buffers(cut.module, cut.held_buffers)
+        return Prepared(job, data, test, cut), Facts(cut.layout, buffers, len(data), test_examples)
+    module, layout = build(job.model, job.seed, job.grouping)
+    _check_algorithm(job, module, layout, False)
+    if isinstance(job.algorithm, Sandblaster):
+        check_repeatable(module, job.objective, sample)
+    with torch.no_grad():
+        job.objective(module if isinstance(job.algorithm, Sandblaster) else module.train(), sample)
+    if test is not None and job.evaluate is None:
+        job.measures.measure(module, Subset(test, range(min(job.batch_size, len(test)))), torch.device("cpu"))
+    return Prepared(job, data, test, None), Facts(layout, lay_out_buffers(module), len(data), test_examples)
+
+
+def _batch_size(job: Job, examples: int) -> int:
+    """Examples that a replica computes at once."""
+    if isinstance(job.algorithm, Sandblaster) and examples:
+        return job.algorithm.micro_batch_of(job.batch_size, examples)
     if job.batch_size > examples:
         raise ConfigurationError(
             f"a mini-batch of {job.batch_size} examples is larger than the data, which has {examples}",
             hint=f"use batch_size={max(1, examples)} or less" if examples else "give a data set that is not empty",
         )
-    sample, test_examples = collect(data, torch.arange(job.batch_size)), 0 if test is None else len(test)
-    if job.cluster.plan.partitions > 1:
-        cut = cut_model(job.model, job.seed, job.groups, _input(job, sample), job.cluster.plan)
-        if job.cluster.memory_bytes is not None:
-            check_memory(footprints(cut.plan, job.batch_size, cut.layout.dtype), job.cluster.memory_bytes)
-        check(job.algorithm.update_rule, [piece.options for piece in cut.layout.pieces])
-        if isinstance(cut.plan, StagePlan) and job.algorithm.local_rate is not None:
-            raise ConfigurationError(
-                f"Downpour(local_rate={job.algorithm.local_rate}) with stages would change parameters between the "
-                "micro-batches of a mini-batch",
-                hint="use local_rate=None, or cut the model by units",
-            )
-        buffers = lay_out_buffers(cut.module, cut.held_buffers)
-        return Prepared(job, data, test, cut), Facts(cut.layout, buffers, examples, test_examples)
-    module, layout = build(job.model, job.seed, job.groups)
+    return job.batch_size
+
+
+def _check_algorithm(job: Job, module: nn.Module, layout: Layout, in_stages: bool) -> None:
+    """Raise ConfigurationError where the algorithm does not go with this model."""
+    if isinstance(job.algorithm, Sandblaster):
+        check_batch(module, layout, job.algorithm.keeping)
+        return
     check(job.algorithm.update_rule, [piece.options for piece in layout.pieces])
-    with torch.no_grad():
-        job.objective(module.train(), sample)
-    if test is not None and job.evaluate is None:
-        job.measures.measure(module, Subset(test, range(min(job.batch_size, len(test)))), torch.device("cpu"))
-    return Prepared(job, data, test, None), Facts(layout, lay_out_buffers(module), examples, test_examples)
+    if in_stages and job.algorithm.local_rate is not None:
+        raise ConfigurationError(
+            f"Downpour(local_rate={job.algorithm.local_rate}) with stages would change parameters between the "
+            "micro-batches of a mini-batch",
+            hint="use local_rate=None, or cut the model by units",
+        )
 
 
 def _input(job: Job, sample: Any) -> torch.Tensor:

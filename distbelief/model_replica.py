@@ -110,7 +110,7 @@ class ModelReplica:
         self, part: Part, layout: Layout, differentiate: Step, device: torch.device,
         allocate: Callable[[int, torch.dtype], torch.Tensor], group: Group,
     ) -> None:  # fmt: skip
-        part.module.to(device).train()
+        part.module.to(device)
         self.part, self.group, self._differentiate, self._device = part, group, differentiate, device
         self._host = [allocate(layout.length, layout.dtype) for _ in range(4)]
         on_cpu = device.type == "cpu"
@@ -130,6 +130,7 @@ class ModelReplica:
         self._sums: list[torch.Tensor | None] = [None] * len(self._parameters)
         """Sums of the accrued gradients, by which one that is not finite is seen."""
         self._mini_batches = 0
+        self._weight = 1.0
         self.local_rate: float | None = None
         """Rate of the local step after each mini-batch; None for none."""
         for index, parameter in enumerate(self._parameters):
@@ -163,8 +164,12 @@ class ModelReplica:
 
     # gradient
 
-    def compute(self, batch: Any) -> torch.Tensor:
-        """Add the gradient of the mean loss over one mini-batch to what is accrued; returns the detached loss."""
+    def compute(self, batch: Any, weight: float = 1.0) -> torch.Tensor:
+        """Add `weight` times the gradient of the mean loss over one mini-batch to what is accrued.
+
+        Returns the detached mean loss.
+        """
+        self._weight = weight
         loss = self._differentiate(self.part.module, to_device(batch, self._device))
         self._mini_batches += 1
         if not all(self._written):
@@ -177,9 +182,9 @@ class ModelReplica:
             assert parameter.grad is not None
             gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
             if self._written[index]:
-                view.add_(gradient)
+                view.add_(gradient, alpha=self._weight)
             else:
-                view.copy_(gradient)
+                torch.mul(gradient, self._weight, out=view)
                 self._written[index] = True
             if self._device.type == "cpu":
                 # Now, while it lies in the cache; an accelerator takes one sum of everything sooner than many.

@@ -12,23 +12,35 @@
 A shard is a span of the flat vector. It holds a section for every partition that computes on some of it, mostly one.
 It answers one call at a time, so updates exclude each other and fetches see whole versions without a lock. Sections
 and shards know nothing of each other: they may stand at different versions, as in the paper.
+
+Sandblaster (section 4.2) keeps other vectors there, and the coordinator orders the operations:
+
+    replica                                 shard                                             coordinator
+      trial(version, t, x[k ∩ m])      ->     x + t d
+      contribute(evaluation, bundle, g)->     once per (evaluation, bundle): sum += g
+                                              inner products of all vectors              <-     seal(evaluation, t)
+                                              x += t d;  keep the pair;  next d          <-     step(version, step)
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 
+from distbelief.batch_section import BatchSection, Keeping
 from distbelief.channel.base import Future, Out, exported
 from distbelief.engine.base import Home
 from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import ProtocolError
+from distbelief.lbfgs import Sealed, Step
 from distbelief.parameters import Layout, Span
 from distbelief.section import Applied, Section, SectionStatus, Stamp
 from distbelief.shard_file import ShardFile
 from distbelief.update_rule import UpdateRule
+
+S = TypeVar("S", Section, BatchSection)
 
 
 def shard_name(index: int) -> str:
@@ -44,31 +56,34 @@ class ParameterServerShard:
     connected partition has one staging buffer here.
     """
 
-    def __init__(self, home: Home, span: Span, layout: Layout, rule: UpdateRule) -> None:
+    def __init__(self, home: Home, span: Span, layout: Layout, keeping: UpdateRule | Keeping) -> None:
         torch.set_num_threads(1)
         self._home, self._span = home, span
         self._cut = len(layout.partitions) > 1
-        self._sections = {
-            partition: Section(part, layout, rule)
+        self._sections: dict[int, Section | BatchSection] = {
+            partition: BatchSection(part, layout, keeping)
+            if isinstance(keeping, Keeping)
+            else Section(part, layout, keeping)
             for partition, own in enumerate(layout.partitions)
             if len(part := own.overlap(span))
         }
 
-    def _section(self, partition: int) -> Section:
-        if partition not in self._sections:
+    def _section(self, partition: int, kind: type[S]) -> S:
+        found = self._sections.get(partition)
+        if not isinstance(found, kind):
             held = f"shard {self._span.start}..{self._span.stop}"
-            raise ProtocolError(f"{held} stores nothing for partition {partition}")
-        return self._sections[partition]
+            raise ProtocolError(f"{held} keeps no {kind.__name__} for partition {partition}")
+        return found
+
+    def _batch_sections(self) -> list[BatchSection]:
+        return [self._section(partition, BatchSection) for partition in self._sections]
+
+    # both algorithms
 
     @exported
     def initialise(self, partition: int, values: torch.Tensor) -> None:
         """Set the parameters of a section, once; `values` has its shape (n,)."""
-        self._section(partition).initialise(values)
-
-    @exported
-    def push(self, stamp: Stamp, gradient: torch.Tensor) -> Applied:
-        """Apply a gradient of a section's shape (n,) once, however often it is sent. Raises Fenced, NotReady."""
-        return self._section(stamp.partition).push(stamp, gradient)
+        self._sections[partition].initialise(values)
 
     @exported
     def fetch(self, reader: int, partition: int, parameters: Out) -> int:
@@ -76,7 +91,51 @@ class ParameterServerShard:
 
         `reader` is the replica's number; a negative one is somebody who will not push. Raises NotReady.
         """
-        return self._section(partition).fetch(reader, parameters)
+        if partition not in self._sections:
+            raise ProtocolError(f"shard {self._span.start}..{self._span.stop} stores nothing for partition {partition}")
+        return self._sections[partition].fetch(reader, parameters)
+
+    @exported
+    def status(self) -> list[SectionStatus]:
+        """Counters of every section, for the coordinator."""
+        return [section.status() for section in self._sections.values()]
+
+    @exported
+    def snapshot(self, path: str, slots: tuple[int, ...], durable: bool) -> Future[list[ShardFile]]:
+        """Write every section to files beginning with `path`; checksums, and the disk, are waited for beside the shard.
+
+        Of Sandblaster's history the pairs in `slots` are written. Fails with OSError's text when the disk is full.
+        Raises NotReady.
+        """
+        seals = [
+            section.write(
+                Path(f"{path}-{partition}.safetensors" if self._cut else f"{path}.safetensors"), slots, durable
+            )
+            for partition, section in self._sections.items()
+        ]
+        return self._home.background(lambda: [file for seal in seals for file in seal()])
+
+    @exported
+    def restore(self, folder: str, files: list[ShardFile], replaced: dict[int, int], own: bool) -> list[int]:
+        """Take the span from a checkpoint's files, cut anyhow; a Downpour section that has its parameters keeps them.
+
+        Of a checkpoint that is not this algorithm's `own` only the parameters are taken. `replaced` (replica ->
+        incarnation) are refused as by `fence`, before a push can come in between: the shard has forgotten what it was
+        told in its earlier life. Answers each section's version. Raises CheckpointError.
+        """
+        versions = []
+        for section in self._sections.values():
+            if isinstance(section, Section):
+                section.refuse(replaced)
+            versions.append(section.restore(folder, files, own=own))
+        return versions
+
+    # Downpour
+
+    @exported
+    def push(self, stamp: Stamp, gradient: torch.Tensor) -> Applied:
+        """Apply a gradient of a section's shape (n,) once, however often it is sent. Raises Fenced, NotReady."""
+        return self._section(stamp.partition, Section).push(stamp, gradient)
 
     @exported
     def exchange(self, stamp: Stamp, gradient: torch.Tensor, parameters: Out) -> int:
@@ -84,7 +143,7 @@ class ParameterServerShard:
 
         The answer is the version of what was fetched. Raises Fenced, NotReady; then nothing was fetched.
         """
-        return self._section(stamp.partition).exchange(stamp, gradient, parameters)
+        return self._section(stamp.partition, Section).exchange(stamp, gradient, parameters)
 
     @exported
     def fence(self, replica: int, incarnation: int) -> list[dict[int, int]]:
@@ -93,33 +152,35 @@ class ParameterServerShard:
         Answers, per section, (lease -> position up to which its examples are applied here) for the leases of its latest
         pushes. Raises NotReady.
         """
-        return [section.fence(replica, incarnation) for section in self._sections.values()]
+        return [self._section(partition, Section).fence(replica, incarnation) for partition in self._sections]
+
+    # Sandblaster
 
     @exported
-    def status(self) -> list[SectionStatus]:
-        """Counters of every section, for the coordinator."""
-        return [section.status() for section in self._sections.values()]
+    def trial(self, partition: int, version: int, t: float, parameters: Out) -> None:
+        """Write the trial at `t` after step `version` into the caller's buffer of shape (n,). Raises NotReady."""
+        self._section(partition, BatchSection).trial(version, t, parameters)
 
     @exported
-    def snapshot(self, path: str) -> Future[list[ShardFile]]:
-        """Write every section to a file beginning with `path`; forcing them to disk happens beside the shard.
-
-        Fails with OSError's text when the disk is full. Raises NotReady.
-        """
-        seals = [
-            section.write(Path(f"{path}-{partition}.safetensors" if self._cut else f"{path}.safetensors"))
-            for partition, section in self._sections.items()
-        ]
-        return self._home.background(lambda: [seal() for seal in seals])
+    def contribute(self, partition: int, evaluation: int, position: int, gradient: torch.Tensor) -> bool:
+        """Add the gradient of one bundle, once per (evaluation, position). Raises NotReady."""
+        return self._section(partition, BatchSection).contribute(evaluation, position, gradient)
 
     @exported
-    def restore(self, folder: str, files: list[ShardFile], replaced: dict[int, int]) -> list[int]:
-        """Take the span from a checkpoint's files, cut anyhow; sections that have their parameters keep them.
+    def seal(self, evaluation: int, t: float, examples: int, bundles: int, pairs: tuple[int, ...]) -> list[Sealed]:
+        """The inner products of a complete evaluation, per section. Raises NotReady when bundles are missing."""
+        return [section.seal(evaluation, t, examples, bundles, pairs) for section in self._batch_sections()]
 
-        `replaced` (replica -> incarnation) are refused as by `fence`, before a push can come in between: the shard has
-        forgotten what it was told in its earlier life. Answers each section's version. Raises CheckpointError.
-        """
-        return [section.restore(folder, files, replaced) for section in self._sections.values()]
+    @exported
+    def step(self, version: int, step: Step) -> None:
+        """Carry out step number `version`, once. Raises NotReady."""
+        for section in self._batch_sections():
+            section.step(version, step)
+
+    @exported
+    def gram(self, pairs: tuple[int, ...]) -> list[list[list[float]]]:
+        """Every section's inner products, measured anew. Raises NotReady."""
+        return [section.gram(pairs) for section in self._batch_sections()]
 
 
 @final
@@ -163,6 +224,20 @@ class ParameterServer:
         return self._all(
             partial(shard.call, ParameterServerShard.exchange, stamp, gradient[part], into[part])
             for (shard, part), stamp in zip(self.routes, stamps, strict=True)
+        )
+
+    def trial(self, version: int, t: float, into: torch.Tensor) -> Future[list[None]]:
+        """Start writing the trial at `t` after step `version` into `into`."""
+        return self._all(
+            partial(shard.call, ParameterServerShard.trial, self._partition, version, t, into[part])
+            for shard, part in self.routes
+        )
+
+    def contribute(self, evaluation: int, position: int, gradient: torch.Tensor) -> Future[list[bool]]:
+        """Start adding the gradient of one bundle; the memory stays untouched until it is done."""
+        return self._all(
+            partial(shard.call, ParameterServerShard.contribute, self._partition, evaluation, position, gradient[part])
+            for shard, part in self.routes
         )
 
     def _all(self, calls: Iterable[Callable[[], Future[Any]]]) -> All[Any]:

@@ -73,10 +73,6 @@ class Meter:
         self._loss_sum += loss_sum
         self._loss_examples += examples
 
-    def due(self, now: float, seconds: float) -> bool:
-        """Whether the last progress event is at least so old, and any time has passed at all."""
-        return now > self._since and now - self._since >= seconds
-
     def progress(self, now: float, leases: Leases, counters: Counters, alive: int) -> Progress:
         """The event of this moment; counting starts anew."""
         elapsed, examples = now - self._since, leases.settled_examples

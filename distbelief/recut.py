@@ -47,8 +47,11 @@ def recut(
     before, buffers_before = manifest.layout.layout, manifest.buffer_layout.layout
     _check_same(folder, before, layout)
     _check_same(folder, *_in_common(buffers_before, buffers))
-    # How many epochs there will be makes no difference to what is settled.
-    leases = Leases.resumed(manifest.leases, 0, read_replica_positions(folder, manifest))
+    leases, examples = manifest.leases, manifest.examples
+    if leases is not None:
+        # How many epochs there will be makes no difference to what is settled.
+        resumed = Leases.resumed(leases, 0, read_replica_positions(folder, manifest))
+        leases, examples = resumed.state(), resumed.settled_examples
     target = next_folder(folder.parents[1])
     with contextlib.ExitStack() as undo:
         undo.callback(discard, target)
@@ -60,7 +63,7 @@ def recut(
         )  # fmt: skip
         manifest = msgspec.structs.replace(
             manifest, fingerprint=layout.fingerprint(), layout=LayoutRecord.of(layout),
-            buffer_layout=LayoutRecord.of(buffers), leases=leases.state(), examples=leases.settled_examples,
+            buffer_layout=LayoutRecord.of(buffers), leases=leases, examples=examples,
             shards=[file],
         )  # fmt: skip
         manifest = commit(target, manifest, [line])

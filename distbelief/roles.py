@@ -21,6 +21,7 @@ from distbelief.parameters import Layout, Span
 from distbelief.partition.group import Group
 from distbelief.partition.stages import StagePlan
 from distbelief.roster import EVALUATOR, replica_name
+from distbelief.sandblaster import Sandblaster, SandblasterReplica
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ def _seat(home: Home, prepared: Prepared, name: str, partition: int, device: tor
     """Take a place in the replica `name`. The draws of its partitions, such as dropout's, are those of `seed`."""
     job, cut = prepared.job, prepared.cut
     if cut is None:
-        module, layout = build(job.model, job.seed, job.groups)
+        module, layout = build(job.model, job.seed, job.grouping)
         torch.manual_seed(seed)
         return Seat(whole(module), layout, Span(0, layout.length), Group(None, 0, 1, device=device))
     coordinator = home.find(COORDINATOR, Coordinator, COORDINATOR_SECONDS)
@@ -56,7 +57,9 @@ def _seat(home: Home, prepared: Prepared, name: str, partition: int, device: tor
     return Seat(part, cut.layout.of_partition(partition), cut.layout.partitions[partition], group)
 
 
-def replica_role(home: Home, prepared: Prepared, index: int, partition: int, spans: Sequence[Span]) -> DownpourReplica:
+def replica_role(
+    home: Home, prepared: Prepared, index: int, partition: int, spans: Sequence[Span]
+) -> DownpourReplica | SandblasterReplica:
     """Build one partition of model replica `index` in its own process."""
     job = prepared.job
     torch.set_num_threads(job.cluster.threads)
@@ -66,8 +69,14 @@ def replica_role(home: Home, prepared: Prepared, index: int, partition: int, spa
     seat = _seat(home, prepared, replica_name(index), partition, device, seed)
     objective = job.objective if prepared.cut is None else PartObjective(job.objective, seat.group)
     model = ModelReplica(seat.part, seat.layout, objective.differentiate, device, home.allocate, seat.group)
-    data = DataShard(home, prepared.data, job.batch_size, job.seed)
     server = ParameterServer(home, spans, seat.own, index, partition)
+    if isinstance(job.algorithm, Sandblaster):
+        # The module's training modes are as the user built it: an objective must not change from call to call.
+        micro_batch = job.algorithm.micro_batch_of(job.batch_size, len(prepared.data))
+        data = DataShard(home, prepared.data, micro_batch, None)
+        return SandblasterReplica(home, index, model, data, server)
+    seat.part.module.train()
+    data = DataShard(home, prepared.data, job.batch_size, job.seed)
     return DownpourReplica(home, index, model, data, server, job.algorithm)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
-from distbelief.portions import Lease, Stages
+from distbelief.portions import Lease
 
 EVALUATOR = "evaluator"
 
@@ -72,12 +72,12 @@ class Settings:
     shards: Sequence[RoleSpec]
     evaluator: Sequence[RoleSpec]
     """Its partitions; none for no evaluation."""
-    stages: Stages
     checkpoint_seconds: float
     keep_checkpoints: int
     evaluate_examples: int
     silence_seconds: float
     refusals: int
+    """Refused pushes that the job survives."""
     incarnation: int
     """First incarnation of every role; higher than any that an earlier run of the job used."""
 

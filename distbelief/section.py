@@ -5,7 +5,7 @@ A push counts once per (replica, incarnation, sequence), a repeat gets the recor
 incarnation that has been replaced is refused. The vectors are "parameters" and the update rule's state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import final
 
@@ -155,33 +155,38 @@ class Section:
             self.ready, state.version, state.examples, state.mini_batches, state.lost_updates, dict(state.staleness)
         )
 
-    def write(self, file: Path) -> Callable[[], ShardFile]:
-        """Write everything to a file, at one version; what is returned forces it to disk, and may run beside the shard.
+    def write(self, file: Path, slots: Sequence[int], durable: bool) -> Callable[[], list[ShardFile]]:
+        """Write everything to a file, at one version; what is returned seals it, and may run beside the shard.
 
-        Raises OSError.
+        There are no slots here; `durable` forces to disk. Raises OSError.
         """
         self._check_ready()
         self._state.scalars = self._rule.scalars()
         shard_file.write(file, {"parameters": self._parameters, **self._rule.vectors()}, self._state)
         state = ShardState(start=self.span.start, stop=self.span.stop)
-        return lambda: shard_file.seal(file, state)
+        return lambda: [shard_file.seal(file, state, durable=durable)]
 
-    def restore(self, folder: str, files: list[ShardFile], replaced: dict[int, int]) -> int:
-        """Take the span from a checkpoint's files, cut anyhow, unless this section has its parameters already.
-
-        `replaced` (replica -> incarnation) are refused as by `fence`, before a push can come in between: the shard has
-        forgotten what it was told in its earlier life. Answers the version. Raises CheckpointError.
-        """
+    def refuse(self, replaced: dict[int, int]) -> None:
+        """Refuse pushes of these (replica -> incarnation) and older ones, as `fence` does."""
         for replica, incarnation in replaced.items():
             self._fenced[replica] = max(incarnation + 1, self._fenced.get(replica, 0))
+
+    def restore(self, folder: str, files: list[ShardFile], *, own: bool) -> int:
+        """Take the span from a checkpoint's files, cut anyhow, unless this section has its parameters already.
+
+        From those of another algorithm only the parameters are taken. Answers the version. Raises CheckpointError.
+        """
         if self.ready:
             return self._state.version
         vectors = shard_file.read_span(Path(folder), files, self.span)
-        own = [file for file in files if len(Span(file.start, file.stop).overlap(self.span))]
-        states = [shard_file.read_state(Path(folder) / file.name) for file in own]
+        held = [file for file in files if len(Span(file.start, file.stop).overlap(self.span))]
+        states = [shard_file.read_state(Path(folder) / file.name) for file in held]
         if "parameters" not in vectors:
-            raise CheckpointError(f"{folder} has no parameters in {', '.join(file.name for file in own)}")
+            raise CheckpointError(f"{folder} has no parameters in {', '.join(file.name for file in held)}")
         self._parameters.copy_(vectors.pop("parameters"))
+        if not own:
+            self.ready = True
+            return self._state.version
         newest = max(states, key=lambda state: state.version)
         self._rule.load(vectors, newest.scalars)
         same_cut = (newest.start, newest.stop) == (self.span.start, self.span.stop)

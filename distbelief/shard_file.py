@@ -61,6 +61,8 @@ class ShardFile(msgspec.Struct, frozen=True):
     stop: int
     size_bytes: int
     crc32: int
+    partial: bool = False
+    """Whether it holds only some vectors of its span, beside a file that holds the others."""
 
 
 def write(path: Path, vectors: dict[str, torch.Tensor], state: ShardState) -> None:
@@ -81,14 +83,15 @@ def _metadata(state: ShardState) -> dict[str, str]:
     return {"shard": msgspec.json.encode(state).decode()}
 
 
-def seal(path: Path, state: ShardState) -> ShardFile:
-    """Force the file to disk and describe it. Raises OSError."""
+def seal(path: Path, state: ShardState, *, partial: bool = False, durable: bool = True) -> ShardFile:
+    """Force the file to disk, if it is to be `durable` beyond the machine's life, and describe it. Raises OSError."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
         checksum = 0
         while chunk := file.read(_READ_BYTES):
             checksum = zlib.crc32(chunk, checksum)
-    return ShardFile(path.name, state.start, state.stop, path.stat().st_size, checksum)
+    return ShardFile(path.name, state.start, state.stop, path.stat().st_size, checksum, partial)
 
 
 def check(folder: Path, file: ShardFile) -> None:
@@ -97,7 +100,7 @@ def check(folder: Path, file: ShardFile) -> None:
     if not path.exists():
         raise CheckpointError(f"{path} is missing")
     try:
-        found = seal(path, ShardState(start=file.start, stop=file.stop))
+        found = seal(path, ShardState(start=file.start, stop=file.stop), durable=False)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if found.size_bytes != file.size_bytes:
@@ -142,7 +145,7 @@ def read_span(
         part = held.overlap(span)
         if not len(part):
             continue
-        missing -= len(part)
+        missing -= 0 if source.partial else len(part)
         path = folder / source.name
         try:
             with safe_open(path, framework="pt") as file:

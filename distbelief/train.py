@@ -18,11 +18,10 @@ from rich.console import Console
 from torch import nn
 
 from distbelief import checkpoint, events
-from distbelief.checkpoint import Manifest
+from distbelief.appoint import appoint, started
 from distbelief.coordinator import Coordinator
 from distbelief.engine.base import Engine, Faults
 from distbelief.engine.local import LocalEngine
-from distbelief.engine.pickles import SHARED
 from distbelief.engine.simulated import SimulatedEngine
 from distbelief.engine.virtual import Costs
 from distbelief.errors import CheckpointError, ConfigurationError
@@ -31,16 +30,13 @@ from distbelief.export import write_template
 from distbelief.job import Facts, Job, prepare
 from distbelief.launch import Launch, of_main
 from distbelief.model_replica import check_device
-from distbelief.parameter_server import ParameterServerShard, shard_name
+from distbelief.parameter_server import shard_name
 from distbelief.parameters import Span, cut
-from distbelief.portions import Leases, lease_size
 from distbelief.recut import recut
 from distbelief.report.files import EventFile, read_events, write_summary
 from distbelief.report.summary import Summary, summarize, text
 from distbelief.report.tensorboard import tensorboard_files
 from distbelief.report.terminal import Terminal
-from distbelief.roles import evaluator_role, replica_role
-from distbelief.roster import EVALUATOR, RoleSpec, Settings, member_name, replica_name
 from distbelief.uncut import Uncut
 
 
@@ -99,7 +95,6 @@ def train(
                 run, lambda path, reason: rejected.append(events.CheckpointRejected(path=str(path), reason=reason))
             )
             checkpoint.check_same_model(restore[1], model.module, restore[0])
-        leases = _leases(job, facts, restore)
         launched = launch or of_main()
         with _run_folder(run):
             launched.write(run)
@@ -110,12 +105,12 @@ def train(
         with _reporting(record, run, engine, listeners, view) as emit:
             for event in rejected:
                 emit(event)
-            coordinator = _coordinator(job, engine, facts, run, spans, leases, model, restore, emit)
+            coordinator = appoint(job, engine, facts, run, spans, model, restore, emit)
             engine.answer(coordinator)
             reason = "failed"
             try:
                 with _stopping_on_signals(coordinator):
-                    emit(_job_started(job, facts, run, spans, coordinator.leases))
+                    emit(started(job, facts, run, spans, coordinator.examples))
                     coordinator.start(restore)
                     reason = coordinator.run()
                     model.load(engine, coordinator, spans)
@@ -123,7 +118,7 @@ def train(
                 reason = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
                 raise
             finally:
-                emit(coordinator.finished(reason, *_commands(run, job, launched, coordinator.leases)))
+                emit(coordinator.finished(reason, *_commands(run, launched, coordinator)))
                 _write_summary(run, record.summary())
     return Result(record.summary(), run, partial(model.trained, run))
 
@@ -178,89 +173,16 @@ def _run_folder(run: Path) -> Iterator[None]:
         ) from error
 
 
-def _commands(run: Path, job: Job, launched: Launch, leases: Leases) -> tuple[str, str]:
+def _commands(run: Path, launched: Launch, coordinator: Coordinator) -> tuple[str, str]:
     """(what resumes the run, what exports its model); empty where there is no checkpoint."""
     if not checkpoint.complete(run):
         return "", ""
-    folder, epochs = shlex.quote(str(run)), 2 * job.epochs
+    folder, (option, expression) = shlex.quote(str(run)), coordinator.go_on()
     if launched.script is None:
-        more = f"dataclasses.replace(job, epochs={epochs})" if leases.finished else "job"
-        resume = f"distbelief.train({more}, resume={str(run)!r})"
+        resume = f"distbelief.train({expression}, resume={str(run)!r})"
     else:
-        resume = f"distbelief resume {folder}" + (f" --epochs {epochs}" if leases.finished else "")
+        resume = f"distbelief resume {folder}" + (f" {option}" if option else "")
     return resume, f"distbelief export {folder} model.safetensors"
-
-
-def _coordinator(
-    job: Job, engine: Engine, facts: Facts, run: Path, spans: list[Span], leases: Leases, model: Uncut,
-    restore: tuple[Path, Manifest] | None, emit: Callable[[AnyEvent], None],
-) -> Coordinator:  # fmt: skip
-    layout, cluster, partitions = facts.layout, job.cluster, job.cluster.plan.partitions
-    if restore is None:
-        buffers, incarnation = model.buffers, 0
-    else:
-        buffers, incarnation = checkpoint.read_buffers(*restore), restore[1].incarnation
-    settings = Settings(
-        run=run,
-        replicas=[
-            [
-                RoleSpec(member_name(replica_name(i), k, partitions), replica_role, (SHARED, i, k, spans))
-                for k in range(partitions)
-            ]
-            for i in range(cluster.replicas)
-        ],
-        shards=[
-            RoleSpec(shard_name(i), ParameterServerShard, (span, layout, job.algorithm.update_rule))
-            for i, span in enumerate(spans)
-        ],
-        evaluator=[
-            RoleSpec(member_name(EVALUATOR, k, partitions), evaluator_role, (SHARED, k, spans))
-            for k in range(partitions if facts.test_examples else 0)
-        ],
-        stages=job.stages(leases.total_examples),
-        checkpoint_seconds=job.checkpoint_seconds,
-        keep_checkpoints=job.keep_checkpoints,
-        evaluate_examples=job.evaluate_every or facts.examples,
-        silence_seconds=cluster.silence_seconds,
-        refusals=job.algorithm.refusals,
-        incarnation=incarnation,
-    )
-    manifest_of = checkpoint.manifests(
-        model.module, layout, facts.buffers, rule=repr(job.algorithm.update_rule), seed=job.seed
-    )
-    return Coordinator(engine, settings, leases, buffers, manifest_of, emit)
-
-
-def _leases(job: Job, facts: Facts, restore: tuple[Path, Manifest] | None) -> Leases:
-    """All examples of the job, or those that a checkpoint has not behind it."""
-    if restore is None:
-        size = lease_size(facts.examples, job.batch_size, job.cluster.replicas, job.algorithm.n_push)
-        return Leases(facts.examples, size, job.epochs)
-    folder, manifest = restore
-    if manifest.leases.examples_per_epoch != facts.examples or manifest.seed != job.seed:
-        raise CheckpointError(
-            f"{folder} was trained on {manifest.leases.examples_per_epoch} examples with seed {manifest.seed}, "
-            f"the job has {facts.examples} with seed {job.seed}; examples would be lost or repeated\n"
-            "hint: resume with the same data and seed"
-        )
-    applied = checkpoint.read_replica_positions(folder, manifest)
-    leases = Leases.resumed(manifest.leases, job.epochs, applied)
-    if leases.finished:
-        raise ConfigurationError(
-            f"{folder} has all {job.epochs} epochs behind it", hint="give more epochs, for example --epochs "
-            f"{job.epochs * 2}",
-        )  # fmt: skip
-    return leases
-
-
-def _job_started(job: Job, facts: Facts, run: Path, spans: list[Span], leases: Leases) -> events.JobStarted:
-    lengths = [len(span) for span in spans]
-    return events.JobStarted(
-        run=str(run), replicas=job.cluster.replicas, shards=len(spans), parameters=facts.layout.length,
-        examples_per_epoch=facts.examples, epochs=job.epochs, batch_size=job.batch_size, seed=job.seed,
-        algorithm=f"Downpour, {job.algorithm.update_rule!r}",
-        shard_balance=max(lengths) / (sum(lengths) / len(lengths)), resumed_examples=leases.settled_examples,
-    )  # fmt: skip
 
 
 class Record:

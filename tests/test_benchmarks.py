@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory, push_fetch_peers, throughput_peers
+from benchmarks import (
+    figure_3,
+    memory,
+    partition,
+    partition_peers,
+    partition_product,
+    push_fetch_peers,
+    throughput_peers,
+)
 from benchmarks.__main__ import main
 from benchmarks.memory import held
 from benchmarks.processes import Baseline, Companion, CompanionFailed, forked
@@ -34,6 +42,7 @@ from benchmarks.table import (
     verdict,
 )
 from distbelief.channel.memory import allocate
+from distbelief.partition.units import Numbers
 
 
 def test_a_spread_is_the_middle_and_the_ends_of_its_samples() -> None:
@@ -115,6 +124,8 @@ def test_a_mean_stands_within_above_or_below_a_range_or_within_the_margin_below_
         (["push_fetch", "--data", "recordings.tar"], "leave --data out"),
         (["accuracy"], "needs --data PATH"),
         (["speed"], "invalid choice"),
+        (["partition", "--picture", "plan.png"], "leave --picture out"),
+        (["figure_3", "--picture", "missing_folder/figure_3.png"], "create it first"),
     ],
 )
 def test_a_wrong_command_line_is_refused_before_anything_runs(
@@ -317,3 +328,59 @@ def test_the_plain_loop_and_data_parallel_train_and_a_slow_process_slows_both() 
         assert companion.ask(32, 0.2) > 0
     with Companion(throughput_peers.data_parallel, frames=500) as companion:
         assert companion.ask(32, 0.5, 1.0) > 1.3 * companion.ask(32, 0.5, 4.0)
+
+
+def test_two_partitions_reach_their_targets_when_they_are_so_many_times_as_fast_in_the_median_round() -> None:
+    case = partition.Case("speech 2048", 256)
+    one, two, tensor = Measured((4.0, 4.0, 4.0)), Measured((2.0, 3.0, 9.0)), Measured((2.5, 2.7, 2.8))
+    measured = {partition.ONE: one, partition.units_of(2): two, partition.TENSOR: tensor}
+    assert partition.is_reached(case, measured, partition.units_of(2)) is True
+    slower = {**measured, partition.TENSOR: Measured((1.5, 2.6, 2.8))}
+    assert partition.is_reached(case, slower, partition.units_of(2)) is False
+    assert partition.is_reached(case, {**measured, partition.ONE: Measured((), "died")}, partition.units_of(2)) is False
+    assert partition.is_reached(case, measured, partition.TENSOR) is None
+    assert partition.is_reached(partition.Case("speech 512", 128), measured, partition.units_of(2)) is None
+
+
+def test_a_supposed_machine_takes_time_for_operations_messages_and_bytes_forward_and_backward() -> None:
+    supposed = figure_3.Machine("slow", operations_per_second=1e6, bytes_per_second=1e5, message_seconds=1e-3)
+    numbers = Numbers(0, operations=50, elements_in=7, elements_out=5, messages_in=2, messages_out=4)
+    batch = figure_3.BATCH_SIZE
+    assert supposed.seconds(numbers) == pytest.approx(3 * 50 * batch / 1e6 + 2 * (6e-3 + 7 * batch * 4 / 1e5))
+
+
+def test_the_models_of_figure_3_have_the_sizes_that_the_paper_names() -> None:
+    sizes = [model.parameters for model in figure_3.models()]
+    assert sizes[0] == 41_777_152
+    assert sizes[1:] == [pytest.approx(size, rel=0.02) for size in (80e6, 330e6, 1.7e9)]
+
+
+@pytest.mark.slow
+def test_figure_3_is_predicted_for_every_model_and_supposition_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = figure_3.run(quick=True)
+    assert len(rows) == len(figure_3.SUPPOSED) * 4 * len(figure_3.QUICK_MACHINES)
+    assert {row["speed-up"] for row in rows if row["machines"] == 1} == {1.0}
+    most = {str(row["model"]): float(str(row["speed-up"])) for row in rows if row["machines"] == 16}
+    assert most["vision, 1.7 billion"] > 2 * most["speech, 42 million"]
+    figure_3.draw(rows, tmp_path / "figure_3.png")
+    assert (tmp_path / "figure_3.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "partitions"), [("speech 32", 1), ("speech 32", 3), (partition_peers.LOCAL, 2)])
+def test_the_partitions_of_the_benchmark_send_what_their_plan_says(model: str, partitions: int) -> None:
+    with Companion(partition_product.by_units, model=model, batch_size=4, partitions=partitions) as companion:
+        predicted = companion.ask("predicted", 1)
+        assert companion.ask("counted", 1) == predicted
+        assert (predicted > 0) == (partitions > 1)
+        assert 0 < companion.ask("seconds", 2) < 5
+
+
+@pytest.mark.slow
+def test_the_other_ways_to_cut_a_model_compute_mini_batches() -> None:
+    with Companion(partition_peers.one_process, model="speech 32", batch_size=8) as companion:
+        assert 0 < companion.ask(2) < 5
+    for baseline in (partition_peers.tensor_parallel, partition_peers.pipelining):
+        with Companion(baseline, model="speech 32", batch_size=8, partitions=2) as companion:
+            assert 0 < companion.ask(2) < 5

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distbelief import adagrad, checkpoint
-from distbelief.coordinator import Coordinator
+from distbelief.downpour_coordinator import DownpourCoordinator
 from distbelief.engine.base import COORDINATOR, Faults, Home
 from distbelief.engine.simulated import SimulatedEngine
 from distbelief.errors import ChannelError
@@ -33,8 +33,8 @@ class CutOff:
 
     def run(self) -> None:
         gradient = torch.ones(LENGTH)
-        coordinator = self.home.find(COORDINATOR, Coordinator)
-        while coordinator.call(Coordinator.wants_parameters, 0).result():
+        coordinator = self.home.find(COORDINATOR, DownpourCoordinator)
+        while coordinator.call(DownpourCoordinator.wants_parameters, 0).result():
             self.shard.call(ParameterServerShard.initialise, 0, torch.zeros(LENGTH)).result()
             self.home.sleep(0.05)
         while self.home.now() < 3.0:
@@ -46,15 +46,15 @@ class CutOff:
                 outcome = type(error).__name__
             self.outcomes.append((self.home.now(), outcome))
             self.home.sleep(1e-3)
-        coordinator.call(Coordinator.leave, 0, self.home.incarnation).result()
+        coordinator.call(DownpourCoordinator.leave, 0, self.home.incarnation).result()
 
 
-def coordinator(engine: Any, run: Path, outcomes: list[tuple[float, str]], heard: list[Any]) -> Coordinator:
+def coordinator(engine: Any, run: Path, outcomes: list[tuple[float, str]], heard: list[Any]) -> DownpourCoordinator:
     """One shard, one such replica."""
     settings = Settings(
         run=run, replicas=[[RoleSpec(replica_name(0), CutOff, (outcomes,))]],
         shards=[RoleSpec(shard_name(0), ParameterServerShard, (Span(0, LENGTH), LAYOUT, adagrad(0.1)))],
-        evaluator=(), stages=Stages(), checkpoint_seconds=1e6, keep_checkpoints=1, evaluate_examples=1,
+        evaluator=(), checkpoint_seconds=1e6, keep_checkpoints=1, evaluate_examples=1,
         silence_seconds=60.0, refusals=0, incarnation=0,
     )  # fmt: skip
     module = nn.Linear(LENGTH, 1, bias=False)
@@ -64,7 +64,8 @@ def coordinator(engine: Any, run: Path, outcomes: list[tuple[float, str]], heard
         heard.append((engine.now(), event))
 
     leases = Leases(100, 10, 1)
-    return Coordinator(engine, settings, leases, [torch.empty(0, dtype=torch.float64)], manifest, emit)
+    buffers = [torch.empty(0, dtype=torch.float64)]
+    return DownpourCoordinator(engine, settings, buffers, manifest, emit, leases, Stages())
 
 
 def test_a_restored_shard_refuses_the_incarnations_that_it_has_forgotten_were_replaced(tmp_path: Path) -> None:

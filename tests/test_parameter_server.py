@@ -112,12 +112,14 @@ class Servers:
         return ParameterServer(self.home, self.spans, Span(0, LENGTH), replica).push(stamps, gradient).result()
 
     def snapshot(self, folder: Path) -> list[ShardFile]:
-        written = [shard.snapshot(str(folder / f"shard-{index}")).result() for index, shard in enumerate(self.shards)]
+        written = [
+            shard.snapshot(str(folder / f"shard-{index}"), (), True).result() for index, shard in enumerate(self.shards)
+        ]
         return [file for files in written for file in files]
 
     def restore(self, folder: Path, files: list[ShardFile]) -> None:
         for shard in self.shards:
-            shard.restore(str(folder), files, {})
+            shard.restore(str(folder), files, {}, True)
 
     def state(self) -> dict[str, list[float]]:
         each = [shard._sections[0]._rule.vectors() for shard in self.shards]
@@ -253,7 +255,7 @@ def test_a_shard_without_parameters_answers_that_it_is_not_ready(tmp_path: Path)
     shard = servers.shards[0]
     calls: list[Callable[[], Any]] = [
         servers.fetch, lambda: servers.push(0, 1, [0], gradient(0)), lambda: shard.fence(0, 0),
-        lambda: shard.snapshot(str(tmp_path / "shard")),
+        lambda: shard.snapshot(str(tmp_path / "shard"), (), True),
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(NotReady, match=r"shard 0\.\.331 waits for its parameters"):

@@ -54,6 +54,13 @@ class Future(Protocol[T_co]):
         """Wait for the answer. Raises PeerLost, DeadlineExceeded, Fenced, RemoteError."""
 
 
+class Promise(Future[T], Protocol[T]):
+    """A future that its maker completes; an exported method may return it, and so answer later."""
+
+    def keep(self, value: T) -> None:
+        """Complete it, unless it is done already."""
+
+
 class Remote(ABC, Generic[R]):
     """A reference to a role, wherever it lives. Calls from one caller to one role run in the order they were made."""
 
@@ -122,7 +129,7 @@ def signature_of(method: Callable[..., Any]) -> Signature:
         modes.append(True if written else False if hint is torch.Tensor else None)
     field_types = [hints[name] for name, mode in zip(names, modes, strict=True) if mode is None]
     answer = hints.get("return", type(None))
-    if typing.get_origin(answer) is Future:
+    if typing.get_origin(answer) in (Future, Promise):
         answer = typing.get_args(answer)[0]
     fields = typing.cast(Any, tuple)[tuple(field_types)] if field_types else tuple[()]
     return Signature(

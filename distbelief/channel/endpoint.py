@@ -24,7 +24,7 @@ from distbelief.channel.authenticate import AcceptingSide, CallingSide
 from distbelief.channel.base import RAISED_AS_IS, Future, Signature, exported_methods, signature_of
 from distbelief.channel.connection import Connection
 from distbelief.channel.frames import Answer, Call, Failure, Header
-from distbelief.channel.futures import BackgroundWork, PendingCall
+from distbelief.channel.futures import BackgroundWork, Kept, PendingCall
 from distbelief.errors import (
     AuthenticationError,
     ChannelError,
@@ -314,7 +314,7 @@ class Endpoint:
                 value = method(self._role, *arguments)
             finally:
                 self._answering = False
-            if isinstance(value, BackgroundWork):
+            if isinstance(value, BackgroundWork | Kept):
                 self._deferred.append((connection, call, tensors, value))
             else:
                 self._send_answer(connection, call, value, tensors, signature.outputs)

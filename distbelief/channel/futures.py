@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Futures of one process: the answer to a call over a connection, and work that a thread does beside the role."""
+"""Futures of one process: the answer to a call over a connection, a promise, and work that a thread does beside."""
 
 import os
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 import torch
 
@@ -14,6 +14,8 @@ from distbelief.channel.connection import Connection
 
 if TYPE_CHECKING:
     from distbelief.channel.endpoint import Endpoint
+
+T = TypeVar("T")
 
 SPIN_SECONDS = 400e-6
 
@@ -68,6 +70,38 @@ class PendingCall:
         if self._error is not None:
             raise self._error
         return self._value
+
+
+@final
+class Kept(Generic[T]):
+    """A promise of this process: see `Promise`."""
+
+    def __init__(self, endpoint: "Endpoint") -> None:
+        self._endpoint = endpoint
+        self._values: list[T] = []
+
+    def keep(self, value: T) -> None:
+        """Complete the future, unless it is done already."""
+        if not self._values:
+            self._values.append(value)
+            self._endpoint.wake()
+
+    def done(self) -> bool:
+        """Whether it is kept."""
+        return bool(self._values)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it is kept, at most so long."""
+        until = time.monotonic() + seconds
+        while not self._values and (left := until - time.monotonic()) > 0:
+            self._endpoint.take_in(left)
+        return bool(self._values)
+
+    def result(self) -> T:
+        """Wait until it is kept."""
+        while not self.wait(1.0):
+            continue
+        return self._values[0]
 
 
 @final

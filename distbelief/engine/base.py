@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from distbelief.channel.base import Future, Remote
+from distbelief.channel.base import Future, Promise, Remote
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -50,6 +50,9 @@ class Home(Protocol):
 
     def background(self, work: Callable[[], T]) -> Future[T]:
         """Do blocking work (a file to disk) beside the role."""
+
+    def promise(self) -> Promise[Any]:
+        """A future that this role completes itself."""
 
     def allocate(self, length: int, dtype: torch.dtype) -> torch.Tensor:
         """A zeroed CPU tensor of shape (length,) that calls to roles of this host hand over without a copy."""

@@ -27,9 +27,9 @@ import torch
 
 from distbelief.channel import memory
 from distbelief.channel.authenticate import new_key
-from distbelief.channel.base import Future, Remote, exported_methods
+from distbelief.channel.base import Future, Promise, Remote, exported_methods
 from distbelief.channel.endpoint import Address, Endpoint
-from distbelief.channel.futures import BackgroundWork
+from distbelief.channel.futures import BackgroundWork, Kept
 from distbelief.channel.peer import Peer
 from distbelief.engine import zygote
 from distbelief.engine.base import COORDINATOR, Death, Faults
@@ -90,6 +90,10 @@ class LocalHome:
         if self._second is None:
             self._second = ThreadPoolExecutor(1, "distbelief-background", lambda: torch.set_num_threads(1))
         return BackgroundWork(work, self._endpoint, self._second.submit)
+
+    def promise(self) -> Promise[Any]:
+        """A future that this role completes itself."""
+        return Kept(self._endpoint)
 
     def allocate(self, length: int, dtype: torch.dtype) -> torch.Tensor:
         """Memory that other processes can map."""

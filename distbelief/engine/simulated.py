@@ -24,7 +24,7 @@ from typing import Any, TypeVar, final
 import msgspec
 import torch
 
-from distbelief.channel.base import RAISED_AS_IS, Future, Remote, Signature, exported_methods, signature_of
+from distbelief.channel.base import RAISED_AS_IS, Future, Promise, Remote, Signature, exported_methods
 from distbelief.engine.base import COORDINATOR, Death, Faults
 from distbelief.engine.pickles import SHARED
 from distbelief.engine.virtual import Activity, Answer, Costs
@@ -63,6 +63,8 @@ class SimulatedHome:
         self.activity: Activity | None = None
         self.queue: deque[_Call] = deque()
         self.serving: _Call | None = None
+        self.promised: list[_Call] = []
+        """Calls that the role will answer later."""
 
     def now(self) -> float:
         """Virtual seconds."""
@@ -91,6 +93,10 @@ class SimulatedHome:
         except Exception as error:
             answer.settle(error=error)
         return answer
+
+    def promise(self) -> Promise[Any]:
+        """A future that this role completes itself."""
+        return Answer(self._engine, math.inf, "a promise")
 
     def allocate(self, length: int, dtype: torch.dtype) -> torch.Tensor:
         """Ordinary memory."""
@@ -237,32 +243,58 @@ class SimulatedEngine(SimulatedHome):
         # A caller that has given up has its memory back, so the call must not run any more.
         if not call.answer.done():
             value, error = self._run(home, call)
-            size = sum(t.nbytes for t, out in zip(call.tensors, call.signature.outputs, strict=True) if out)
-            self.at(self.clock + self.transfer_seconds(size), lambda: call.answer.settle(value, error))
+            if isinstance(value, Answer):
+                home.promised.append(call)
+                value.then(lambda: self._keep(home, call, value))
+            else:
+                self._reply(call, value, error)
         home.serving = None
         self._serve(home)
 
+    def _keep(self, home: SimulatedHome, call: _Call, promise: Answer) -> None:
+        """A promise that answers a call is complete."""
+        if home.alive:
+            home.promised.remove(call)
+            self._reply(call, *self._guarded(partial(self._encoded, call.signature, promise.result)))
+
+    def _reply(self, call: _Call, value: Any, error: Exception | None) -> None:
+        size = sum(t.nbytes for t, out in zip(call.tensors, call.signature.outputs, strict=True) if out)
+        self.at(self.clock + self.transfer_seconds(size), lambda: call.answer.settle(value, error))
+
     def _run(self, home: SimulatedHome, call: _Call) -> tuple[Any, Exception | None]:
-        self._serving_depth += 1
-        try:
+        """(what the method answers, or the promise of it; what it raised)."""
+
+        def run() -> Any:
             method = home.methods.get(call.signature.name)
             if method is None:
                 raise ProtocolError(f"{type(home.role).__name__} exports no method {call.signature.name!r}")
             flat = [tensor.view(-1) for tensor in call.tensors]
             value = method(home.role, *call.signature.join(call.fields, flat))
-            if isinstance(value, Answer):
-                value = value.result()
-            encoded = signature_of(method).fields_encoder.encode(value)
-        except Exception as raised:
-            return None, raised if isinstance(raised, RAISED_AS_IS) else RemoteError(
-                "".join(traceback.format_exception(raised))
-            )
+            if isinstance(value, Answer) and not value.done():
+                return value
+            return self._encoded(call.signature, value.result if isinstance(value, Answer) else lambda: value)
+
+        self._serving_depth += 1
+        try:
+            return self._guarded(run)
         finally:
             self._serving_depth -= 1
+
+    def _encoded(self, signature: Signature, outcome: Callable[[], Any]) -> Any:
+        """The answer as it arrives: through the encoding of the wire, checked against the method's annotations."""
         try:
-            return call.signature.answer_decoder.decode(encoded), None
-        except msgspec.MsgspecError as error:
-            return None, ProtocolError(f"answer to {call.signature.name}: {error}")
+            return signature.answer_decoder.decode(signature.fields_encoder.encode(outcome()))
+        except msgspec.ValidationError as error:
+            raise ProtocolError(f"answer to {signature.name}: {error}") from error
+
+    def _guarded(self, run: Callable[[], Any]) -> tuple[Any, Exception | None]:
+        """(the outcome, what was raised as a caller sees it)."""
+        try:
+            return run(), None
+        except RAISED_AS_IS as error:
+            return None, error
+        except Exception as error:
+            return None, RemoteError("".join(traceback.format_exception(error)))
 
     # the engine
 
@@ -322,7 +354,7 @@ class SimulatedEngine(SimulatedHome):
         home.alive = False
         if self._homes.get(home.name) is home:
             del self._homes[home.name]
-        lost = [*home.queue, *([home.serving] if home.serving else [])]
+        lost = [*home.queue, *([home.serving] if home.serving else []), *home.promised]
         for call in lost:
             error = PeerLost(f"{home.name} died")
             settle = partial(call.answer.settle, error=error)

@@ -51,6 +51,7 @@ class Answer:
         self._settled = False
         self.waiter: Activity | None = None
         self.waits_until = deadline
+        self._then: list[Callable[[], None]] = []
 
     def settle(self, value: Any = None, error: Exception | None = None) -> None:
         """Complete the future, unless it is done already."""
@@ -60,6 +61,16 @@ class Answer:
         if self.waiter is not None:
             self._engine.resume(self.waiter)
             self.waiter = None
+        for action in self._then:
+            self._engine.at(self._engine.clock, action)
+
+    def keep(self, value: Any) -> None:
+        """Complete a promise."""
+        self.settle(value)
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do something as soon as it is complete and the scheduler is free."""
+        self._then.append(action)
 
     def done(self) -> bool:
         """Whether the answer is here, or its deadline has passed."""

@@ -17,11 +17,14 @@ from msgspec.structs import replace
 
 from distbelief.events import (
     AnyEvent,
+    BatchProgress,
     CheckpointFailed,
     CheckpointRejected,
     CheckpointWritten,
     EpochFinished,
     Evaluated,
+    EvaluationLost,
+    Iterated,
     JobFinished,
     JobStarted,
     JobStopping,
@@ -302,8 +305,10 @@ def sentence(event: AnyEvent) -> str | None:
             return f"shard {shard} was restored from its checkpoint at version {version:,}"
         case PushRefused(replica=replica, step=step, reason=reason):
             return f"replica {replica} refused its push of step {step:,}: {first_line(reason)}"
-        case Progress():
+        case Progress() | BatchProgress() | Iterated():
             return None
+        case EvaluationLost(evaluation=evaluation, reason=reason):
+            return f"evaluation {evaluation:,} is computed again: {first_line(reason)}"
         case Evaluated(examples=examples):
             return f"tested after {count(examples, 'example')}: {measured(values_of(event))}"
         case EpochFinished(epoch=epoch, seen=seen, repeated=repeated):

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The coordinator of a job: that of its algorithm, at the beginning or where a checkpoint was."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from distbelief import checkpoint, events
+from distbelief.bundles import Portions, cut_bundles
+from distbelief.checkpoint import Manifest
+from distbelief.coordinator import Coordinator
+from distbelief.downpour import Downpour
+from distbelief.downpour_coordinator import DownpourCoordinator
+from distbelief.engine.base import Engine
+from distbelief.engine.pickles import SHARED
+from distbelief.errors import CheckpointError, ConfigurationError
+from distbelief.events import AnyEvent
+from distbelief.job import Facts, Job
+from distbelief.lbfgs import Solver
+from distbelief.parameter_server import ParameterServerShard, shard_name
+from distbelief.parameters import Span
+from distbelief.portions import Leases, lease_size
+from distbelief.roles import evaluator_role, replica_role
+from distbelief.roster import EVALUATOR, RoleSpec, Settings, member_name, replica_name
+from distbelief.sandblaster import Sandblaster
+from distbelief.sandblaster_coordinator import SandblasterCoordinator
+from distbelief.uncut import Uncut
+
+Restore = tuple[Path, Manifest] | None
+"""The checkpoint to begin with, if any."""
+
+
+def appoint(
+    job: Job, engine: Engine, facts: Facts, run: Path, spans: list[Span], model: Uncut, restore: Restore,
+    emit: Callable[[AnyEvent], None],
+) -> Coordinator:  # fmt: skip
+    """The coordinator, with nothing started. Raises CheckpointError, ConfigurationError."""
+    algorithm = job.algorithm
+    keeping = algorithm.keeping if isinstance(algorithm, Sandblaster) else algorithm.update_rule
+    partitions = job.cluster.plan.partitions
+    settings = Settings(
+        run=run,
+        replicas=[
+            [
+                RoleSpec(member_name(replica_name(i), k, partitions), replica_role, (SHARED, i, k, spans))
+                for k in range(partitions)
+            ]
+            for i in range(job.cluster.replicas)
+        ],
+        shards=[
+            RoleSpec(shard_name(i), ParameterServerShard, (span, facts.layout, keeping)) for i, span in enumerate(spans)
+        ],
+        evaluator=[
+            RoleSpec(member_name(EVALUATOR, k, partitions), evaluator_role, (SHARED, k, spans))
+            for k in range(partitions if facts.test_examples else 0)
+        ],
+        checkpoint_seconds=job.checkpoint_seconds,
+        keep_checkpoints=job.keep_checkpoints,
+        evaluate_examples=job.evaluate_every or facts.examples,
+        silence_seconds=job.cluster.silence_seconds,
+        refusals=algorithm.refusals if isinstance(algorithm, Downpour) else 0,
+        incarnation=0 if restore is None else restore[1].incarnation,
+    )
+    buffers = model.buffers if restore is None else checkpoint.read_buffers(*restore)
+    manifest = checkpoint.manifests(model.module, facts.layout, facts.buffers, rule=repr(keeping), seed=job.seed)
+    if isinstance(algorithm, Sandblaster):
+        micro_batch = algorithm.micro_batch_of(job.batch_size, facts.examples)
+        bundles = cut_bundles(facts.examples, micro_batch, job.cluster.replicas)
+        portions = Portions(bundles, job.cluster.replicas, backups=algorithm.backups)
+        solver = _solver(algorithm, facts, restore)
+        return SandblasterCoordinator(engine, settings, buffers, manifest, emit, solver, portions)
+    leases = _leases(job, facts, restore)
+    stages = job.stages(leases.total_examples)
+    return DownpourCoordinator(engine, settings, buffers, manifest, emit, leases, stages)
+
+
+def _leases(job: Job, facts: Facts, restore: Restore) -> Leases:
+    """All examples of the job, or those that a checkpoint of Downpour has not behind it."""
+    if restore is None or restore[1].leases is None:
+        assert isinstance(job.algorithm, Downpour)
+        size = lease_size(facts.examples, job.batch_size, job.cluster.replicas, job.algorithm.n_push)
+        return Leases(facts.examples, size, job.epochs)
+    folder, manifest, before = *restore, restore[1].leases
+    if before.examples_per_epoch != facts.examples or manifest.seed != job.seed:
+        raise CheckpointError(
+            f"{folder} was trained on {before.examples_per_epoch} examples with seed {manifest.seed}, "
+            f"the job has {facts.examples} with seed {job.seed}; examples would be lost or repeated\n"
+            "hint: resume with the same data and seed"
+        )
+    leases = Leases.resumed(before, job.epochs, checkpoint.read_replica_positions(folder, manifest))
+    if leases.finished:
+        raise ConfigurationError(
+            f"{folder} has all {job.epochs} epochs behind it", hint="give more epochs, for example --epochs "
+            f"{job.epochs * 2}",
+        )  # fmt: skip
+    return leases
+
+
+def _solver(algorithm: Sandblaster, facts: Facts, restore: Restore) -> Solver:
+    """A search from its beginning, or where a checkpoint of Sandblaster was in it."""
+    line = Span(0, facts.layout.length)
+    bends = any(penalty.bends for penalty in algorithm.keeping.penalties(facts.layout.segments(line), line))
+    options = algorithm.options(facts.layout.dtype, bends)
+    if restore is None or restore[1].search is None:
+        return Solver(options)
+    folder, manifest = restore
+    before = manifest.search
+    assert before is not None
+    if (examples := before.examples) != facts.examples:
+        raise CheckpointError(
+            f"{folder} is of a batch of {examples} examples, the job has {facts.examples}; the gradients before and "
+            "after would not belong together\nhint: resume with the same data"
+        )
+    pairs = before.solver.history.pairs
+    if pairs and max(pairs) >= options.history:
+        raise CheckpointError(
+            f"{folder} has a history of {max(pairs) + 1} pairs, the job keeps {options.history}\n"
+            f"hint: resume with Sandblaster(history={max(pairs) + 1}) or more"
+        )
+    return Solver(options, before.solver)
+
+
+def started(job: Job, facts: Facts, run: Path, spans: list[Span], resumed_examples: int) -> events.JobStarted:
+    """The first event of the run."""
+    lengths, algorithm = [len(span) for span in spans], job.algorithm
+    if isinstance(algorithm, Sandblaster):
+        described, epochs, iterations = _described(algorithm), 0, algorithm.max_iterations
+    else:
+        described, epochs, iterations = f"Downpour, {algorithm.update_rule!r}", job.epochs, 0
+    return events.JobStarted(
+        run=str(run), replicas=job.cluster.replicas, shards=len(spans), parameters=facts.layout.length,
+        examples_per_epoch=facts.examples, epochs=epochs, batch_size=job.batch_size, seed=job.seed,
+        algorithm=described, shard_balance=max(lengths) / (sum(lengths) / len(lengths)),
+        resumed_examples=resumed_examples, iterations=iterations,
+    )  # fmt: skip
+
+
+def _described(algorithm: Sandblaster) -> str:
+    penalties = {"l1": algorithm.l1, "l2": algorithm.l2}
+    named = "".join(f", {name} {value:g}" for name, value in penalties.items() if value)
+    return f"Sandblaster L-BFGS, {algorithm.history} pairs{named}"

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vectors of L-BFGS on one section of a parameter server shard: what the solver (lbfgs.py) never sees.
+
+    x  parameters          g  gradient at x, with L2           S, Y  the pairs: steps, and what they changed of g
+    d  direction           p  g as L1 and bounds reduce it     trial  x + t d, fitted to L1 and bounds
+
+A section needs nothing of another one: what it measures is summed by the coordinator (`merge`, `add`).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from distbelief.errors import CheckpointError
+from distbelief.lbfgs import Sealed, Step
+from distbelief.penalty import Penalty
+
+CHUNK = 1 << 14
+"""Entries whose float64 copies are alive at a time: they stay in the cache."""
+
+
+@final
+class Basis:
+    """The vectors of one span; one call at a time.
+
+    Memory: span x (2 history + 4) words with the parameters, and 8 bytes per entry to add gradients in float64; a
+    history in bfloat16 takes 2 bytes per entry in 2 history of these words. Dots are in float64, of what is stored.
+    """
+
+    def __init__(
+        self, parameters: Tensor, history: int, penalties: Sequence[Penalty] = (),
+        history_dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        """`parameters`: a contiguous CPU tensor of shape (n,), owned by the section, changed in place by `step`.
+
+        `penalties` are in ascending order; entries that they leave out have neither penalty nor bound.
+        """
+        n, dtype = parameters.numel(), parameters.dtype
+        self._x = parameters
+        self._g, self._g_trial, self._d = (torch.zeros(n, dtype=dtype) for _ in range(3))
+        self._pairs = torch.zeros(2, history, n, dtype=history_dtype or dtype)
+        """S and Y, by slot: shape (2, history, n)."""
+        self._total = torch.zeros(n, dtype=torch.float64)
+        self._work = torch.empty((2 * history + 3) * min(n, CHUNK), dtype=torch.float64)
+        self._blocks = list(_blocks(n, penalties))
+        self._used: tuple[int, ...] = ()
+        self._raw_slope = 0.0
+
+    def trial(self, t: float, out: Tensor) -> None:
+        """Write the trial at `t` into the caller's buffer of shape (n,)."""
+        for block, penalty in self._blocks:
+            out[block] = self._trial(t, block, penalty)
+
+    def open(self) -> None:
+        """A new evaluation begins: nothing is added yet."""
+        self._total.zero_()
+
+    def add(self, gradient: Tensor) -> None:
+        """Add the gradient of a sum of losses, shape (n,), which is only read."""
+        self._total += gradient
+
+    def seal(self, t: float, examples: int, pairs: Sequence[int]) -> Sealed:
+        """Every gradient of the evaluation at `t` is in, of `examples` examples together. Repeatable until `step`."""
+        tops = 2 * _top(pairs)
+        rows = torch.zeros(3, tops + 3, dtype=torch.float64)
+        slope = decrease = square = absolute = largest_gradient = largest_step = 0.0
+        for block, penalty in self._blocks:
+            x_trial, g_trial = self._trial(t, block, penalty), self._g_trial[block]
+            torch.div(self._total[block], examples, out=g_trial)
+            if penalty.l2:
+                g_trial += penalty.l2 * x_trial
+                square += penalty.l2 * _dot(x_trial, x_trial)
+            if penalty.l1:
+                absolute += penalty.l1 * float(x_trial.abs().sum(dtype=torch.float64))
+            p, p_old = penalty.reduced(x_trial, g_trial), penalty.reduced(self._x[block], self._g[block])
+            s, y = self._changes(t, x_trial, block, penalty)
+            basis = self._load(block, pairs, s, y, p)
+            rows += basis[tops:] @ basis.T
+            slope += _dot(self._d[block], g_trial)
+            decrease += _dot(p_old, basis[tops])
+            largest_gradient = max(largest_gradient, float(p.abs().max()))
+            largest_step = max(largest_step, float(s.abs().max()))
+        return Sealed(
+            rows=rows[:, _order(pairs, 3)].tolist(), slope=slope, raw_slope=self._raw_slope, decrease=decrease,
+            largest_gradient=largest_gradient, largest_step=largest_step, square=square, absolute=absolute,
+            finite=bool(rows.isfinite().all()),
+        )  # fmt: skip
+
+    def step(self, step: Step) -> None:
+        """Move to the sealed trial and keep its pair, as the step says, and form the next direction."""
+        order = _order(step.pairs, 1)
+        weights = torch.zeros(2 * _top(step.pairs) + 1, dtype=torch.float64)
+        weights[order] = torch.tensor(step.coefficients, dtype=torch.float64)
+        self._raw_slope = 0.0
+        for block, penalty in self._blocks:
+            x, g, d = self._x[block], self._g[block], self._d[block]
+            if step.commit:
+                x_trial = self._trial(step.t, block, penalty)
+                if step.slot is not None:
+                    pair = self._changes(step.t, x_trial, block, penalty)
+                    self._pairs[0, step.slot, block], self._pairs[1, step.slot, block] = pair
+                x.copy_(x_trial)
+                g.copy_(self._g_trial[block])
+            basis = self._load(block, step.pairs, penalty.reduced(x, g))
+            raw = weights @ basis
+            self._raw_slope += float(raw @ basis[-1])
+            d.copy_(penalty.fitted(raw.to(d.dtype), x, g))
+        self._used = step.pairs
+
+    def gram(self, pairs: Sequence[int]) -> list[list[float]]:
+        """The inner products of [s.., y.., p] at the present point: shape (2k+1, 2k+1)."""
+        total = torch.zeros(2 * _top(pairs) + 1, 2 * _top(pairs) + 1, dtype=torch.float64)
+        for block, penalty in self._blocks:
+            basis = self._load(block, pairs, penalty.reduced(self._x[block], self._g[block]))
+            total += basis @ basis.T
+        order = _order(pairs, 1)
+        matrix: list[list[float]] = total[order][:, order].tolist()
+        return matrix
+
+    def vectors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds besides the parameters, by name, each of shape (n,). Valid until the next call."""
+        pairs = {f"{name}{slot}": self._pairs[half, slot] for half, name in enumerate("sy") for slot in self._used}
+        return {"gradient": self._g, **pairs}
+
+    def load(self, vectors: Mapping[str, Tensor]) -> None:
+        """Go on from what `vectors` answered, perhaps on another cut; the tensors are copied, the parameters are there.
+
+        The direction is formed again by a Step that commits nothing (`Solver.begin`). Raises CheckpointError.
+        """
+        known = {
+            f"{name}{slot}": (half, slot) for half, name in enumerate("sy") for slot in range(self._pairs.shape[1])
+        }
+        unknown = vectors.keys() - known.keys() - {"gradient"}
+        if unknown:
+            raise CheckpointError(
+                f"the checkpoint's vectors {', '.join(sorted(unknown))} are none of an L-BFGS history of "
+                f"{self._pairs.shape[1]} pairs; resume with the algorithm and the history that wrote it"
+            )
+        self._pairs.zero_()
+        self._g.zero_()
+        for name, values in vectors.items():
+            (self._g if name == "gradient" else self._pairs[known[name]]).copy_(values)
+        self._used = tuple(sorted({known[name][1] for name in vectors if name != "gradient"}))
+
+    def _trial(self, t: float, block: slice, penalty: Penalty) -> Tensor:
+        x = self._x[block]
+        return penalty.projected(x + t * self._d[block], x, self._g[block])
+
+    def _changes(self, t: float, x_trial: Tensor, block: slice, penalty: Penalty) -> tuple[Tensor, Tensor]:
+        """s and y of the trial, as the history keeps them."""
+        s = x_trial - self._x[block] if penalty.bends else t * self._d[block]
+        return s.to(self._pairs.dtype), (self._g_trial[block] - self._g[block]).to(self._pairs.dtype)
+
+    def _load(self, block: slice, pairs: Sequence[int], *rest: Tensor) -> Tensor:
+        """Rows of float64: S and Y up to the last slot in use, then `rest`. Valid until the next call."""
+        top, length = _top(pairs), block.stop - block.start
+        rows = self._work[: (2 * top + len(rest)) * length].view(-1, length)
+        rows[: 2 * top].view(2, top, length).copy_(self._pairs[:, :top, block])
+        for row, vector in zip(rows[2 * top :], rest, strict=True):
+            row.copy_(vector)
+        return rows
+
+
+def _top(pairs: Sequence[int]) -> int:
+    """Slots to load: all up to the last one in use, which are one piece of memory per block."""
+    return max(pairs, default=-1) + 1
+
+
+def _order(pairs: Sequence[int], rest: int) -> list[int]:
+    """Where the rows of `_load` are in the order [s.., y.., rest]."""
+    top = _top(pairs)
+    return [*pairs, *(top + slot for slot in pairs), *range(2 * top, 2 * top + rest)]
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(a.double() @ b.double())
+
+
+def _blocks(n: int, penalties: Sequence[Penalty]) -> Iterator[tuple[slice, Penalty]]:
+    """Cut [0, n) so that every block is short and has one penalty."""
+    whole, at = [], 0
+    for penalty in penalties:
+        whole += [Penalty(at, penalty.start), penalty]
+        at = penalty.stop
+    for penalty in [*whole, Penalty(at, n)]:
+        for start in range(penalty.start, penalty.stop, CHUNK):
+            yield slice(start, min(start + CHUNK, penalty.stop)), penalty

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A section of a shard under Sandblaster: the vectors of L-BFGS, and what makes every contribution count once.
+
+    trial(t)        the point at which replicas compute, formed while it is served
+    contribute      the gradient of one bundle; the first copy counts, later ones are only acknowledged
+    seal            all contributions are in: the inner products that the solver needs
+    step            move to the trial, keep its pair, form the next direction
+
+An evaluation has a number; contributions to an earlier one are acknowledged and dropped, so a replica that comes late,
+or was thought dead, changes nothing. Steps are numbered too, so a step sent again is no second step.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+
+from distbelief import shard_file
+from distbelief.basis import Basis
+from distbelief.errors import CheckpointError, NotReady
+from distbelief.lbfgs import Sealed, Step
+from distbelief.parameters import Layout, Segment, Span
+from distbelief.penalty import Penalty
+from distbelief.section import SectionStatus
+from distbelief.shard_file import ShardFile, ShardState
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What the sections of a Sandblaster job keep. A parameter group's penalties and bounds go before these."""
+
+    history: int = 10
+    half_history: bool = False
+    """Whether the pairs are kept in bfloat16."""
+    deterministic: bool = False
+    """Whether contributions are added in the order of their bundles, so that a sum never depends on who came first."""
+    l2: float = 0.0
+    l1: float = 0.0
+    low: float = -torch.inf
+    high: float = torch.inf
+
+    def penalties(self, segments: Iterable[Segment], span: Span) -> list[Penalty]:
+        """Those of a section's entries."""
+        own = {name: getattr(self, name) for name in ("l2", "l1", "low", "high")}
+        return [
+            Penalty(
+                segment.span.start - span.start, segment.span.stop - span.start, **(own | dict(segment.options))
+            )
+            for segment in segments
+        ]  # fmt: skip
+
+
+@final
+class BatchSection:
+    """The part of a shard that one partition computes on.
+
+    Memory: that of its Basis, span x (2 history + 5) words with a float64 accumulator, and with `deterministic` the
+    contributions that came before their turn.
+    """
+
+    def __init__(self, span: Span, layout: Layout, keeping: Keeping) -> None:
+        self.span = span
+        self._parameters = torch.zeros(len(span), dtype=layout.dtype)
+        dtype = torch.bfloat16 if keeping.half_history else None
+        penalties = keeping.penalties(layout.segments(span), span)
+        self._basis = Basis(self._parameters, keeping.history, penalties, dtype)
+        self._deterministic = keeping.deterministic
+        self._state = ShardState(start=span.start, stop=span.stop)
+        """Its version counts steps, its mini-batches contributions."""
+        self._evaluation = 0
+        self._seen: set[int] = set()
+        self._early: dict[int, torch.Tensor] = {}
+        """Contributions that came before those ahead of them."""
+        self._added = 0
+        self.ready = False
+        """Whether it has its parameters."""
+
+    def _check_ready(self) -> None:
+        if not self.ready:
+            raise NotReady(f"shard {self.span.start}..{self.span.stop} waits for its parameters")
+
+    def initialise(self, values: torch.Tensor) -> None:
+        """Set the parameters, once; `values` has shape (len(span),)."""
+        if not self.ready:
+            self._parameters.copy_(values)
+            self.ready = True
+
+    def fetch(self, reader: int, parameters: torch.Tensor) -> int:
+        """Copy the point of the last step into the caller's buffer of shape (len(span),); the answer is its version."""
+        self._check_ready()
+        parameters.copy_(self._parameters)
+        return self._state.version
+
+    def trial(self, version: int, t: float, parameters: torch.Tensor) -> None:
+        """Write the trial at `t` after step `version` into the caller's buffer. Raises NotReady before that step."""
+        self._check_ready()
+        if self._state.version < version:
+            raise NotReady(f"shard {self.span.start}..{self.span.stop} is at step {self._state.version}, not {version}")
+        self._basis.trial(t, parameters)
+
+    def contribute(self, evaluation: int, position: int, gradient: torch.Tensor) -> bool:
+        """Add the gradient of one bundle, summed over its examples, shape (len(span),); whether it was the first copy.
+
+        `position` is that of the bundle in its batch. The first contribution opens the evaluation.
+        """
+        self._check_ready()
+        if evaluation > self._evaluation:
+            self._evaluation, self._seen, self._early, self._added = evaluation, set(), {}, 0
+            self._basis.open()
+        if evaluation < self._evaluation or position in self._seen:
+            return False
+        self._seen.add(position)
+        self._state.mini_batches += 1
+        if not self._deterministic:
+            self._basis.add(gradient)
+        elif position == self._added:
+            self._basis.add(gradient)
+            self._added += 1
+            while self._added in self._early:
+                self._basis.add(self._early.pop(self._added))
+                self._added += 1
+        else:
+            self._early[position] = gradient.clone()
+        return True
+
+    def seal(self, evaluation: int, t: float, examples: int, bundles: int, pairs: Sequence[int]) -> Sealed:
+        """What the solver needs of a complete evaluation. Raises NotReady naming the bundles that are missing."""
+        self._check_ready()
+        seen = self._seen if self._evaluation == evaluation else set()
+        if missing := sorted(set(range(bundles)) - seen):
+            raise NotReady(f"shard {self.span.start}..{self.span.stop} lacks bundles {missing} of {evaluation}")
+        return self._basis.seal(t, examples, pairs)
+
+    def step(self, version: int, step: Step) -> None:
+        """Carry out step number `version`, once."""
+        self._check_ready()
+        if version > self._state.version:
+            self._basis.step(step)
+            self._state.version = version
+
+    def gram(self, pairs: Sequence[int]) -> list[list[float]]:
+        """The inner products of [s.., y.., p], measured anew."""
+        self._check_ready()
+        return self._basis.gram(pairs)
+
+    def status(self) -> SectionStatus:
+        """Counters, for the coordinator."""
+        state = self._state
+        return SectionStatus(self.ready, state.version, 0, state.mini_batches, 0, {})
+
+    def write(self, file: Path, slots: Sequence[int], durable: bool) -> Callable[[], list[ShardFile]]:
+        """Write the point and gradient, and beside them the pairs of these slots; what is returned seals the files.
+
+        Sealing may run beside the shard; `durable` forces to disk. Raises OSError.
+        """
+        self._check_ready()
+        vectors = self._basis.vectors()
+        pairs = {f"{half}{slot}": vectors.get(f"{half}{slot}") for slot in slots for half in "sy"}
+        written = {name: vector for name, vector in pairs.items() if vector is not None}
+        shard_file.write(file, {"parameters": self._parameters, "gradient": vectors["gradient"]}, self._state)
+        beside = file.with_name(f"{file.stem}-pairs{file.suffix}")
+        if written:
+            shard_file.write(beside, written, self._state)
+        state = ShardState(start=self.span.start, stop=self.span.stop)
+
+        def seal() -> list[ShardFile]:
+            files = [shard_file.seal(file, state, durable=durable)]
+            return [*files, *([shard_file.seal(beside, state, partial=True, durable=durable)] if written else [])]
+
+        return seal
+
+    def restore(self, folder: str, files: list[ShardFile], *, own: bool) -> int:
+        """Take the span from a checkpoint's files, cut anyhow; from those of another algorithm only the parameters.
+
+        Answers the version. Raises CheckpointError.
+        """
+        vectors = shard_file.read_span(Path(folder), files, self.span)
+        if "parameters" not in vectors:
+            raise CheckpointError(f"{folder} has no parameters of {self.span.start}..{self.span.stop}")
+        self._parameters.copy_(vectors.pop("parameters"))
+        if own:
+            self._basis.load(vectors)
+            states = [
+                shard_file.read_state(Path(folder) / file.name)
+                for file in files
+                if len(Span(file.start, file.stop).overlap(self.span))
+            ]
+            self._state.version = max(state.version for state in states)
+        self._evaluation, self._seen, self._early, self._added = 0, set(), {}, 0
+        self.ready = True
+        return self._state.version

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sandblaster L-BFGS as pure decisions (paper, section 4.2): told what was measured, the solver answers what to do.
+
+It never sees a vector. The sections of the parameter server shards keep them (basis.py), and one answer of each per
+evaluation, `Sealed`, has every inner product that the next direction needs if the trial is accepted:
+
+    solver = Solver(options);  commands = solver.begin()
+    each command in turn:
+        Step(...)     every section moves to the trial, or not, and forms the next direction
+        Evaluate(t)   replicas compute at x + t d, every section seals;  commands = solver.tell(loss, merge(answers))
+        Gram(pairs)   every section measures its inner products;         commands = solver.told_gram(add(matrices))
+        Stop(reason)  the end
+
+`state` is plain data. A solver that is given it, with sections that have carried out every Step before it was taken
+(and need their d no more: it is formed again), goes on exactly where the other was, in the middle of a search too.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import msgspec
+
+from distbelief.history import History
+from distbelief.line_search import Backtracking, MoreThuente
+
+SMALL_DECREASES = 3
+"""Iterations in a row with a small decrease that end the job; one alone may be chance."""
+REFRESH = 5
+"""The inner products are measured anew every so many times `history` iterations, against rounding."""
+
+
+class Sealed(msgspec.Struct, frozen=True, array_like=True):
+    """What one section answers when an evaluation is complete; s = x(t) - x, y = g(t) - g, p the reduced gradient."""
+
+    rows: list[list[float]]
+    """s, y and p of the trial against [s.., y.., s, y, p], in the order of `pairs`: shape (3, 2k+3)."""
+    slope: float
+    """d . g(t), the derivative of the loss by t."""
+    raw_slope: float
+    """d . p when d was formed, before it was fitted to L1 or bounds."""
+    decrease: float
+    """p . s with the p of the present point."""
+    largest_gradient: float
+    """|p|_inf at the trial."""
+    largest_step: float
+    """|s|_inf."""
+    square: float
+    """Sum of l2 x^2 at the trial."""
+    absolute: float
+    """Sum of l1 |x| at the trial."""
+    finite: bool
+    """Whether all of the gradient is."""
+
+
+def merge(answers: Sequence[Sealed]) -> Sealed:
+    """The answer of all sections together: sums, and maxima of the largest."""
+    return Sealed(
+        rows=add([answer.rows for answer in answers]),
+        slope=sum(answer.slope for answer in answers),
+        raw_slope=sum(answer.raw_slope for answer in answers),
+        decrease=sum(answer.decrease for answer in answers),
+        largest_gradient=max(answer.largest_gradient for answer in answers),
+        largest_step=max(answer.largest_step for answer in answers),
+        square=sum(answer.square for answer in answers),
+        absolute=sum(answer.absolute for answer in answers),
+        finite=all(answer.finite for answer in answers),
+    )
+
+
+def add(matrices: Sequence[list[list[float]]]) -> list[list[float]]:
+    """The inner products of all sections together: the sum, entry by entry."""
+    return [[sum(entries) for entries in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
+
+
+class Evaluate(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Loss and gradient at the trial x + t d are wanted."""
+
+    t: float
+    pairs: tuple[int, ...]
+    """For the seal."""
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Move to the sealed trial if `commit`, keep its pair in `slot` if there is one, and form the next direction."""
+
+    commit: bool
+    t: float
+    slot: int | None
+    pairs: tuple[int, ...]
+    """After the step, oldest first."""
+    coefficients: tuple[float, ...]
+    """Of the direction, over [s.., y.., p]."""
+
+
+class Gram(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The inner products of [s.., y.., p] are wanted."""
+
+    pairs: tuple[int, ...]
+
+
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """There is nothing more to do."""
+
+    reason: str
+    converged: bool
+    """Whether it ended where it was meant to: gradient, decrease or target."""
+
+
+Command = Evaluate | Step | Gram | Stop
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose. Losses are means over all examples, and tolerances are on that scale."""
+
+    history: int = 10
+    """Pairs to keep, at least 1."""
+    max_iterations: int = 1000
+    max_evaluations: int = 10_000
+    gtol: float = 1e-5
+    """Stop when no entry of the reduced gradient is larger."""
+    ftol: float | None = None
+    """Stop when three decreases in a row are at most ftol max(|loss before|, |loss|, 1). None: 1e-9, float32 1e-7."""
+    target: float | None = None
+    """Stop when the loss, penalties included, is no higher."""
+    single: bool = False
+    """Whether the parameters have no more than the 24 bits of float32."""
+    backtracking: bool = False
+    """With L1 or bounds: paths bend, and only a search by losses alone is right."""
+
+    @property
+    def smallest_decrease(self) -> float:
+        """The relative decrease that counts as none."""
+        return (1e-7 if self.single else 1e-9) if self.ftol is None else self.ftol
+
+
+class SolverState(msgspec.Struct):
+    """All that the solver knows; plain data of a few kB."""
+
+    asked: Evaluate | Gram | Stop
+    """What it waits for."""
+    last: Step | None = None
+    """The last step, whose direction is the present one."""
+    evaluations: int = 0
+    iteration: int = 0
+    loss: float = 0.0
+    """Penalties included, at the last accepted point."""
+    largest_gradient: float = 0.0
+    length: float = 1.0
+    """|s|_2 of the last accepted step; the first trial along a steepest descent is as long."""
+    slope: float = 0.0
+    """Predicted derivative of the loss along the direction, at the last accepted point."""
+    history: History = History()
+    search: MoreThuente | Backtracking | None = None
+    """None before the first point is accepted, and when the best trial of a failed search is computed again."""
+    small_decreases: int = 0
+    doubts: int = 0
+    """Remedies tried since the last accepted point: 1, inner products measured anew; 2, history dropped."""
+
+
+@final
+class Solver:
+    """Decides every step of one minimisation; see the head of this file for how it is used."""
+
+    def __init__(self, options: Options, state: SolverState | None = None) -> None:
+        self.options = options
+        self.state = state or SolverState(asked=Evaluate(0.0, ()))
+
+    @property
+    def iteration(self) -> int:
+        """Accepted steps."""
+        return self.state.iteration
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations told."""
+        return self.state.evaluations
+
+    @property
+    def loss(self) -> float:
+        """At the last accepted point, penalties included; NaN before there is one."""
+        return self.state.loss if self.state.last else math.nan
+
+    @property
+    def gradient_norm(self) -> float:
+        """The largest entry of the reduced gradient at the last accepted point; NaN before there is one."""
+        return self.state.largest_gradient if self.state.last else math.nan
+
+    def begin(self) -> list[Command]:
+        """What to do first; after a restore or the loss of a section: form the direction again, then what was asked."""
+        last = self.state.last
+        again = [] if last is None else [msgspec.structs.replace(last, commit=False, slot=None)]
+        return [*again, self.state.asked]
+
+    def tell(self, loss: float, sealed: Sealed) -> list[Command]:
+        """What an evaluation gave: the mean loss over all examples, penalties not included, and the merged answer."""
+        state, asked = self.state, self.state.asked
+        if not isinstance(asked, Evaluate):
+            raise ValueError(f"an evaluation was told, but {asked} was asked")
+        state.evaluations += 1
+        loss += sealed.square / 2 + sealed.absolute
+        finite = sealed.finite and math.isfinite(loss)
+        if state.last is None:
+            return self._first(loss, sealed) if finite else self._stop(_not_finite_at_start(loss))
+        if not self._predicted(sealed):
+            return self._remedy("the direction in the sections is not the one that was ordered")
+        if state.search is None:
+            return (
+                self._accept(asked.t, loss, sealed)
+                if finite
+                else self._drop("the loss is not the same when computed twice")
+            )
+        measure = sealed.decrease if self.options.backtracking else sealed.slope
+        outcome = state.search.next(loss if finite else math.nan, measure)
+        if outcome == "accept":
+            return self._accept(asked.t, loss, sealed)
+        if outcome == "try":
+            return self._evaluate(state.search.t)
+        if not state.search.decreased:
+            return self._drop(f"the line search failed: {state.search.failure}")
+        best, state.search = state.search.t, None
+        return self._accept(best, loss, sealed) if best == asked.t else self._evaluate(best)
+
+    def tell_not_finite(self) -> list[Command]:
+        """The loss of some examples, or its gradient, is not finite at the trial; nothing was measured."""
+        return self.tell(math.nan, Sealed([], 0.0, self.state.slope, 0.0, 0.0, 0.0, 0.0, 0.0, False))
+
+    def resume(self) -> list[Command]:
+        """As `begin`, but go on where the reason to stop is gone, such as a limit that has been raised."""
+        if isinstance(self.state.asked, Stop) and self.state.last is not None and not self._finished():
+            self._search()
+        return self.begin()
+
+    def told_gram(self, gram: list[list[float]]) -> list[Command]:
+        """What a Gram gave: the sum over all sections, shape (2k+1, 2k+1)."""
+        state = self.state
+        if not isinstance(state.asked, Gram):
+            raise ValueError(f"inner products were told, but {state.asked} was asked")
+        state.history = state.history.refreshed(gram)
+        if not state.history.curved:
+            return self._drop("the pairs in the sections are not the ones that were kept")
+        step = self._turn(Step(False, 0.0, None, state.history.pairs, ()))
+        return [step, *self._search()] if self._descends() else self._drop(_no_descent(state.slope))
+
+    def _first(self, loss: float, sealed: Sealed) -> list[Command]:
+        state = self.state
+        state.history, _ = state.history.accept(sealed.rows, self.options.history, math.inf)
+        state.loss, state.largest_gradient = loss, sealed.largest_gradient
+        step = self._turn(Step(True, 0.0, None, (), ()))
+        return [step, *(self._finished() or self._search())]
+
+    def _accept(self, t: float, loss: float, sealed: Sealed) -> list[Command]:
+        state, options = self.state, self.options
+        curvature = 1e-7 if options.single else 1e-12
+        squared_length = sealed.rows[0][-3]
+        state.history, slot = state.history.accept(sealed.rows, options.history, curvature)
+        small = state.loss - loss <= options.smallest_decrease * max(abs(state.loss), abs(loss), 1.0)
+        state.small_decreases = state.small_decreases + 1 if small else 0
+        state.loss, state.largest_gradient, state.length = loss, sealed.largest_gradient, math.sqrt(squared_length)
+        state.iteration += 1
+        state.doubts = 0
+        step = self._turn(Step(True, t, slot, state.history.pairs, ()))
+        if stop := self._finished():
+            return [step, *stop]
+        if state.iteration % (REFRESH * options.history) == 0 or not self._descends():
+            return [step, self._measure()]
+        return [step, *self._search()]
+
+    def _turn(self, step: Step) -> Step:
+        """The step with the direction that the history gives."""
+        coefficients, self.state.slope = self.state.history.direction()
+        self.state.last = msgspec.structs.replace(step, coefficients=coefficients)
+        return self.state.last
+
+    def _search(self) -> list[Command]:
+        """Begin a search along the direction."""
+        state, single = self.state, self.options.single
+        if not self._descends():
+            return self._stop(_no_descent(state.slope))
+        t = 1.0 if state.history.pairs else state.length / state.history.gradient_norm
+        if self.options.backtracking:
+            state.search = Backtracking(state.loss, t, rounding=1e-7 if single else 1e-15)
+        else:
+            resolution = 1e-7 if single else 1e-14
+            state.search = MoreThuente.begin(state.loss, state.slope, t, resolution=resolution)
+        return self._evaluate(t)
+
+    def _evaluate(self, t: float) -> list[Command]:
+        if self.state.evaluations >= self.options.max_evaluations:
+            return self._stop(f"the limit of {self.options.max_evaluations} evaluations was reached")
+        self.state.asked = Evaluate(t, self.state.history.pairs)
+        return [self.state.asked]
+
+    def _measure(self) -> Gram:
+        self.state.doubts = max(1, self.state.doubts)
+        self.state.asked = Gram(self.state.history.pairs)
+        return self.state.asked
+
+    def _remedy(self, problem: str) -> list[Command]:
+        """The inner products cannot be right: measure them anew, then drop the history, then give up."""
+        return self._drop(problem) if self.state.doubts else [self._measure()]
+
+    def _drop(self, problem: str) -> list[Command]:
+        """Steepest descent once; where that was the direction already, the end."""
+        state = self.state
+        if state.doubts >= 2 or not state.history.pairs:
+            return self._stop(problem)
+        state.doubts = 2
+        state.history = state.history.forgotten()
+        step = self._turn(Step(False, 0.0, None, (), ()))
+        return [step, *self._search()]
+
+    def _descends(self) -> bool:
+        return -math.inf < self.state.slope < 0
+
+    def _predicted(self, sealed: Sealed) -> bool:
+        slope = self.state.slope
+        return abs(sealed.raw_slope - slope) <= (1e-3 if self.options.single else 1e-6) * abs(slope)
+
+    def _finished(self) -> list[Command]:
+        """A Stop if a point that was just accepted is the last one."""
+        state, options = self.state, self.options
+        if state.largest_gradient <= options.gtol:
+            return self._stop(f"the largest gradient, {state.largest_gradient:.1e}, is within {options.gtol:g}", True)
+        if options.target is not None and state.loss <= options.target:
+            return self._stop(f"the loss, {state.loss:.6g}, has reached the target {options.target:g}", True)
+        if state.small_decreases >= SMALL_DECREASES:
+            relative = options.smallest_decrease
+            return self._stop(
+                f"{SMALL_DECREASES} iterations in a row lowered the loss by no more than {relative:g}", True
+            )
+        if state.iteration >= options.max_iterations:
+            return self._stop(f"the limit of {options.max_iterations} iterations was reached")
+        return []
+
+    def _stop(self, reason: str, converged: bool = False) -> list[Command]:
+        self.state.asked = Stop(reason, converged)
+        return [self.state.asked]
+
+
+def _not_finite_at_start(loss: float) -> str:
+    return f"the loss ({loss}) or its gradient is not finite at the starting point"
+
+
+def _no_descent(slope: float) -> str:
+    return f"the gradient is zero to working precision (slope {slope:.1e})"

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What full-batch optimisation needs of a model, tried before anything starts: an objective of the parameters alone.
+
+L-BFGS compares losses and gradients of different points. Dropout, or statistics of a mini-batch, make them differ for
+other reasons, and then the search fails in ways that nobody would trace to them.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from distbelief.batch_section import Keeping
+from distbelief.errors import ConfigurationError
+from distbelief.model_replica import Objective
+from distbelief.parameters import Layout, trainable
+
+PENALTIES = ("l2", "l1", "low", "high")
+"""What a parameter group may say."""
+MEAN_TOLERANCE = 1e-3
+"""Relative difference of a loss over examples and over the same examples twice: rounding, not a factor."""
+
+
+def check_batch(module: nn.Module, layout: Layout, keeping: Keeping) -> None:
+    """Refuse layers that are random or look at the whole mini-batch, and penalties that cannot be.
+
+    The module may be on the meta device; initial values are looked at where they are. Raises ConfigurationError.
+    """
+    for name, layer in module.named_modules():
+        random = isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0
+        attends = isinstance(layer, nn.MultiheadAttention) and layer.dropout > 0
+        batch = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        if layer.training and (random or attends or batch):
+            why = "uses the statistics of each mini-batch" if batch else "drops states at random"
+            raise ConfigurationError(
+                f"layer {name or 'of the model'} ({type(layer).__name__}) {why}, so the loss is no function of the "
+                "parameters alone",
+                hint="let the function that builds the model call .eval() on such layers, or leave them out",
+            )
+    parameters = dict(trainable(module))
+    for piece in layout.pieces:
+        options = dict(piece.options)
+        if unknown := options.keys() - set(PENALTIES):
+            raise ConfigurationError(
+                f"Job(groups=...) gives {piece.name} {', '.join(sorted(unknown))}, which Sandblaster has not",
+                hint=f"use {', '.join(PENALTIES)}",
+            )
+        own = {name: float(options.get(name, getattr(keeping, name))) for name in PENALTIES}
+        bounded = own["low"] > -math.inf or own["high"] < math.inf
+        if own["l1"] and bounded:
+            raise ConfigurationError(
+                f"{piece.name} has l1={own['l1']} and bounds, {own['low']} to {own['high']}: there is no rule for both",
+                hint="use one of them; for parameters that are never negative, add l1 * x to the loss",
+            )
+        if bounded and not parameters[piece.name].is_meta:
+            _check_within(piece.name, parameters[piece.name].detach(), own["low"], own["high"])
+
+
+def _check_within(name: str, values: torch.Tensor, low: float, high: float) -> None:
+    outside = (values < low) | (values > high)
+    if outside.any():
+        first = float(values[outside].reshape(-1)[0])
+        raise ConfigurationError(
+            f"{int(outside.sum())} of the {values.numel()} initial values of {name} lie outside its bounds, {low:g} to "
+            f"{high:g}; the first is {first:g}",
+            hint="initialise the parameter within its bounds, for example with torch.nn.init, or widen them",
+        )
+
+
+def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> None:
+    """Compute the loss of a mini-batch twice, and of it doubled, and refuse an objective that is not the same.
+
+    Gradients of the module are left as they were found: none. Raises ConfigurationError.
+    """
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    first, second = (_loss_and_gradient(module, objective, sample) for _ in range(2))
+    changed = [name for name, buffer in module.named_buffers() if not torch.equal(buffer, before[name])]
+    if changed:
+        raise ConfigurationError(
+            f"computing the loss changes the buffer {changed[0]}, so the loss is no function of the parameters alone",
+            hint="let the function that builds the model call .eval() on the layer",
+        )
+    if not all(map(torch.equal, first, second)):
+        difference = max(float((one - other).abs().max()) for one, other in zip(first, second, strict=True))
+        raise ConfigurationError(
+            f"the loss or gradient of the same examples differs by {difference:.1e} from call to call",
+            hint="remove what is random from the model, the loss and the data (dropout, noise, augmentation)",
+        )
+    doubled = _doubled(sample)
+    if doubled is not None and torch.isfinite(first[0]).all():
+        once, twice = float(first[0]), float(_loss_and_gradient(module, objective, doubled)[0])
+        if abs(twice - once) > MEAN_TOLERANCE * abs(once) + 1e-12:
+            raise ConfigurationError(
+                f"the loss of the same examples twice over is {twice:.6g}, of once {once:.6g}: it is not their mean",
+                hint='let the loss be the mean over the mini-batch (reduction="mean"), the same for every example',
+            )
+
+
+def _loss_and_gradient(module: nn.Module, objective: Objective, sample: Any) -> list[torch.Tensor]:
+    parameters = [parameter for _, parameter in trainable(module)]
+    loss = objective(module, sample)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [loss.detach(), *(gradient.detach() for gradient in gradients if gradient is not None)]
+
+
+def _doubled(sample: Any) -> Any:
+    """The mini-batch twice over; None for one that is not made of tensors."""
+    if isinstance(sample, torch.Tensor):
+        return torch.cat([sample, sample]) if sample.ndim else None
+    if isinstance(sample, dict):
+        parts = {key: _doubled(value) for key, value in sample.items()}
+        return None if any(part is None for part in parts.values()) else parts
+    if isinstance(sample, tuple | list):
+        several = [_doubled(value) for value in sample]
+        return None if any(part is None for part in several) else type(sample)(several)
+    return None

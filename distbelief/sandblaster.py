@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sandblaster L-BFGS: replicas compute one large batch together, shards hold the history (paper, section 4.2).
+
+The replica's loop below is the paper's listing (appendix, "Sandblaster: process portions"): ask for a small portion of
+the batch, fetch the trial once per evaluation, compute, send the gradient to every shard, ask for the next. What
+the coordinator does with the answers is in sandblaster_coordinator.py and lbfgs.py.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import cast, final
+
+import torch
+from torch import nn
+
+from distbelief.batch_section import Keeping
+from distbelief.bundles import Bundle
+from distbelief.channel.base import Future
+from distbelief.data_shard import DataShard
+from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Home
+from distbelief.errors import ConfigurationError, Fenced
+from distbelief.lbfgs import Options
+from distbelief.model_replica import ModelReplica
+from distbelief.parameter_server import ParameterServer
+from distbelief.parameters import Groups
+from distbelief.portions import Lease
+from distbelief.sandblaster_coordinator import Done, SandblasterCoordinator, Task
+
+IDLE_SECONDS = 0.05
+MICRO_BATCH = 1024
+"""Examples computed at once where the user has not said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sandblaster:
+    """Full-batch L-BFGS with its vectors on the parameter server shards.
+
+    The objective is the mean loss over all examples, plus l2/2 |x|_2^2 + l1 |x|_1; tolerances are on that scale.
+    """
+
+    history: int = 10
+    """Pairs of steps and gradient changes that the direction is made of; each costs two vectors on the shards."""
+    max_iterations: int = 200
+    max_evaluations: int = 10_000
+    gtol: float = 1e-5
+    """Stop when no entry of the gradient, as penalties and bounds reduce it, is larger."""
+    ftol: float | None = None
+    """Stop when three decreases of the loss in a row are at most ftol max(|loss|, 1); None: 1e-9, in float32 1e-7."""
+    target: float | None = None
+    """Stop when the loss, penalties included, is no higher."""
+    l2: float = 0.0
+    """Of parameters with two or more dimensions; Job.groups says otherwise: {"l2": 0.1}."""
+    l1: float = 0.0
+    """Likewise. It makes parameters exactly zero (OWL-QN)."""
+    bounds: tuple[float | None, float | None] | None = None
+    """(lowest, highest) value of every parameter; Job.groups may differ: {"low": 0.0}."""
+    micro_batch: int | None = None
+    """Examples that a replica computes at once; None: Job.batch_size, but at least 1024 where the data has them."""
+    backups: bool = True
+    """Whether an idle replica computes a copy of the slowest portion."""
+    deterministic: bool = False
+    """Whether results are the same bit for bit, whatever the number of replicas and whoever was slow or died."""
+    history_in_bfloat16: bool = False
+    """Halves the memory of the history, for some more evaluations."""
+
+    def __post_init__(self) -> None:
+        for name in ("history", "max_iterations", "max_evaluations"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(
+                    f"Sandblaster({name}={getattr(self, name)}): at least 1 is needed", hint=f"set {name} to 1 or more"
+                )
+        for name in ("l1", "l2", "gtol"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigurationError(
+                    f"Sandblaster({name}={getattr(self, name)}) must be 0 or positive", hint=f"use {name}=0.0 for none"
+                )
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ConfigurationError(
+                f"Sandblaster(micro_batch={self.micro_batch}) computes nothing", hint="use 1 or more, or None"
+            )
+        low, high = self.limits
+        if not low < high:
+            raise ConfigurationError(
+                f"Sandblaster(bounds={self.bounds}) leave nothing between them", hint="give (lower, higher), or None"
+            )
+        if self.l1 and self.bounds is not None:
+            raise ConfigurationError(
+                f"Sandblaster(l1={self.l1}, bounds={self.bounds}): there is no rule for both at once",
+                hint="use l1=0.0 or bounds=None; with parameters that are never negative, add l1 * x to the loss",
+            )
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The bounds as numbers."""
+        low, high = self.bounds or (None, None)
+        return -math.inf if low is None else low, math.inf if high is None else high
+
+    @property
+    def keeping(self) -> Keeping:
+        """What shards keep."""
+        low, high = self.limits
+        return Keeping(self.history, self.history_in_bfloat16, self.deterministic, self.l2, self.l1, low, high)
+
+    def groups(self, own: Groups | None) -> Groups:
+        """The user's groups, with parameters of one dimension, such as biases, free of penalties unless they say."""
+        return _Unpenalised(own) if self.l1 or self.l2 else own or _no_groups
+
+    def options(self, dtype: torch.dtype, bends: bool) -> Options:
+        """For the solver; `bends` where any parameter has L1 or a bound."""
+        single = torch.finfo(dtype).bits < 64
+        return Options(
+            self.history, self.max_iterations, self.max_evaluations, self.gtol, self.ftol, self.target, single, bends
+        )
+
+    def micro_batch_of(self, batch_size: int, examples: int) -> int:
+        """Examples computed at once."""
+        return self.micro_batch or min(examples, max(batch_size, MICRO_BATCH))
+
+
+@dataclass(frozen=True)
+class _Unpenalised:
+    own: Groups | None
+
+    def __call__(self, name: str, parameter: nn.Parameter) -> dict[str, float]:
+        free = {"l2": 0.0, "l1": 0.0} if parameter.ndim < 2 else {}
+        return free | dict(self.own(name, parameter) if self.own else {})
+
+
+def _no_groups(name: str, parameter: nn.Parameter) -> dict[str, float]:
+    return {}
+
+
+@final
+@dataclass
+class Contributing:
+    """A contribution under way."""
+
+    future: Future[list[bool]] | None
+    """None for one that is not finite, and was not sent."""
+    done: Done
+
+
+@final
+class SandblasterReplica:
+    """One model replica: bundles, trials and contributions."""
+
+    def __init__(
+        self, home: Home, index: int, model: ModelReplica, data: DataShard, server: ParameterServer,
+    ) -> None:  # fmt: skip
+        self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
+        self.group = model.group
+        self.coordinator = home.find(COORDINATOR, SandblasterCoordinator, COORDINATOR_SECONDS)
+        self.leads = self.group.index == self.group.size - 1
+        """Whether this partition speaks for the replica: on it the output comes out, so it knows the loss."""
+        self.asked: Future[Task]
+        """The answer to the latest request for a task, where this partition leads."""
+        self.evaluation = 0
+        """The evaluation whose trial is here."""
+        self.contributing: Contributing | None = None
+
+    def run(self) -> None:
+        """Compute portions until the coordinator has no more (paper, appendix)."""
+        self.load_buffers()
+        self.initialise()
+        self.ask()
+        try:
+            while (task := self.next_task()) is not None:
+                assert task.bundle is not None
+                if task.evaluation != self.evaluation:
+                    self.fetch(task)
+                self.ask()  # for the bundle after this one
+                computed = self.compute(task)
+                if computed is not None:
+                    self.contribute(task, *computed)
+            if self.leads:
+                self.coordinator.call(SandblasterCoordinator.leave, self.index, self.home.incarnation).result()
+        except Fenced:
+            return  # this incarnation was given up as dead and has been replaced
+
+    # tasks
+
+    def ask(self) -> None:
+        """Ask for the next task."""
+        if self.leads:
+            answer = self.coordinator.call(SandblasterCoordinator.next_task, self.index, self.home.incarnation)
+            self.asked = cast(Future[Task], answer)
+
+    def next_task(self) -> Task | None:
+        """The next bundle to compute, with nothing left under way where there is none yet; None at the end."""
+        while True:
+            if not self.group.any(self.leads and self.asked.done())[0]:
+                self.settle()
+            task = self.told()
+            if task.over:
+                self.settle()
+                return None
+            if task.bundle is not None:
+                return task
+            self.ask()
+
+    def told(self) -> Task:
+        """The answer, told to all partitions."""
+        if self.group.size == 1:
+            return self.asked.result()
+        words = torch.zeros(9, dtype=torch.float64)
+        if self.leads:
+            task = self.asked.result()
+            held = task.bundle or Bundle(-1, 0, 0)
+            words = torch.tensor(
+                [held.index, held.start, held.stop, task.position, task.evaluation, task.version, task.over, 0, task.t],
+                dtype=torch.float64,
+            )
+        *whole, t = self.group.share(words, self.group.size - 1).tolist()
+        index, start, stop, position, evaluation, version, over, _ = map(int, whole)
+        return Task(Bundle(index, start, stop) if index >= 0 else None, position, evaluation, version, t, bool(over))
+
+    # the work
+
+    def fetch(self, task: Task) -> None:
+        """Switch the model to the trial."""
+        self.server.trial(task.version, task.t, self.model.spare).result()
+        self.model.adopt()
+        self.evaluation = task.evaluation
+
+    def compute(self, task: Task) -> tuple[float, float] | None:
+        """Accrue the gradient of the loss summed over a bundle's examples; (that sum, what it took in seconds).
+
+        None when the evaluation has ended meanwhile, without it.
+        """
+        bundle = task.bundle
+        assert bundle is not None
+        begun = started = self.home.now()
+        losses: list[tuple[torch.Tensor, int]] = []
+        try:
+            for _, examples, batch in self.data.mini_batches(Lease(bundle.index, 0, bundle.start, bundle.stop)):
+                losses.append((self.model.compute(batch, weight=float(examples)), examples))
+                self.home.spend(examples, started)
+                started = self.home.now()
+                if self.superseded(task):
+                    self.model.take_gradient(mean=False, clip_norm=None)
+                    return None
+        except Exception as error:
+            error.add_note(f"while computing examples {bundle.start} to {bundle.stop - 1}")
+            raise
+        return math.fsum(float(loss) * examples for loss, examples in losses), self.home.now() - begun
+
+    def superseded(self, task: Task) -> bool:
+        """Whether the next task is one of a later evaluation; partitions do not interrupt each other to find out."""
+        if self.group.size > 1 or not self.asked.done():
+            return False
+        following = self.asked.result()
+        return following.over or following.evaluation > task.evaluation
+
+    def contribute(self, task: Task, loss_sum: float, seconds: float) -> None:
+        """Start sending the bundle's gradient, once the one before is with every shard."""
+        self.settle()
+        assert task.bundle is not None
+        gradient = self.model.take_gradient(mean=False, clip_norm=None)
+        future = None if gradient is None else self.server.contribute(task.evaluation, task.position, gradient)
+        done = Done(task.evaluation, task.bundle.index, math.nan if gradient is None else loss_sum, seconds)
+        self.contributing = Contributing(future, done)
+
+    def settle(self) -> None:
+        """Wait until the contribution is with every shard, from every partition, and tell the coordinator."""
+        contributing, self.contributing = self.contributing, None
+        if contributing is None:
+            return
+        if contributing.future is not None:
+            contributing.future.result()
+        self.group.any(True)
+        if self.leads:
+            self.coordinator.call(
+                SandblasterCoordinator.finish, self.index, self.home.incarnation, contributing.done
+            ).result()
+
+    # the beginning
+
+    def load_buffers(self) -> None:
+        """Begin with the buffers that a checkpoint has; computing never changes them."""
+        buffers = self.model.buffers()
+        if len(buffers):
+            self.coordinator.call(SandblasterCoordinator.mean_buffers, self.group.index, buffers).result()
+            self.model.set_buffers(buffers)
+
+    def initialise(self) -> None:
+        """Give the shards the initial parameters for as long as they want them: no other process holds them."""
+        while self.coordinator.call(SandblasterCoordinator.wants_parameters, self.index).result():
+            self.server.initialise(self.model.spare).result()
+            self.home.sleep(IDLE_SECONDS)

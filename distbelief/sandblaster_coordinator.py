@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sandblaster's coordinator: hands out bundles, has the shards seal and step, never sees a vector (paper, section 4.2).
+
+    solver says          replicas                         shards
+    Evaluate(t)    ->    trial, compute, contribute  ->   seal: every inner product that the next direction needs
+    Step(...)      ->                                     move, keep the pair, next direction; nobody waits for it
+    Stop(reason)   ->    leave
+
+Each step that moves is written down by the shards while the next evaluation is under way, so the death of a shard costs
+at most that evaluation: the shard comes back at the same point, and the trial is computed again.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import msgspec
+import torch
+
+from distbelief import checkpoint, events
+from distbelief.bundles import Bundle, Portions
+from distbelief.channel.base import Promise, exported
+from distbelief.checkpoint import Manifest, Search
+from distbelief.coordinator import Coordinator, Writing
+from distbelief.engine.base import Engine
+from distbelief.engine.insistent import All
+from distbelief.errors import DeadlineExceeded, NotReady, PeerLost, TrainingFailed
+from distbelief.lbfgs import Command, Evaluate, Gram, Sealed, Solver, Step, Stop, add, merge
+from distbelief.parameter_server import ParameterServerShard
+from distbelief.roster import Settings
+from distbelief.shard_file import ShardFile
+
+IDLE_SECONDS = 1.0
+"""A replica for which there is nothing is told so after this time, and asks again: so it is heard of."""
+
+
+class Task(msgspec.Struct, array_like=True, frozen=True):
+    """What a replica is to do: compute a bundle at a trial; nothing, and ask again; or leave."""
+
+    bundle: Bundle | None = None
+    position: int = 0
+    """Of the bundle in its batch."""
+    evaluation: int = 0
+    version: int = 0
+    """The step from which the trial starts."""
+    t: float = 0.0
+    over: bool = False
+
+
+class Done(msgspec.Struct, array_like=True, frozen=True):
+    """A replica's contribution is with every shard."""
+
+    evaluation: int
+    bundle: int
+    loss_sum: float
+    """Over the examples of the bundle; NaN when the loss or its gradient is not finite."""
+    seconds: float
+
+
+class Setback(Exception):
+    """A shard was lost: what the shards have of the evaluation is not complete."""
+
+
+@final
+class SandblasterCoordinator(Coordinator):
+    """The center of a Sandblaster job."""
+
+    def __init__(
+        self, engine: Engine, settings: Settings, buffers: Sequence[torch.Tensor], manifest: Callable[..., Manifest],
+        emit: Callable[[events.AnyEvent], None], solver: Solver, portions: Portions,
+    ) -> None:  # fmt: skip
+        super().__init__(engine, settings, buffers, manifest, emit)
+        self.solver, self.portions = solver, portions
+        self.round_trips = 0
+        """Times that all shards were asked something and waited for."""
+        self._waiting: dict[int, tuple[Promise[Task], float]] = {}
+        """Replicas that have asked for a task, and since when."""
+        self._task: Task | None = None
+        """The trial that replicas compute now."""
+        self._moment: Promise[None] = engine.promise()
+        """Kept when the evaluation is complete, or cannot be."""
+        self._number = 0
+        """Of the evaluation under way."""
+        self._spoilt: Bundle | None = None
+        """A bundle of this evaluation whose loss is not finite."""
+        self._version = self._moved = 0
+        """The number of the last step, and of the last one that moved the point."""
+        self._stepping: All[None] | None = None
+        self._writing_down: Writing | None = None
+        self._unsaved: set[int] = set()
+        """Slots of the history that no checkpoint holds as they are."""
+        self._files: dict[int, list[tuple[Path, ShardFile]]] = {}
+        """Slot -> where the newest checkpoint has its pairs."""
+        self._passing: list[Path] = []
+        """Checkpoints that are not durable, oldest first; the newest of them is kept."""
+        self._restored: list[Manifest] = []
+        self._computed = 0
+        """Examples whose gradients were added up, over all evaluations."""
+        self._rate = (engine.now(), 0)
+
+    # what replicas may ask
+
+    @exported
+    def next_task(self, replica: int, incarnation: int) -> Promise[Task]:
+        """What to do next; answered when there is something. Raises Fenced."""
+        self.hear(replica, incarnation)
+        promise: Promise[Task] = self.engine.promise()
+        self._waiting[replica] = promise, self.engine.now()
+        self._offer()
+        return promise
+
+    @exported
+    def finish(self, replica: int, incarnation: int, done: Done) -> None:
+        """A contribution is with every shard. Raises Fenced."""
+        record = self.hear(replica, incarnation)
+        record.slowest_seconds = max(record.slowest_seconds, done.seconds)
+        if self._task is None or done.evaluation != self._number:
+            return
+        if not math.isfinite(done.loss_sum):
+            self._spoilt = self.portions.bundles[done.bundle]
+            self._moment.keep(None)
+        else:
+            self.portions.finish(replica, done.bundle, done.loss_sum, self.engine.now())
+            if self.portions.complete:
+                self._moment.keep(None)
+        self._offer()
+
+    @exported
+    def leave(self, replica: int, incarnation: int) -> None:
+        """A replica ends cleanly."""
+        self.hear(replica, incarnation).left = True
+
+    # what the coordinator asks
+
+    @property
+    def examples(self) -> int:
+        """Examples whose gradients were added up, over all evaluations."""
+        return self._computed
+
+    def work(self) -> dict[str, Any]:
+        """The solver, as it is after the last step."""
+        return {"search": Search(copy.deepcopy(self.solver.state), self._moved, self.portions.bundles[-1].stop)}
+
+    def is_own(self, manifest: Manifest) -> bool:
+        """Whether a solver was in it."""
+        return manifest.search is not None
+
+    def lose_replica(self, index: int, incarnation: int) -> None:
+        """What it had in hand goes to others; its contributions so far stay."""
+        self._waiting.pop(index, None)
+        blamed = self.portions.lose(index)
+        if blamed is not None and self.failure is None:
+            self.failure = TrainingFailed(
+                f"one replica after another died computing examples {blamed.start} to {blamed.stop - 1}\n"
+                "hint: look for lack of memory (dmesg), and at these examples; then resume the run"
+            )
+        self.replace_replica(index)
+
+    def shard_restored(self, index: int, manifest: Manifest) -> None:
+        """It is back at this checkpoint, but what it had of the evaluation is lost."""
+        self._restored.append(manifest)
+
+    def tell_progress(self, now: float, alive: int) -> None:
+        """Emit how far the evaluation is."""
+        solver, portions = self.solver, self.portions
+        since, before = self._rate
+        examples = self._computed + (portions.examples_done if self._task is not None else 0)
+        self._rate = now, examples
+        self.emit(
+            events.BatchProgress(
+                iteration=solver.iteration, max_iterations=solver.options.max_iterations,
+                evaluations=solver.evaluations, loss=_finite(solver.loss), gradient=_finite(solver.gradient_norm),
+                portions_done=portions.done, portions=len(portions.batch), backed_up=portions.backed_up,
+                examples=examples, examples_per_second=max(0, examples - before) / max(now - since, 1e-9),
+                replicas_alive=alive,
+            )
+        )  # fmt: skip
+
+    # the activity
+
+    def run(self) -> str:
+        """Carry out what the solver says until it stops."""
+        self.counters.update(self.wait(self.status()))
+        self._version = self._moved = self.counters.pushes
+        self._unsaved = set(self.solver.state.history.pairs)
+        commands = self.solver.resume()
+        while not self.stopping:
+            try:
+                command, *commands = commands
+                match command:
+                    case Evaluate():
+                        commands = self._evaluate(command)
+                    case Step():
+                        self._step(command)
+                    case Gram(pairs):
+                        commands = self.solver.told_gram(add(self._ask(ParameterServerShard.gram, pairs)))
+                    case Stop():
+                        break
+            except Setback as setback:
+                commands = self._recover(setback)
+        stopped = self.solver.state.asked
+        self._finish_writing()
+        self.stopping = True
+        self._offer()
+        self.wind_down()
+        self._unsaved.update(self.solver.state.history.pairs)
+        self._write_down(durable=True)
+        self._finish_writing()
+        self.progress(0.0)
+        return self.interrupted or (stopped.reason if isinstance(stopped, Stop) else "stopped")
+
+    def _evaluate(self, trial: Evaluate) -> list[Command]:
+        """Have loss and gradient at the trial computed, once per bundle, and ask what the next direction needs."""
+        self.portions.begin()
+        self._number += 1
+        self._spoilt, self._moment = None, self.engine.promise()
+        self._task = Task(None, 0, self._number, self._version, trial.t)
+        self._offer()
+        try:
+            while not self._moment.done():
+                self._watch(self._moment)
+        finally:
+            self._task = None
+        if self._spoilt is not None:
+            if self.solver.state.last is None:
+                raise TrainingFailed(
+                    f"the loss of examples {self._spoilt.start} to {self._spoilt.stop - 1}, or its gradient, is NaN or "
+                    "infinite at the starting point\nhint: check these examples and the initial parameters"
+                )
+            return self.solver.tell_not_finite()
+        self._finish_writing()
+        examples, bundles = self.portions.examples, len(self.portions.bundles)
+        sealed: list[Sealed] = self._ask(
+            ParameterServerShard.seal, self._number, trial.t, examples, bundles, trial.pairs
+        )
+        self._computed += examples
+        before = self.solver.iteration
+        commands = self.solver.tell(self.portions.mean_loss, merge(sealed))
+        if self.solver.iteration > before:
+            self._tell_iteration(trial.t)
+        return commands
+
+    def _step(self, step: Step) -> None:
+        """Order a step; replicas that come sooner than it wait at the shards."""
+        self._version += 1
+        self._stepping = All(
+            self.engine, [shard.call(ParameterServerShard.step, self._version, step) for shard in self.shards]
+        )
+        if step.commit:
+            self._moved = self._version
+            self._unsaved |= set() if step.slot is None else {step.slot}
+            self._write_down(durable=self.engine.now() >= self.checkpoint_at)
+
+    def _ask(self, method: Any, *arguments: Any) -> list[Any]:
+        """One round trip: every section's answer. Raises Setback."""
+        self.round_trips += 1
+        answers = All(self.engine, [shard.call(method, *arguments) for shard in self.shards])
+        try:
+            while not answers.done():
+                self._watch(answers)
+            return [section for sections in answers.result() for section in sections]
+        except (PeerLost, DeadlineExceeded, NotReady) as error:
+            raise Setback(str(error)) from error
+
+    def _watch(self, until: Any) -> None:
+        """A tick of waiting for an evaluation. Raises Setback when a shard is lost meanwhile."""
+        self.tick(until)
+        if self.stopping:
+            raise Setback("the job is to stop")
+        if self.restoring:
+            raise Setback(f"shard {min(self.restoring)} was lost")
+        self._offer()
+
+    def _offer(self) -> None:
+        """Answer replicas that wait, as far as there is anything to say."""
+        now = self.engine.now()
+        for replica, (promise, since) in list(self._waiting.items()):
+            task: Task | None = None
+            if self.stopping or isinstance(self.solver.state.asked, Stop):
+                task = Task(over=True)
+            elif self._task is not None and (bundle := self.portions.next(replica, now)) is not None:
+                task = msgspec.structs.replace(self._task, bundle=bundle, position=bundle.index)
+            elif now - since > IDLE_SECONDS:
+                task = Task()
+            if task is not None:
+                del self._waiting[replica]
+                promise.keep(task)
+
+    # what survives a shard
+
+    def _write_down(self, *, durable: bool) -> None:
+        """Have the shards write the point, and the pairs that no checkpoint has yet."""
+        self._writing_down = self.begin_checkpoint(sorted(self._unsaved), durable=durable)
+
+    def _finish_writing(self) -> None:
+        """Make a checkpoint of what the shards have written since the last step."""
+        writing, self._writing_down = self._writing_down, None
+        if writing is None:
+            return
+        slots = writing.work["search"].solver.history.pairs
+        kept = [file for slot in slots if slot not in self._unsaved for file in self._files.get(slot, [])]
+        manifest = self.complete_checkpoint(writing, list(dict.fromkeys(kept)))
+        if manifest is None:
+            return
+        inherited = {file.name for file in manifest.shards if file.name[0].isdecimal()}
+        fresh = [(writing.folder, file) for file in manifest.shards if file.partial and file.name not in inherited]
+        for slot in slots:
+            self._files[slot] = (
+                fresh if slot in self._unsaved else [(writing.folder, _shared(*one)) for one in self._files[slot]]
+            )
+        self._unsaved.clear()
+        before = list(self._passing)
+        self._passing += [] if writing.durable else [writing.folder]
+        if not self.restoring:
+            for folder in before:
+                checkpoint.discard(folder)
+                self._passing.remove(folder)
+            if writing.durable:
+                checkpoint.keep_newest(self.settings.run, self.settings.keep_checkpoints)
+
+    def _recover(self, setback: Setback) -> list[Command]:
+        """Wait until every shard is back; go on from the point where they are, in the middle of the search if it is."""
+        if self.stopping:
+            return []
+        self.emit(events.EvaluationLost(evaluation=self.solver.evaluations + 1, reason=str(setback)))
+        self._finish_writing()
+        while not self.stopping:
+            self.tick()
+            if self.restoring or not all(
+                section.ready for sections in self.wait(self.status()) for section in sections
+            ):
+                continue
+            behind = [one for one in self._restored if one.search is None or one.search.version != self._moved]
+            self._restored = []
+            if not behind:
+                break
+            # The step was not written down everywhere: all go back to the one before.
+            folder, manifest = checkpoint.newest(self.settings.run, lambda path, reason: None)
+            state = None if manifest.search is None else manifest.search.solver
+            self.solver = Solver(self.solver.options, state)
+            self._moved = 0 if manifest.search is None else manifest.search.version
+            self._unsaved = set(self.solver.state.history.pairs)
+            try:
+                self.wait(self.restore(folder, manifest))
+            except (PeerLost, DeadlineExceeded):
+                self._restored.append(manifest)
+        return self.solver.begin()
+
+    def _tell_iteration(self, t: float) -> None:
+        solver = self.solver
+        self.emit(
+            events.Iterated(
+                iteration=solver.iteration, loss=solver.loss, gradient=solver.gradient_norm, t=t,
+                length=solver.state.length, evaluations=solver.evaluations, examples=self._computed,
+                backed_up=self.portions.backed_up,
+            )
+        )  # fmt: skip
+
+    def go_on(self) -> tuple[str, str]:
+        """With more iterations, once these are behind it."""
+        iterations = 2 * self.solver.options.max_iterations
+        if self.solver.iteration < self.solver.options.max_iterations:
+            return "", "job"
+        algorithm = f"dataclasses.replace(job.algorithm, max_iterations={iterations})"
+        return f"--algorithm.max-iterations {iterations}", f"dataclasses.replace(job, algorithm={algorithm})"
+
+    def finished(self, reason: str, resume: str, export: str) -> events.JobFinished:
+        """The last event of the run."""
+        return events.JobFinished(
+            reason=reason, seen=self._computed, repeated=0, missing=0, refused=0, lost_updates=0,
+            pushes=self.counters.mini_batches, staleness={}, resume_command=resume, export_command=export,
+            iterations=self.solver.iteration, evaluations=self.solver.evaluations, round_trips=self.round_trips,
+            converged=isinstance(self.solver.state.asked, Stop) and self.solver.state.asked.converged,
+        )  # fmt: skip
+
+
+def _shared(folder: Path, file: ShardFile) -> ShardFile:
+    """A file as its next checkpoint names it."""
+    name = file.name if file.name[0].isdecimal() else f"{folder.name}-{file.name}"
+    return msgspec.structs.replace(file, name=name)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

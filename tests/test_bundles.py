@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of who computes which bundle; time is a number."""
+
+import heapq
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distbelief.bundles import AHEAD, DEATHS, Bundle, Portions, cut_bundles
+
+
+@given(st.integers(1, 5000), st.integers(1, 700), st.integers(1, 40))
+def test_bundles_cover_the_data_once_in_whole_micro_batches(examples: int, micro_batch: int, replicas: int) -> None:
+    bundles = cut_bundles(examples, micro_batch, replicas)
+    assert [index for bundle in bundles for index in range(bundle.start, bundle.stop)] == list(range(examples))
+    assert all(bundle.examples > 0 and bundle.start % micro_batch == 0 for bundle in bundles)
+    assert len(bundles) <= 8 * replicas
+
+
+def makespan(speeds: list[float], bundles: int, *, backups: bool) -> tuple[float, Portions]:
+    """When a batch is complete, if replica i computes one example in speeds[i] seconds, after one batch to learn it."""
+    portions = Portions(cut_bundles(bundles * 10, 10, len(speeds)), len(speeds), backups=backups)
+    clock = begun = 0.0
+    for _ in range(2):
+        portions.begin()
+        begun = clock
+        queues: list[list[Bundle]] = [[] for _ in speeds]
+        running: list[tuple[float, int]] = []
+
+        def offer(now: float, queues: list[list[Bundle]] = queues, running: list[tuple[float, int]] = running) -> None:
+            for replica, speed in enumerate(speeds):
+                while (bundle := portions.next(replica, now)) is not None:
+                    queues[replica].append(bundle)
+                    if len(queues[replica]) == 1:
+                        heapq.heappush(running, (now + bundle.examples * speed, replica))
+
+        offer(clock)
+        while not portions.complete:
+            clock, replica = heapq.heappop(running)
+            portions.finish(replica, queues[replica].pop(0).index, 0.0, clock)
+            if queues[replica]:
+                heapq.heappush(running, (clock + queues[replica][0].examples * speeds[replica], replica))
+            offer(clock)
+    return clock - begun, portions
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 16])
+def test_with_one_replica_slowed_four_times_a_batch_ends_within_1_3_of_the_ideal(replicas: int) -> None:
+    speeds = [4.0] + [1.0] * (replicas - 1)
+    bundles = 8 * replicas
+    ideal = bundles * 10 / sum(1 / speed for speed in speeds)
+    static = bundles * 10 / replicas * 4.0
+    shared, portions = makespan(speeds, bundles, backups=True)
+    assert shared <= 1.3 * ideal
+    assert static > 2 * ideal
+    assert portions.backed_up > 0
+
+
+def test_without_backups_nobody_is_given_what_another_has() -> None:
+    _, portions = makespan([4.0, 1.0, 1.0], 24, backups=False)
+    assert portions.backed_up == 0
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.randoms(use_true_random=False))
+def test_every_bundle_of_a_batch_is_done_once_whatever_dies(replicas: int, count: int, chance: random.Random) -> None:
+    portions = Portions(cut_bundles(count * 3, 3, replicas), replicas)
+    deaths = 0
+    for batch in range(3):
+        portions.begin()
+        hands: list[list[Bundle]] = [[] for _ in range(replicas)]
+        losses: dict[int, float] = {}
+        now = 0.0
+        for _ in range(20_000):
+            if portions.complete:
+                break
+            now += chance.random()
+            replica = chance.randrange(replicas)
+            if chance.random() < 0.05 and deaths < DEATHS - 1:
+                assert portions.lose(replica) is None
+                hands[replica], deaths = [], deaths + 1
+            elif hands[replica] and chance.random() < 0.6:
+                bundle = hands[replica].pop(0)
+                loss = float(bundle.index * 1000 + chance.randrange(1000) + batch)
+                losses.setdefault(bundle.index, loss)
+                portions.finish(replica, bundle.index, loss, now)
+            elif (bundle_ := portions.next(replica, now)) is not None:
+                hands[replica].append(bundle_)
+                assert len(hands[replica]) <= AHEAD
+        assert portions.complete
+        assert set(losses) == {bundle.index for bundle in portions.bundles}
+        assert portions.mean_loss == pytest.approx(sum(losses.values()) / (count * 3))
+
+
+def test_a_replica_works_through_consecutive_bundles_and_keeps_them_from_batch_to_batch() -> None:
+    portions = Portions(cut_bundles(64, 1, 4), 4)
+    seen = []
+    for _ in range(2):
+        portions.begin()
+        order = []
+        for step in range(8):
+            for replica in range(4):
+                bundle = portions.next(replica, float(step))
+                assert bundle is not None
+                portions.finish(replica, bundle.index, 0.0, float(step))
+                order.append((replica, bundle.index))
+        seen.append(order)
+    assert seen[0] == seen[1]
+    for replica in range(4):
+        own = [index for owner, index in seen[0] if owner == replica]
+        assert own == list(range(own[0], own[0] + 8))
+
+
+def test_a_bundle_with_which_replicas_keep_dying_is_to_blame() -> None:
+    portions = Portions(cut_bundles(8, 1, 2), 2)
+    portions.begin()
+    blamed = []
+    for life in range(DEATHS):
+        bundle = portions.next(0, float(life))
+        assert bundle is not None
+        assert bundle.index == 0
+        blamed.append(portions.lose(0))
+    assert blamed == [None] * (DEATHS - 1) + [Bundle(0, 0, 1)]
+
+
+def test_a_late_copy_changes_nothing() -> None:
+    portions = Portions([Bundle(0, 0, 10)], 2)
+    portions.begin()
+    assert portions.next(0, 0.0) is not None
+    portions.finish(0, 0, 5.0, 1.0)
+    portions.finish(1, 0, 7.0, 2.0)
+    assert portions.complete
+    assert portions.mean_loss == 0.5
