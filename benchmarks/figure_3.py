@@ -97,12 +97,12 @@ def vision(maps: int, plane: int) -> nn.Module:
 
 
 def models() -> list[Model]:
-    """The paper names the sizes; maps and planes are chosen to come to them, with up to 39 maps for its 8 to 36."""
+    """The paper names the sizes; maps and planes are chosen to come to them, with up to 40 maps for its 8 to 36."""
     with torch.device("meta"):
         return [
             Model("speech, 42 million", speech(), (440,)),
             Model("vision, 80 million", vision(16, 100), (3, 100, 100)),
-            Model("vision, 330 million", vision(39, 100), (3, 100, 100)),
+            Model("vision, 330 million", vision(40, 100), (3, 100, 100)),
             Model("vision, 1.7 billion", vision(36, 200), (3, 200, 200)),
         ]
 

@@ -23,6 +23,7 @@ from distbelief.errors import (
 )
 from distbelief.job import Job
 from distbelief.layers import L2Pool2d, LocalContrastNorm2d, LocallyConnected2d
+from distbelief.minimize import Minimum, minimize
 from distbelief.partition.rules import register_rule
 from distbelief.plan import Plan, channels, grid, on, rows
 from distbelief.report.summary import Summary
@@ -55,6 +56,7 @@ __all__ = [
     "L2Pool2d",
     "LocalContrastNorm2d",
     "LocallyConnected2d",
+    "Minimum",
     "Plan",
     "Result",
     "Sandblaster",
@@ -71,6 +73,7 @@ __all__ = [
     "grid",
     "linear_decay",
     "main",
+    "minimize",
     "on",
     "optimizer",
     "register_rule",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distbelief import checkpoint, events
-from distbelief.bundles import Portions, cut_bundles
+from distbelief.bundles import BUNDLES_PER_REPLICA, DETERMINISTIC_BUNDLES, Portions, cut_bundles
 from distbelief.checkpoint import Manifest
 from distbelief.coordinator import Coordinator
 from distbelief.downpour import Downpour
@@ -64,7 +64,8 @@ def appoint(
     manifest = checkpoint.manifests(model.module, facts.layout, facts.buffers, rule=repr(keeping), seed=job.seed)
     if isinstance(algorithm, Sandblaster):
         micro_batch = algorithm.micro_batch_of(job.batch_size, facts.examples)
-        bundles = cut_bundles(facts.examples, micro_batch, job.cluster.replicas)
+        count = DETERMINISTIC_BUNDLES if algorithm.deterministic else BUNDLES_PER_REPLICA * job.cluster.replicas
+        bundles = cut_bundles(facts.examples, micro_batch, count)
         portions = Portions(bundles, job.cluster.replicas, backups=algorithm.backups)
         solver = _solver(algorithm, facts, restore)
         return SandblasterCoordinator(engine, settings, buffers, manifest, emit, solver, portions)

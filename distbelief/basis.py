@@ -25,7 +25,7 @@ CHUNK = 1 << 14
 class Basis:
     """The vectors of one span; one call at a time.
 
-    Memory: span x (2 history + 4) words with the parameters, and 8 bytes per entry to add gradients in float64; a
+    Memory: span x (2 history + 3) words with the parameters, and 8 bytes per entry to add gradients in float64; a
     history in bfloat16 takes 2 bytes per entry in 2 history of these words. Dots are in float64, of what is stored.
     """
 
@@ -39,10 +39,12 @@ class Basis:
         """
         n, dtype = parameters.numel(), parameters.dtype
         self._x = parameters
-        self._g, self._g_trial, self._d = (torch.zeros(n, dtype=dtype) for _ in range(3))
+        self._g, self._d = (torch.zeros(n, dtype=dtype) for _ in range(2))
         self._pairs = torch.zeros(2, history, n, dtype=history_dtype or dtype)
         """S and Y, by slot: shape (2, history, n)."""
         self._total = torch.zeros(n, dtype=torch.float64)
+        self._examples = 1
+        """Of the sealed evaluation, whose gradient is the total divided by them."""
         self._work = torch.empty((2 * history + 3) * min(n, CHUNK), dtype=torch.float64)
         self._blocks = list(_blocks(n, penalties))
         self._used: tuple[int, ...] = ()
@@ -63,19 +65,19 @@ class Basis:
 
     def seal(self, t: float, examples: int, pairs: Sequence[int]) -> Sealed:
         """Every gradient of the evaluation at `t` is in, of `examples` examples together. Repeatable until `step`."""
+        self._examples = examples
         tops = 2 * _top(pairs)
         rows = torch.zeros(3, tops + 3, dtype=torch.float64)
         slope = decrease = square = absolute = largest_gradient = largest_step = 0.0
         for block, penalty in self._blocks:
-            x_trial, g_trial = self._trial(t, block, penalty), self._g_trial[block]
-            torch.div(self._total[block], examples, out=g_trial)
+            x_trial = self._trial(t, block, penalty)
+            g_trial = self._gradient(x_trial, block, penalty)
             if penalty.l2:
-                g_trial += penalty.l2 * x_trial
                 square += penalty.l2 * _dot(x_trial, x_trial)
             if penalty.l1:
                 absolute += penalty.l1 * float(x_trial.abs().sum(dtype=torch.float64))
             p, p_old = penalty.reduced(x_trial, g_trial), penalty.reduced(self._x[block], self._g[block])
-            s, y = self._changes(t, x_trial, block, penalty)
+            s, y = self._changes(t, x_trial, g_trial, block, penalty)
             basis = self._load(block, pairs, s, y, p)
             rows += basis[tops:] @ basis.T
             slope += _dot(self._d[block], g_trial)
@@ -98,11 +100,12 @@ class Basis:
             x, g, d = self._x[block], self._g[block], self._d[block]
             if step.commit:
                 x_trial = self._trial(step.t, block, penalty)
+                g_trial = self._gradient(x_trial, block, penalty)
                 if step.slot is not None:
-                    pair = self._changes(step.t, x_trial, block, penalty)
+                    pair = self._changes(step.t, x_trial, g_trial, block, penalty)
                     self._pairs[0, step.slot, block], self._pairs[1, step.slot, block] = pair
                 x.copy_(x_trial)
-                g.copy_(self._g_trial[block])
+                g.copy_(g_trial)
             basis = self._load(block, step.pairs, penalty.reduced(x, g))
             raw = weights @ basis
             self._raw_slope += float(raw @ basis[-1])
@@ -148,10 +151,17 @@ class Basis:
         x = self._x[block]
         return penalty.projected(x + t * self._d[block], x, self._g[block])
 
-    def _changes(self, t: float, x_trial: Tensor, block: slice, penalty: Penalty) -> tuple[Tensor, Tensor]:
+    def _gradient(self, x_trial: Tensor, block: slice, penalty: Penalty) -> Tensor:
+        """That of loss and L2 at the sealed trial."""
+        g_trial = (self._total[block] / self._examples).to(x_trial.dtype)
+        return g_trial.add_(x_trial, alpha=penalty.l2) if penalty.l2 else g_trial
+
+    def _changes(
+        self, t: float, x_trial: Tensor, g_trial: Tensor, block: slice, penalty: Penalty
+    ) -> tuple[Tensor, Tensor]:
         """s and y of the trial, as the history keeps them."""
         s = x_trial - self._x[block] if penalty.bends else t * self._d[block]
-        return s.to(self._pairs.dtype), (self._g_trial[block] - self._g[block]).to(self._pairs.dtype)
+        return s.to(self._pairs.dtype), (g_trial - self._g[block]).to(self._pairs.dtype)
 
     def _load(self, block: slice, pairs: Sequence[int], *rest: Tensor) -> Tensor:
         """Rows of float64: S and Y up to the last slot in use, then `rest`. Valid until the next call."""

@@ -56,8 +56,8 @@ class Keeping:
 class BatchSection:
     """The part of a shard that one partition computes on.
 
-    Memory: that of its Basis, span x (2 history + 5) words with a float64 accumulator, and with `deterministic` the
-    contributions that came before their turn.
+    Memory: that of its Basis, in float32 span x (2 history + 5) words, and with `deterministic` the contributions that
+    came before their turn.
     """
 
     def __init__(self, span: Span, layout: Layout, keeping: Keeping) -> None:

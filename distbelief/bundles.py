@@ -18,6 +18,8 @@ from typing import final
 import msgspec
 
 BUNDLES_PER_REPLICA = 8
+DETERMINISTIC_BUNDLES = 64
+"""Whatever the number of replicas: what is summed first must not depend on it."""
 COPIES = 2
 """How many replicas may have one bundle in hand."""
 AHEAD = 2
@@ -39,10 +41,10 @@ class Bundle(msgspec.Struct, array_like=True, frozen=True):
         return self.stop - self.start
 
 
-def cut_bundles(examples: int, micro_batch: int, replicas: int) -> list[Bundle]:
-    """About eight bundles per replica, each of whole micro-batches but for the last one."""
+def cut_bundles(examples: int, micro_batch: int, count: int) -> list[Bundle]:
+    """At most `count` bundles of about equal size, each of whole micro-batches but for the last one."""
     micro_batches = -(-examples // micro_batch)
-    count = min(micro_batches, replicas * BUNDLES_PER_REPLICA)
+    count = min(micro_batches, count)
     edges = [min(examples, micro_batches * index // count * micro_batch) for index in range(count + 1)]
     return [Bundle(index, edges[index], edges[index + 1]) for index in range(count)]
 

@@ -215,12 +215,16 @@ class JobFinished(Event, frozen=True):
     mini_batches: int = 0
     """Mini-batches that were accrued in the pushes."""
     iterations: int = 0
-    """Of Sandblaster; 0 for Downpour, and so the next three."""
+    """Of Sandblaster; 0 for Downpour, as are the next two."""
     evaluations: int = 0
     round_trips: int = 0
     """Times that the coordinator asked all shards for something and waited."""
     converged: bool = False
     """Whether the search ended where it was meant to."""
+    loss: float | None = None
+    """Of the whole batch at the last accepted point, penalties included; None for Downpour."""
+    gradient: float | None = None
+    """Its largest entry there, as penalties and bounds reduce it."""
 
 
 AnyEvent = (

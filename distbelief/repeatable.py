@@ -69,7 +69,7 @@ def _check_within(name: str, values: torch.Tensor, low: float, high: float) -> N
 
 
 def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> None:
-    """Compute the loss of a mini-batch twice, and of it doubled, and refuse an objective that is not the same.
+    """Compute the loss of a mini-batch twice, along its gradient, and of it doubled; refuse what does not fit together.
 
     Gradients of the module are left as they were found: none. Raises ConfigurationError.
     """
@@ -81,12 +81,13 @@ def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> No
             f"computing the loss changes the buffer {changed[0]}, so the loss is no function of the parameters alone",
             hint="let the function that builds the model call .eval() on the layer",
         )
-    if not all(map(torch.equal, first, second)):
+    if not all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(first, second, strict=True)):
         difference = max(float((one - other).abs().max()) for one, other in zip(first, second, strict=True))
         raise ConfigurationError(
             f"the loss or gradient of the same examples differs by {difference:.1e} from call to call",
             hint="remove what is random from the model, the loss and the data (dropout, noise, augmentation)",
         )
+    _check_gradient(module, objective, sample, first[0])
     doubled = _doubled(sample)
     if doubled is not None and torch.isfinite(first[0]).all():
         once, twice = float(first[0]), float(_loss_and_gradient(module, objective, doubled)[0])
@@ -95,6 +96,51 @@ def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> No
                 f"the loss of the same examples twice over is {twice:.6g}, of once {once:.6g}: it is not their mean",
                 hint='let the loss be the mean over the mini-batch (reduction="mean"), the same for every example',
             )
+
+
+def _check_gradient(module: nn.Module, objective: Objective, sample: Any, loss: torch.Tensor) -> None:
+    """Go a little way along the gradient and back: the loss must change as the gradient says, if not exactly.
+
+    A kink may lie on the way, so the change may be wrong by a factor of two, at all of three distances.
+    """
+    parameters = [parameter for _, parameter in trainable(module)]
+    gradients = torch.autograd.grad(objective(module, sample), parameters, allow_unused=True)
+    found = [(each, gradient) for each, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+    norm = math.sqrt(sum(float(gradient.double().square().sum()) for _, gradient in found))
+    size = math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter, _ in found))
+    rounding = 100 * torch.finfo(loss.dtype).eps * max(abs(float(loss)), torch.finfo(loss.dtype).tiny)
+    told = ""
+    for share in (1e-2, 1e-3, 1e-4):
+        step = share * max(size, share)
+        promised = 2 * step * norm
+        if not (math.isfinite(promised) and promised > rounding):
+            continue
+        change = _at(module, objective, sample, found, step / norm) - _at(
+            module, objective, sample, found, -step / norm
+        )
+        if not math.isfinite(change) or promised / 2 < change < 2 * promised:
+            return
+        told = f"by {change:.2e} where the gradient promises {promised:.2e}"
+    if told:
+        raise ConfigurationError(
+            f"a little way along its gradient the loss changes {told}: they do not belong together",
+            hint="look for a wrong sign or factor in a backward of your own, or a part of the loss that is detached",
+        )
+
+
+def _at(
+    module: nn.Module, objective: Objective, sample: Any, found: list[tuple[nn.Parameter, torch.Tensor]], step: float
+) -> float:
+    """The loss so far along the gradient; the parameters are as they were afterwards, bit for bit."""
+    before = [parameter.detach().clone() for parameter, _ in found]
+    with torch.no_grad():
+        for parameter, gradient in found:
+            parameter.add_(gradient, alpha=step)
+    loss = float(objective(module, sample).detach())
+    with torch.no_grad():
+        for (parameter, _), value in zip(found, before, strict=True):
+            parameter.copy_(value)
+    return loss
 
 
 def _loss_and_gradient(module: nn.Module, objective: Objective, sample: Any) -> list[torch.Tensor]:

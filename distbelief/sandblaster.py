@@ -114,7 +114,7 @@ class Sandblaster:
 
     def micro_batch_of(self, batch_size: int, examples: int) -> int:
         """Examples computed at once."""
-        return self.micro_batch or min(examples, max(batch_size, MICRO_BATCH))
+        return min(examples, self.micro_batch or max(batch_size, MICRO_BATCH))
 
 
 @dataclass(frozen=True)

@@ -373,6 +373,7 @@ class SandblasterCoordinator(Coordinator):
             pushes=self.counters.mini_batches, staleness={}, resume_command=resume, export_command=export,
             iterations=self.solver.iteration, evaluations=self.solver.evaluations, round_trips=self.round_trips,
             converged=isinstance(self.solver.state.asked, Stop) and self.solver.state.asked.converged,
+            loss=_finite(self.solver.loss), gradient=_finite(self.solver.gradient_norm),
         )  # fmt: skip
 
 

@@ -5,23 +5,23 @@ import heapq
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbelief.bundles import AHEAD, DEATHS, Bundle, Portions, cut_bundles
 
 
 @given(st.integers(1, 5000), st.integers(1, 700), st.integers(1, 40))
-def test_bundles_cover_the_data_once_in_whole_micro_batches(examples: int, micro_batch: int, replicas: int) -> None:
-    bundles = cut_bundles(examples, micro_batch, replicas)
+def test_bundles_cover_the_data_once_in_whole_micro_batches(examples: int, micro_batch: int, count: int) -> None:
+    bundles = cut_bundles(examples, micro_batch, count)
     assert [index for bundle in bundles for index in range(bundle.start, bundle.stop)] == list(range(examples))
     assert all(bundle.examples > 0 and bundle.start % micro_batch == 0 for bundle in bundles)
-    assert len(bundles) <= 8 * replicas
+    assert len(bundles) <= count
 
 
 def makespan(speeds: list[float], bundles: int, *, backups: bool) -> tuple[float, Portions]:
     """When a batch is complete, if replica i computes one example in speeds[i] seconds, after one batch to learn it."""
-    portions = Portions(cut_bundles(bundles * 10, 10, len(speeds)), len(speeds), backups=backups)
+    portions = Portions(cut_bundles(bundles * 10, 10, bundles), len(speeds), backups=backups)
     clock = begun = 0.0
     for _ in range(2):
         portions.begin()
@@ -63,9 +63,10 @@ def test_without_backups_nobody_is_given_what_another_has() -> None:
     assert portions.backed_up == 0
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 6), st.integers(1, 40), st.randoms(use_true_random=False))
 def test_every_bundle_of_a_batch_is_done_once_whatever_dies(replicas: int, count: int, chance: random.Random) -> None:
-    portions = Portions(cut_bundles(count * 3, 3, replicas), replicas)
+    portions = Portions(cut_bundles(count * 3, 3, count), replicas)
     deaths = 0
     for batch in range(3):
         portions.begin()
@@ -94,7 +95,7 @@ def test_every_bundle_of_a_batch_is_done_once_whatever_dies(replicas: int, count
 
 
 def test_a_replica_works_through_consecutive_bundles_and_keeps_them_from_batch_to_batch() -> None:
-    portions = Portions(cut_bundles(64, 1, 4), 4)
+    portions = Portions(cut_bundles(64, 1, 32), 4)
     seen = []
     for _ in range(2):
         portions.begin()
@@ -113,7 +114,7 @@ def test_a_replica_works_through_consecutive_bundles_and_keeps_them_from_batch_t
 
 
 def test_a_bundle_with_which_replicas_keep_dying_is_to_blame() -> None:
-    portions = Portions(cut_bundles(8, 1, 2), 2)
+    portions = Portions(cut_bundles(8, 1, 8), 2)
     portions.begin()
     blamed = []
     for life in range(DEATHS):

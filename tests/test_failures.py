@@ -293,7 +293,7 @@ def test_killing_the_process_that_starts_roles_loses_no_example(tmp_path: Path) 
 
     def kill(observation: Observation) -> None:
         heard.append(observation)
-        if observation.seconds > 2.0 and not killed:
+        if isinstance(observation.event, Progress) and observation.event.examples > 3200 and not killed:
             zygotes = [pid for pid in descendants(os.getpid()) if parent_of(pid) == os.getpid()]
             killed.extend(zygotes)
             for pid in zygotes:

@@ -52,7 +52,7 @@ def test_on_a_quartic_an_accepted_step_meets_the_wolfe_conditions(coefficients: 
             0.1 + abs(c)
         ) * t**3
 
-    outcome, search, trials = follow(MoreThuente.begin(0.0, -1.0, t), quartic)
+    outcome, search, trials = follow(MoreThuente.begin(0.0, -1.0, t, eps=0.0), quartic)
     loss, slope = quartic(search.t)
     assert outcome == "accept"
     assert len(trials) <= MAX_TRIALS

@@ -112,10 +112,8 @@ class Servers:
         return ParameterServer(self.home, self.spans, Span(0, LENGTH), replica).push(stamps, gradient).result()
 
     def snapshot(self, folder: Path) -> list[ShardFile]:
-        written = [
-            shard.snapshot(str(folder / f"shard-{index}"), (), True).result() for index, shard in enumerate(self.shards)
-        ]
-        return [file for files in written for file in files]
+        written = [shard.snapshot(str(folder / f"shard-{i}"), (), True) for i, shard in enumerate(self.shards)]
+        return [file for answer in written for file in answer.result()]
 
     def restore(self, folder: Path, files: list[ShardFile]) -> None:
         for shard in self.shards:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 import distbelief as db
@@ -22,8 +23,8 @@ README = (ROOT / "README.md").read_text()
 COMMAND_LINE = [sys.executable, "-c", "from distbelief.cli import command; command()"]
 
 
-EXAMPLE, IN_PARTS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-"""The Python blocks; the second one belongs into the first, before its last two lines."""
+EXAMPLE, IN_PARTS, FULL_BATCH = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+"""The Python blocks; the second and third belong into the first: before its last two lines, and in their place."""
 
 
 def commands() -> Iterator[list[str]]:
@@ -49,7 +50,7 @@ def test_the_commands_exist() -> None:
     assert named
     assert all((ROOT / name).is_file() for name in named)
     measured = {words[3] for words in found if words[:3] == ["python", "-m", "benchmarks"]}
-    assert len(measured) == 4
+    assert len(measured) == 6
     assert all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in measured)
     assert [".venv/bin/python", "-m", "pytest"] in found
 
@@ -111,6 +112,21 @@ def test_the_example_runs_in_parts(tmp_path: Path) -> None:
     assert {name: tuple(value.shape) for name, value in trained.items()} == {
         "1.weight": (6, 6, 9, 16), "1.bias": (6, 6, 16), "4.weight": (10, 144), "4.bias": (10,),
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_example_of_a_full_batch_finds_the_minimum(tmp_path: Path) -> None:
+    first, _ = EXAMPLE.split("if __name__")
+    (tmp_path / "own.py").write_text(f"{first}{FULL_BATCH}    torch.save(found, 'found.pt')\n")
+    ran = run([sys.executable, "own.py"], tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    found: db.Minimum = torch.load(tmp_path / "found.pt", weights_only=False)
+    pixels, digits = load_digits(return_X_y=True)
+    a, b = torch.from_numpy(pixels) / 16, torch.from_numpy(digits).double()
+    exact = torch.linalg.solve(2 * a.T @ a + torch.eye(64), 2 * a.T @ b)  # squares, not halves of them
+    assert found.converged
+    # It stops when three iterations in a row have lowered the value by 1e-9 of it.
+    assert found.value == pytest.approx(float((a @ exact - b).square().sum() + exact.square().sum() / 2), rel=1e-7)
 
 
 @pytest.mark.slow

@@ -135,6 +135,7 @@ def test_a_summary_says_what_the_events_of_a_finished_run_add_up_to() -> None:
     summary = summarize(scripted_run())
     assert json.loads(msgspec.json.encode(summary)) == {
         "run": "runs/digits",
+        "batch": None,
         "reason": "all 3 epochs finished",
         "wall_seconds": 4.5,
         "algorithm": "Downpour",

@@ -7,7 +7,7 @@ A `PlanTable` holds plain numbers; it is printed by `plan_text` and drawn by `pl
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distbelief.report.summary import count
+from distbelief.report.words import count
 
 Box = tuple[tuple[int, int], ...]
 

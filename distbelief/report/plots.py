@@ -4,18 +4,20 @@
 `over_time.png`       training loss and test metrics over wall-clock time, with everything that happened
 `over_examples.png`   the same over examples: what resuming undid is left out
 `staleness.png`       how many pushes were applied at each staleness
+`iterations.png`      of Sandblaster: loss, gradient and evaluations over iterations
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distbelief.errors import ConfigurationError
 from distbelief.events import (
     Evaluated,
+    Iterated,
     JobFinished,
     JobStarted,
     Observation,
@@ -24,7 +26,8 @@ from distbelief.events import (
     ShardRestored,
     staleness_quantile,
 )
-from distbelief.report.summary import one_clock, values_of
+from distbelief.report.summary import one_clock
+from distbelief.report.words import values_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,6 +67,8 @@ class Curves:
     test: dict[str, list[Point]] = field(default_factory=dict)
     marks: list[Mark] = field(default_factory=list)
     staleness: dict[int, int] = field(default_factory=dict)
+    iterations: dict[int, Iterated] = field(default_factory=dict)
+    """By number; one that was taken again counts as it was taken last."""
 
     def standing(self) -> "Curves":
         """Without what resuming undid: what lay, in examples, beyond the point from which a later run went on."""
@@ -75,8 +80,9 @@ class Curves:
         test = {name: list(filter(stands, points)) for name, points in self.test.items()}
         standing = {name: points for name, points in test.items() if points}
         return Curves(
-            self.title, list(filter(stands, self.loss)), standing, list(filter(stands, self.marks)), self.staleness
-        )
+            self.title, list(filter(stands, self.loss)), standing, list(filter(stands, self.marks)), self.staleness,
+            self.iterations,
+        )  # fmt: skip
 
 
 def write_plots(observations: Iterable[Observation], folder: Path) -> list[Path]:
@@ -100,6 +106,8 @@ def write_plots(observations: Iterable[Observation], folder: Path) -> list[Path]
         pictures["over_examples.png"] = _over_examples(curves.standing())
     if curves.staleness:
         pictures["staleness.png"] = _staleness(curves)
+    if curves.iterations:
+        pictures["iterations.png"] = _iterations(curves)
     for name, picture in pictures.items():
         picture.savefig(folder / name, dpi=150)
     return [folder / name for name in pictures]
@@ -120,6 +128,10 @@ def collect(observations: Iterable[Observation]) -> Curves:
                 examples = event.examples
                 if event.loss is not None and math.isfinite(event.loss):
                     curves.loss.append(Point(seconds, examples, event.loss))
+            case Iterated():
+                examples = event.examples
+                curves.loss.append(Point(seconds, examples, event.loss))
+                curves.iterations[event.iteration] = event
             case Evaluated():
                 for name, value in values_of(event).items():
                     if value is not None and math.isfinite(value):
@@ -228,6 +240,29 @@ def _staleness(curves: Curves) -> "Figure":
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     _tidy(panel)
     panel.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _iterations(curves: Curves) -> "Figure":
+    from matplotlib.ticker import MaxNLocator
+
+    numbers = sorted(curves.iterations)
+    taken = [curves.iterations[number] for number in numbers]
+    figure = _figure(curves.title, height=6.4)
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
+    panels[0].plot(numbers, [each.loss for each in taken], color=COLOURS[0])
+    panels[0].set_ylabel("loss, with penalties")
+    panels[1].semilogy(numbers, [max(each.gradient, 1e-300) for each in taken], color=COLOURS[1])
+    panels[1].set_ylabel("largest gradient")
+    before = [1, *(each.evaluations for each in taken)]
+    each_took = [after - earlier for earlier, after in pairwise(before)]
+    panels[2].bar(numbers, each_took, width=0.8, color=COLOURS[2])
+    panels[2].set_ylabel("evaluations")
+    panels[2].yaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[2].set_xlabel("iteration")
+    for panel in panels:
+        _tidy(panel)
+    figure.align_ylabels()
     return figure
 
 

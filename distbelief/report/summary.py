@@ -3,8 +3,7 @@
 
 A run that was killed has no JobFinished; its summary is made of what had been observed until then. A run that was
 resumed has several JobStarted; the fold goes on over them, with one clock. What a JobFinished says about data and
-pushes is taken as said about the whole job; what was refused is counted from the events. The sentences that put an
-event into words, here and in the terminal, are at the end.
+pushes is taken as said about the whole job; what was refused is counted from the events.
 """
 
 import functools
@@ -16,37 +15,30 @@ import msgspec
 from msgspec.structs import replace
 
 from distbelief.events import (
-    AnyEvent,
     BatchProgress,
     CheckpointFailed,
     CheckpointRejected,
     CheckpointWritten,
-    EpochFinished,
     Evaluated,
     EvaluationLost,
     Iterated,
     JobFinished,
     JobStarted,
-    JobStopping,
     LeasesReturned,
     Observation,
     Progress,
     PushRefused,
-    ReplicasReleased,
     RoleLost,
-    RoleStarted,
     ShardRestored,
     staleness_quantile,
 )
+from distbelief.report.words import count, duration, number, sentence, values_of
 
 KILLED = "killed: no end was recorded"
 """The reason of a run whose events stop without a JobFinished."""
 
-FAULTS = (RoleLost, ShardRestored, CheckpointFailed, CheckpointRejected)
+FAULTS = (RoleLost, ShardRestored, EvaluationLost, CheckpointFailed, CheckpointRejected)
 """What went wrong and was survived: listed in the summary, marked in the plots."""
-
-SMALLER_IS_BETTER = ("loss", "error", "perplexity", "mse", "mae", "rmse", "nll", "cross_entropy")
-"""Words that, in the name of a metric, say that less is better."""
 
 FAULTS_PRINTED = 20
 
@@ -82,8 +74,23 @@ class Fault(msgspec.Struct, frozen=True):
 
     seconds: float
     type: str
-    """The name of the event: RoleLost, ShardRestored, CheckpointFailed, CheckpointRejected."""
+    """The name of the event: RoleLost, ShardRestored, EvaluationLost, CheckpointFailed, CheckpointRejected."""
     text: str
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """What Sandblaster came to."""
+
+    max_iterations: int
+    iterations: int = 0
+    evaluations: int = 0
+    round_trips: int = 0
+    """Times that the coordinator asked all shards for something and waited."""
+    backed_up: int = 0
+    """Copies of slow portions that were handed out."""
+    gradient: float | None = None
+    """The largest entry of the gradient at the last point, as penalties and bounds reduce it."""
+    converged: bool = False
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +119,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     refused: int = 0
     """Examples of the pushes that a replica refused because the gradient was not finite, over all starts."""
     lost_updates: int = 0
+    batch: Batch | None = None
+    """None for Downpour."""
     checkpoints: Checkpoints = Checkpoints()
     faults: tuple[Fault, ...] = ()
     export_command: str = ""
@@ -152,6 +161,8 @@ def _after(summary: Summary, observation: Observation) -> Summary:
                 pushes=event.pushes,
                 mini_batches=event.mini_batches,
             )
+        case BatchProgress() | Iterated():
+            return _moved(summary, event)
         case Evaluated():
             return replace(summary, test={name: _finite(value) for name, value in values_of(event).items()})
         case LeasesReturned(repeated=repeated):
@@ -164,6 +175,16 @@ def _after(summary: Summary, observation: Observation) -> Summary:
         case JobFinished():
             return _finished(summary, event)
     return summary
+
+
+def _moved(summary: Summary, event: BatchProgress | Iterated) -> Summary:
+    before = summary.batch or Batch(event.iteration)
+    batch = replace(
+        before, iterations=event.iteration, evaluations=event.evaluations, backed_up=event.backed_up,
+        gradient=event.gradient,
+    )  # fmt: skip
+    examples = replace(summary.examples, seen=event.examples)
+    return replace(summary, batch=batch, examples=examples, loss=_finite(event.loss))
 
 
 def _started(summary: Summary, event: JobStarted) -> Summary:
@@ -180,6 +201,7 @@ def _started(summary: Summary, event: JobStarted) -> Summary:
         epochs=event.epochs,
         shard_balance=event.shard_balance,
         examples=_counted(replace(summary.examples, planned=planned), event.resumed_examples),
+        batch=Batch(event.iterations) if event.iterations else None,
         **(_commands(event.run) if resumable else {}),
     )
 
@@ -197,7 +219,12 @@ def _checkpointed(summary: Summary, event: CheckpointWritten | CheckpointFailed 
 
 
 def _finished(summary: Summary, event: JobFinished) -> Summary:
-    staleness = summary.staleness
+    staleness, batch = summary.staleness, summary.batch
+    if batch is not None:
+        batch = replace(
+            batch, iterations=event.iterations, evaluations=event.evaluations, round_trips=event.round_trips,
+            gradient=event.gradient, converged=event.converged,
+        )  # fmt: skip
     if event.staleness:
         staleness = Staleness(staleness_quantile(event.staleness, 0.5), staleness_quantile(event.staleness, 0.95))
     return replace(
@@ -208,6 +235,8 @@ def _finished(summary: Summary, event: JobFinished) -> Summary:
         pushes=event.pushes,
         mini_batches=event.mini_batches,
         lost_updates=event.lost_updates,
+        loss=summary.loss if event.loss is None else event.loss,
+        batch=batch,
         export_command=event.export_command,
         resume_command=event.resume_command,
     )
@@ -238,26 +267,16 @@ def text(summary: Summary) -> str:
 
 
 def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
-    examples, checkpoints = summary.examples, summary.checkpoints
+    checkpoints = summary.checkpoints
     yield "run", summary.run
     yield "ended", f"{summary.reason} ({duration(summary.wall_seconds)})"
+    epochs = "" if summary.batch is not None else f"{count(summary.epochs, 'epoch')}, "
     yield (
         "job",
-        f"{summary.algorithm}, {count(summary.epochs, 'epoch')}, {count(summary.replicas, 'replica')}, "
-        f"{count(summary.parameters, 'parameter')}",
+        f"{summary.algorithm}, {epochs}{count(summary.replicas, 'replica')}, {count(summary.parameters, 'parameter')}",
     )
     yield "shards", f"{summary.shards:,}, largest / mean {summary.shard_balance:.3f}"
-    yield (
-        "examples",
-        f"{examples.seen:,} of {examples.planned:,} seen, of which {summary.refused:,} refused; "
-        f"{examples.repeated:,} repeated, {examples.missing:,} missing",
-    )
-    yield (
-        "pushes",
-        f"{summary.pushes:,} applied, made of {summary.mini_batches:,} mini-batches; {summary.lost_updates:,} lost",
-    )
-    yield "staleness", f"median {summary.staleness.median:g}, 95 % of pushes at most {summary.staleness.p95:g}"
-    yield "training loss", "none" if summary.loss is None else number(summary.loss)
+    yield from _of_downpour(summary) if summary.batch is None else _of_batch(summary, summary.batch)
     yield "test", ", ".join(f"{name} {number(value)}" for name, value in summary.test.items()) or "not measured"
     yield (
         "checkpoints",
@@ -273,121 +292,42 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "resume with", summary.resume_command or nothing
 
 
+def _of_downpour(summary: Summary) -> Iterator[tuple[str, str]]:
+    examples = summary.examples
+    yield (
+        "examples",
+        f"{examples.seen:,} of {examples.planned:,} seen, of which {summary.refused:,} refused; "
+        f"{examples.repeated:,} repeated, {examples.missing:,} missing",
+    )
+    yield (
+        "pushes",
+        f"{summary.pushes:,} applied, made of {summary.mini_batches:,} mini-batches; {summary.lost_updates:,} lost",
+    )
+    yield "staleness", f"median {summary.staleness.median:g}, 95 % of pushes at most {summary.staleness.p95:g}"
+    yield "training loss", "none" if summary.loss is None else number(summary.loss)
+
+
+def _of_batch(summary: Summary, batch: Batch) -> Iterator[tuple[str, str]]:
+    converged = "converged" if batch.converged else "NOT converged: the loss may go on falling"
+    yield "iterations", f"{batch.iterations:,} of at most {batch.max_iterations:,}; {converged}"
+    yield "evaluations", f"{batch.evaluations:,}, in {count(batch.round_trips, 'round trip')} to the shards"
+    yield (
+        "examples",
+        f"{summary.examples.seen:,}, each once in every evaluation; copies of slow portions: {batch.backed_up:,}",
+    )
+    loss = "none" if summary.loss is None else f"{summary.loss:.8g}"
+    yield "training loss", f"{loss}, largest gradient {'-' if batch.gradient is None else f'{batch.gradient:.2e}'}"
+
+
 def _fault_counts(faults: tuple[Fault, ...]) -> str:
     lost = sum(fault.type == "RoleLost" for fault in faults)
     restored = sum(fault.type == "ShardRestored" for fault in faults)
+    evaluations = sum(fault.type == "EvaluationLost" for fault in faults)
+    files = len(faults) - lost - restored - evaluations
     parts = {
         f"{count(lost, 'role')} lost": lost,
         f"{count(restored, 'shard')} restored": restored,
-        f"{count(len(faults) - lost - restored, 'checkpoint')} failed or damaged": len(faults) - lost - restored,
+        f"{count(evaluations, 'evaluation')} computed again": evaluations,
+        f"{count(files, 'checkpoint')} failed or damaged": files,
     }
     return ", ".join(words for words, number in parts.items() if number) or "none"
-
-
-# events in words: what is not notable in itself has no sentence
-
-
-def sentence(event: AnyEvent) -> str | None:
-    """One line for people, without line breaks; None for what is not notable in itself."""
-    match event:
-        case JobStarted():
-            return _start(event)
-        case RoleStarted(role=role, incarnation=incarnation):
-            return f"{role.replace('/', ' ')} is back, incarnation {incarnation}" if incarnation else None
-        case RoleLost(role=role, reason=reason):
-            return f"{role.replace('/', ' ')} was lost: {first_line(reason)}"
-        case ReplicasReleased(replicas=replicas, examples=examples):
-            return f"warmstart: {count(replicas, 'replica')} may train from example {examples:,} on"
-        case LeasesReturned(replica=replica, leases=leases, examples=examples, repeated=repeated):
-            repeats = f", {repeated:,} of them applied already" if repeated else ""
-            return f"replica {replica} gave back {count(leases, 'lease')} of {count(examples, 'example')}{repeats}"
-        case ShardRestored(shard=shard, version=version):
-            return f"shard {shard} was restored from its checkpoint at version {version:,}"
-        case PushRefused(replica=replica, step=step, reason=reason):
-            return f"replica {replica} refused its push of step {step:,}: {first_line(reason)}"
-        case Progress() | BatchProgress() | Iterated():
-            return None
-        case EvaluationLost(evaluation=evaluation, reason=reason):
-            return f"evaluation {evaluation:,} is computed again: {first_line(reason)}"
-        case Evaluated(examples=examples):
-            return f"tested after {count(examples, 'example')}: {measured(values_of(event))}"
-        case EpochFinished(epoch=epoch, seen=seen, repeated=repeated):
-            repeats = f", {repeated:,} repeated" if repeated else ""
-            return f"epoch {epoch + 1} finished: {count(seen, 'example')} seen{repeats}"
-        case CheckpointWritten(examples=examples, checkpoint_seconds=seconds):
-            return f"checkpoint written after {count(examples, 'example')}, in {duration(seconds)}"
-        case CheckpointFailed(path=path, reason=reason):
-            return f"checkpoint {path} could not be written: {first_line(reason)}"
-        case CheckpointRejected(path=path, reason=reason):
-            return f"checkpoint {path} was passed over: {first_line(reason)}"
-        case JobStopping(reason=reason):
-            return f"stopping: {first_line(reason)}"
-        case JobFinished(reason=reason):
-            return f"ended: {first_line(reason)}"
-
-
-def _start(event: JobStarted) -> str:
-    resumed = f", resumed after {count(event.resumed_examples, 'example')}" if event.resumed_examples else ""
-    return (
-        f"{event.run}: {event.algorithm}, {count(event.replicas, 'replica')}, {count(event.shards, 'shard')}, "
-        f"{count(event.parameters, 'parameter')}, {count(event.epochs, 'epoch')} "
-        f"of {count(event.examples_per_epoch, 'example')}{resumed}"
-    )
-
-
-def values_of(event: Evaluated) -> dict[str, float]:
-    """What was measured on the test set by name, the loss among it where there is one; nan for what was not finite."""
-    metrics = {name: math.nan if value is None else value for name, value in event.metrics.items()}
-    return ({} if event.loss is None else {"loss": event.loss}) | metrics
-
-
-def measured(values: dict[str, float]) -> str:
-    """Named values in one line; "nothing measured" for none."""
-    return ", ".join(f"{name} {number(value)}" for name, value in values.items()) or "nothing measured"
-
-
-def better(name: str, value: float, than: float) -> bool:
-    """Whether `value` of the metric `name` improves on `than`, judged by the name: losses and errors fall."""
-    return value < than if smaller_is_better(name) else value > than
-
-
-def smaller_is_better(name: str) -> bool:
-    """Whether the metric's name says so: it contains loss, error, perplexity and the like."""
-    return any(word in name.lower() for word in SMALLER_IS_BETTER)
-
-
-def count(number: int, noun: str) -> str:
-    """`1 shard`, `1,234 shards`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def number(value: float | None) -> str:
-    """A measured value in four digits; "not finite" for None, which is how JSON writes nan and inf."""
-    if value is None or value != value or value in (float("inf"), float("-inf")):
-        return "not finite"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-
-
-def rate(value: float) -> str:
-    """A number per second: `12,345`, or `1.2` where the fraction matters."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def duration(seconds: float) -> str:
-    """`0.4 s`, `42 s`, `12 min 05 s`, `3 h 07 min`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
-
-
-def first_line(reason: str) -> str:
-    """What a reason comes to in one line: the first, or of a traceback the last, where the exception stands."""
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    if not lines:
-        return "no reason given"
-    return lines[-1] if lines[0].startswith("Traceback") else lines[0]

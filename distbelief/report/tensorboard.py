@@ -7,8 +7,8 @@ The step of every scalar is the number of examples settled, so that runs with di
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distbelief.events import Evaluated, JobFinished, JobStarted, Observation, Progress
-from distbelief.report.summary import values_of
+from distbelief.events import BatchProgress, Evaluated, Iterated, JobFinished, JobStarted, Observation, Progress
+from distbelief.report.words import values_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -68,6 +68,18 @@ class TensorBoardFiles:
                 self._scalar("pushes_per_second", event.pushes_per_second)
                 self._scalar("staleness/median", event.staleness_median)
                 self._scalar("staleness/p95", event.staleness_p95)
+                self._scalar("replicas_alive", event.replicas_alive)
+            case Iterated() as event:
+                self._examples = event.examples
+                self._scalar("loss", event.loss)
+                self._scalar("gradient", event.gradient)
+                self._scalar("step/t", event.t)
+                self._scalar("step/length", event.length)
+                self._scalar("evaluations", event.evaluations)
+            case BatchProgress() as event:
+                self._examples = event.examples
+                self._scalar("examples_per_second", event.examples_per_second)
+                self._scalar("portions_backed_up", event.backed_up)
                 self._scalar("replicas_alive", event.replicas_alive)
             case Evaluated() as event:
                 self._examples = event.examples

@@ -13,16 +13,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 from distbelief.events import (
+    BatchProgress,
     CheckpointWritten,
     EpochFinished,
     Evaluated,
+    Iterated,
     JobFinished,
     JobStarted,
     Observation,
     Progress,
     PushRefused,
 )
-from distbelief.report.summary import (
+from distbelief.report.batch import batch_parts, batch_rows
+from distbelief.report.words import (
     better,
     count,
     duration,
@@ -58,6 +61,9 @@ class View:
     seconds: float = 0.0
     started: JobStarted | None = None
     progress: Progress | None = None
+    batch: BatchProgress | None = None
+    """Of Sandblaster, instead of `progress`."""
+    iterated: Iterated | None = None
     loss: float | None = None
     """The last training loss that was reported."""
     rate: float = 0.0
@@ -74,14 +80,17 @@ class View:
         view = replace(self, seconds=observation.seconds)._noted(observation)
         match observation.event:
             case JobStarted() as event:
-                return replace(view, started=event, ended=False)
+                return replace(view, started=event, batch=None, iterated=None, ended=False)
+            case BatchProgress() as event:
+                return replace(view, batch=event, rate=_smoothed(view.rate, event.examples_per_second))
+            case Iterated() as event:
+                return replace(view, iterated=event)
             case Progress() as event:
-                smoothed = view.rate + SMOOTHING * (event.examples_per_second - view.rate)
                 return replace(
                     view,
                     progress=event,
                     loss=view.loss if event.loss is None else event.loss,
-                    rate=smoothed if view.rate else event.examples_per_second,
+                    rate=_smoothed(view.rate, event.examples_per_second),
                 )
             case Evaluated() as event:
                 tested = values_of(event)
@@ -107,10 +116,20 @@ class View:
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Estimate of the time to the end; None while there is nothing to go by."""
+        """Estimate of the time to the end; None while there is nothing to go by.
+
+        Of Sandblaster it is the time to its limit of iterations: it mostly ends sooner.
+        """
+        if self.batch is not None and self.batch.iteration and not self.ended:
+            left = self.batch.max_iterations - self.batch.iteration
+            return left * self.seconds / self.batch.iteration
         if self.progress is None or self.rate <= 0 or self.ended:
             return None
         return max(0, self.progress.total_examples - self.progress.examples) / self.rate
+
+
+def _smoothed(before: float, now: float) -> float:
+    return before + SMOOTHING * (now - before) if before else now
 
 
 class Terminal:
@@ -129,7 +148,7 @@ class Terminal:
         self._heard = clock()
         self._first_line: float | None = None
         self._last_line: float | None = None
-        self._unprinted: Progress | None = None
+        self._unprinted: Progress | BatchProgress | None = None
 
     def __enter__(self) -> Self:
         if self._console.is_interactive and self._console.encoding.startswith("utf"):
@@ -172,7 +191,7 @@ class Terminal:
 
     def _print(self, observation: Observation) -> None:
         event = observation.event
-        if isinstance(event, Progress):
+        if isinstance(event, Progress | BatchProgress):
             self._unprinted = event
             if self._last_line is None or self._heard - self._last_line >= self._pause():
                 self._print_progress()
@@ -212,6 +231,8 @@ def _stamped(seconds: float, words: str) -> str:
 
 def progress_line(view: View) -> str:
     """Where a run that has reported progress stands, in one line."""
+    if view.batch is not None:
+        return _stamped(view.seconds, " | ".join(batch_parts(view, view.batch)))
     progress = view.progress
     assert progress is not None
     parts = [
@@ -237,8 +258,8 @@ def draw(view: View, silence_seconds: float | None = None) -> "RenderableType":
     if view.started is None:
         return Text("starting ...", no_wrap=True, overflow="ellipsis")
     lines: list[RenderableType] = [_header(view, silence_seconds)]
-    if view.progress is not None:
-        lines += [_bar(view, view.progress)]
+    if view.progress is not None or view.batch is not None:
+        lines += [_bar(view)]
     lines.append(_numbers(view))
     if view.notable:
         lines.append(Text(""))
@@ -261,7 +282,7 @@ def _header(view: View, silence_seconds: float | None) -> "RenderableType":
     return grid
 
 
-def _bar(view: View, progress: Progress) -> "RenderableType":
+def _bar(view: View) -> "RenderableType":
     from rich.progress_bar import ProgressBar
 
     grid = _grid()
@@ -269,16 +290,27 @@ def _bar(view: View, progress: Progress) -> "RenderableType":
     grid.add_column(ratio=1)
     grid.add_column(no_wrap=True, justify="right")
     grid.add_column(no_wrap=True, justify="right")
-    total = max(1, progress.total_examples)
-    epochs = view.started.epochs if view.started is not None else 0
+    label, done, total = _stage(view)
+    most = "at most " if view.batch is not None else ""
     remaining = view.remaining_seconds
     grid.add_row(
-        f"epoch {min(progress.epoch + 1, epochs)} of {epochs}",
-        ProgressBar(total=total, completed=progress.examples),
-        f"{100 * progress.examples // total} %",
-        "" if remaining is None else f"{duration(remaining)} left",
+        label,
+        ProgressBar(total=total, completed=done),
+        f"{100 * done // total} %",
+        "" if remaining is None else f"{most}{duration(remaining)} left",
     )
     return grid
+
+
+def _stage(view: View) -> tuple[str, int, int]:
+    """(where the run is, how much is done, of how much)."""
+    if view.batch is not None:
+        limit = max(1, view.batch.max_iterations)
+        return f"iteration {view.batch.iteration:,} of {limit:,}", view.batch.iteration, limit
+    progress = view.progress
+    assert progress is not None
+    epochs = view.started.epochs if view.started is not None else 0
+    return f"epoch {min(progress.epoch + 1, epochs)} of {epochs}", progress.examples, max(1, progress.total_examples)
 
 
 def _numbers(view: View) -> "RenderableType":
@@ -289,8 +321,11 @@ def _numbers(view: View) -> "RenderableType":
     grid.add_column(no_wrap=True, overflow="ellipsis", justify="right", min_width=10)
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     model = f"{started.algorithm}, {count(started.shards, 'shard')}, {count(started.parameters, 'parameter')}"
-    alive = started.replicas if progress is None else progress.replicas_alive
+    reported = view.batch or progress
+    alive = started.replicas if reported is None else reported.replicas_alive
     grid.add_row(_bold("replicas"), f"{alive:,}", f"of {started.replicas:,} alive; {model}")
+    for name, told, about in batch_rows(view, view.batch) if view.batch is not None else ():
+        grid.add_row(_bold(name), told, about)
     if progress is not None:
         refused = f", {view.refused:,} refused" if view.refused else ""
         examples = f"of {progress.total_examples:,}, {rate(progress.examples_per_second)} per second"

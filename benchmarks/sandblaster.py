@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sandblaster L-BFGS: time to the same loss beside torch.optim.LBFGS, a slow replica, overhead, memory of a shard.
+
+All methods start from the same parameters with the same full batch, and stop when they reach the loss that
+torch.optim.LBFGS has after some iterations. They take turns; what is compared are ratios within a round.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import distbelief as db
+from benchmarks import sandblaster_peers
+from benchmarks.memory import held, role_processes
+from benchmarks.processes import Companion
+from benchmarks.sandblaster_peers import HISTORY, MICRO_BATCH, SEED, frames, model
+from benchmarks.table import Measured, Row, Spread, interleave, ratio, table_text, verdict
+from distbelief.events import CheckpointWritten, Iterated, Observation
+
+ONE_THREAD, ALL_CORES = "torch.optim.LBFGS, one thread", "torch.optim.LBFGS, all cores"
+SLOWDOWN = 4.0
+ALLOWED_OVER_IDEAL = 1.3
+OVERHEAD_MILLISECONDS = 2.0
+NUMBER_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to measure."""
+
+    frames: int
+    iterations: int
+    rounds: int
+    parameters: int
+    """Of the model whose shard is weighed."""
+
+
+FULL = Plan(32_768, 12, 5, 16_000_000)
+QUICK = Plan(8_192, 4, 1, 2_000_000)
+TARGETS = {1: 0.9, 2: 1.7}
+"""Replicas -> how many times as fast as torch.optim.LBFGS on one thread."""
+
+
+class Clock:
+    """Hears a job: when its first evaluation began, and when which iteration was reached."""
+
+    def __init__(self) -> None:
+        self.began = 0.0
+        self.iterated: list[tuple[float, int]] = []
+        """(seconds, evaluations so far) of every iteration."""
+        self.backed_up = 0
+
+    def __call__(self, observation: Observation) -> None:
+        """Hear an event."""
+        match observation.event:
+            case CheckpointWritten() if not self.began:
+                self.began = observation.seconds
+            case Iterated(evaluations=evaluations, backed_up=backed_up):
+                self.iterated.append((observation.seconds, evaluations))
+                self.backed_up = backed_up
+
+    @property
+    def seconds(self) -> float:
+        """From the first evaluation to the last iteration."""
+        return self.iterated[-1][0] - self.began
+
+    @property
+    def seconds_per_evaluation(self) -> float:
+        """After the first iteration, in which processes warm up."""
+        (first, before), (last, after) = self.iterated[0], self.iterated[-1]
+        return (last - first) / (after - before)
+
+
+def sandblast(
+    plan: Plan, replicas: int, *, target: float | None = None, iterations: int = 1000, slow: bool = False,
+    backups: bool = True,
+) -> Clock:  # fmt: skip
+    """Minimise with so many replicas of one thread each; `slow`: the first of them is four times slower."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        job = db.Job(
+            model=model, data=partial(frames, plan.frames), loss=nn.functional.cross_entropy,
+            algorithm=db.Sandblaster(
+                history=HISTORY, max_iterations=iterations, gtol=0.0, ftol=0.0, target=target,
+                micro_batch=MICRO_BATCH, backups=backups,
+            ),
+            cluster=db.Cluster(replicas=replicas, threads_per_replica=1), seed=SEED, run=Path(folder) / "run",
+        )  # fmt: skip
+        faults = db.Faults(slow={"replica/0": SLOWDOWN}) if slow else None
+        db.train(job, view=False, listeners=[clock], faults=faults)
+    return clock
+
+
+def run(quick: bool) -> list[Row]:
+    """Measure, print the tables, return a row per measurement."""
+    plan = QUICK if quick else FULL
+    return [*to_the_same_loss(plan), *with_a_slow_replica(plan), overhead(), memory(plan)]
+
+
+def to_the_same_loss(plan: Plan) -> list[Row]:
+    """Seconds to the loss that torch.optim.LBFGS reaches."""
+    with ExitStack() as opened:
+        peer = opened.enter_context(Companion(sandblaster_peers.torch_lbfgs, count=plan.frames))
+        cores = torch.get_num_threads()
+        target = peer.ask(cores, plan.iterations, -1.0, deadline_seconds=1200.0)
+
+        def torch_seconds(threads: int) -> float:
+            return peer.ask(threads, 10 * plan.iterations, target, deadline_seconds=1200.0)
+
+        methods: dict[str, Callable[[], float]] = {
+            ONE_THREAD: partial(torch_seconds, 1), ALL_CORES: partial(torch_seconds, cores),
+        }  # fmt: skip
+        for replicas in TARGETS:
+            methods[_name(replicas)] = lambda replicas=replicas: sandblast(plan, replicas, target=target).seconds
+        measured = interleave(methods, plan.rounds)
+    asked = {_name(replicas): least for replicas, least in TARGETS.items()}
+    rows, lines = [], []
+    for name, one in measured.items():
+        faster = ratio(measured[ONE_THREAD], one)
+        least = asked.get(name)
+        reached = None if least is None else faster is not None and faster.median >= least
+        lines.append([name, _seconds(one), str(faster or "-"), f">= {least}" if least else "-", verdict(reached)])
+        rows.append(_row("time to the same loss", name, faster, f">= {least}" if least else None, reached, one.failure))
+    title = f"speech model, full batch of {plan.frames:,} frames, to a loss of {target:.4f}"
+    print(table_text(title, ["method", "seconds", "times one thread's speed", "asked", "reached"], lines), flush=True)
+    return rows
+
+
+def with_a_slow_replica(plan: Plan) -> list[Row]:
+    """Seconds per evaluation of two replicas, one four times slower, beside the ideal and a static split."""
+    methods: dict[str, Callable[[], float]] = {
+        "alone": lambda: sandblast(plan, 1, iterations=3).seconds_per_evaluation,
+        "with backups": lambda: sandblast(plan, 2, iterations=4, slow=True).seconds_per_evaluation,
+        "without backups": lambda: sandblast(plan, 2, iterations=4, slow=True, backups=False).seconds_per_evaluation,
+    }
+    measured = interleave(methods, plan.rounds)
+    # Two that are as fast as the one alone, the second slowed: together they do 1 + 1/4 of its work in its time.
+    ideal = 1 / (1 + 1 / SLOWDOWN)
+    rows, lines = [], []
+    for name in ("with backups", "without backups"):
+        quotient = ratio(measured[name], measured["alone"])
+        over = None if quotient is None else _scaled(quotient, 1 / ideal)
+        reached = None if name != "with backups" else over is not None and over.median <= ALLOWED_OVER_IDEAL
+        asked = f"<= {ALLOWED_OVER_IDEAL}" if reached is not None else None
+        lines.append([name, _seconds(measured[name]), str(over or "-"), asked or "-", verdict(reached)])
+        rows.append(_row("one replica four times slower", name, over, asked, reached, measured[name].failure))
+    lines.append(["static split in halves (computed)", "-", f"{SLOWDOWN / 2 / ideal:.2f}", "-", "-"])
+    title = "two replicas, one four times slower: an evaluation"
+    print(table_text(title, ["portions", "seconds", "times the ideal", "asked", "reached"], lines), flush=True)
+    return rows
+
+
+def small(width: int = 16) -> nn.Module:
+    """Hardly anything to compute."""
+    return nn.Sequential(nn.Linear(16, width), nn.Tanh(), nn.Linear(width, 4))
+
+
+def few() -> TensorDataset:
+    """Sixty-four examples."""
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(64, 16, generator=generator), torch.randint(4, (64,), generator=generator))
+
+
+def overhead() -> Row:
+    """Milliseconds of an evaluation in which there is next to nothing to compute."""
+    samples = []
+    for _ in range(3):
+        clock = Clock()
+        with tempfile.TemporaryDirectory() as folder:
+            job = db.Job(
+                model=small, data=few, loss=nn.functional.cross_entropy, run=Path(folder) / "run",
+                algorithm=db.Sandblaster(max_iterations=150, gtol=0.0, ftol=0.0, micro_batch=64),
+                cluster=db.Cluster(replicas=1),
+            )  # fmt: skip
+            db.train(job, view=False, listeners=[clock])
+        samples.append(1e3 * clock.seconds_per_evaluation)
+    typical = statistics.median(samples)
+    reached = typical <= OVERHEAD_MILLISECONDS
+    print(
+        f"\nan evaluation of 64 examples and {sum(p.numel() for p in small().parameters())} parameters, all told: "
+        f"{typical:.2f} ms ({min(samples):.2f}..{max(samples):.2f}), of which the coordinator may take "
+        f"{OVERHEAD_MILLISECONDS:g}: {verdict(reached)}",
+        flush=True,
+    )
+    spread = Spread(typical, statistics.fmean(samples), min(samples), max(samples), len(samples))
+    asked = f"<= {OVERHEAD_MILLISECONDS:g} ms"
+    return _row("milliseconds per evaluation", "1 replica, 1 shard", spread, asked, reached, None)
+
+
+class Weigher:
+    """Looks at the shard's memory after each iteration."""
+
+    def __init__(self) -> None:
+        self.bytes: list[float] = []
+
+    def __call__(self, observation: Observation) -> None:
+        """Hear an event."""
+        event = observation.event
+        if isinstance(event, Iterated):
+            self.bytes.append(held(role_processes()[0]).own)
+
+
+def broad(width: int) -> nn.Module:
+    """One layer of so many weights."""
+    return nn.Linear(width, 1000, bias=False)
+
+
+def noise(width: int) -> TensorDataset:
+    """A regression so ill conditioned that it takes more iterations than the history has pairs."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(16, width, generator=generator) * torch.logspace(-2, 0, 16)[:, None]
+    return TensorDataset(inputs, torch.randn(16, 1000, generator=generator))
+
+
+def memory(plan: Plan) -> Row:
+    """Bytes of a shard beside span x (2 history + 5) words, what a bare process holds taken away."""
+
+    def weigh(width: int) -> float:
+        weigher = Weigher()
+        with tempfile.TemporaryDirectory() as folder:
+            job = db.Job(
+                model=partial(broad, width), data=partial(noise, width), loss=nn.functional.mse_loss,
+                algorithm=db.Sandblaster(history=HISTORY, max_iterations=HISTORY + 5, gtol=0.0, ftol=0.0),
+                cluster=db.Cluster(replicas=1), run=Path(folder) / "run",
+            )  # fmt: skip
+            db.train(job, view=False, listeners=[weigher])
+        return weigher.bytes[-1]  # the history is full by then
+
+    width = plan.parameters // 1000
+    measured = weigh(width) - weigh(1)
+    words = measured / (NUMBER_BYTES * plan.parameters)
+    asked = 2 * HISTORY + 5
+    reached = words <= 1.02 * asked
+    print(
+        f"\na shard of {plan.parameters:,} parameters holds {words:.2f} words for each; asked: 2 x {HISTORY} + 5 = "
+        f"{asked}: {verdict(reached)}",
+        flush=True,
+    )
+    return _row("words per parameter", "shard", Spread(words, words, words, words, 1), f"<= {asked}", reached, None)
+
+
+def _name(replicas: int) -> str:
+    return f"Sandblaster, {replicas} replica{'s' if replicas > 1 else ''}"
+
+
+def _seconds(one: Measured) -> str:
+    return f"{one.spread.median:.2f}" if one.spread else f"failed: {one.failure}"
+
+
+def _scaled(spread: Spread, by: float) -> Spread:
+    return Spread(spread.median * by, spread.mean * by, spread.low * by, spread.high * by, spread.count)
+
+
+def _row(
+    measure: str, method: str, value: Spread | None, asked: str | None, reached: bool | None, failure: str | None
+) -> Row:
+    return {
+        "measure": measure, "method": method, "median": value.median if value else None,
+        "low": value.low if value else None, "high": value.high if value else None,
+        "rounds": value.count if value else 0, "asked": asked, "reached": reached, "failure": failure,
+    }  # fmt: skip

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sandblaster for an objective of one's own: a sum over portions of data, without a module, a loss or targets.
+
+It builds the job that a user of modules would write, so everything that is true of jobs is true here.
+"""
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from distbelief.cluster import Cluster
+from distbelief.errors import ConfigurationError
+from distbelief.events import JobFinished, Observation
+from distbelief.job import Job
+from distbelief.parameters import Groups
+from distbelief.sandblaster import Sandblaster
+from distbelief.train import train
+
+ONE = "x"
+"""The name of the parameter where there is one only."""
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """What `minimize` found."""
+
+    parameters: Any
+    """As they were given: a tensor, or a dict of tensors; new ones, on the CPU."""
+    value: float
+    """Of the sum over all data, penalties included."""
+    gradient_norm: float
+    """The largest entry of its gradient there, as penalties and bounds reduce it."""
+    converged: bool
+    reason: str
+    """Why it stopped, as a sentence."""
+    iterations: int
+    evaluations: int
+
+
+class Point(nn.Module):
+    """The parameters as a module, so that they can be cut, fetched and written down."""
+
+    def __init__(self, start: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.parameters_by_name = nn.ParameterDict({name: nn.Parameter(value.clone()) for name, value in start.items()})
+
+
+@dataclass(frozen=True)
+class Share:
+    """The mean over a portion of what the user's function sums over it."""
+
+    function: Callable[..., Tensor]
+    single: bool
+    """Whether there is one parameter, without a name."""
+    data: str
+    """"none", "tensor" or "tuple": what a portion is."""
+
+    def __call__(self, point: nn.Module, batch: Any) -> Tensor:
+        """The loss as a job wants it."""
+        assert isinstance(point, Point)
+        held = point.parameters_by_name
+        x = held[ONE] if self.single else dict(held.items())
+        first = batch[0] if isinstance(batch, tuple | list) else batch
+        if self.data == "none":
+            return self.function(x)
+        return self.function(x, first if self.data == "tensor" else batch) / len(first)
+
+
+def minimize(
+    function: Callable[..., Tensor],
+    parameters: Tensor | Mapping[str, Tensor],
+    *,
+    data: Any = None,
+    algorithm: Sandblaster | None = None,
+    cluster: Cluster | None = None,
+    groups: Groups | None = None,
+    run: Path | str | None = None,
+    view: bool = False,
+) -> Minimum:
+    """Find a minimum of F(x) = sum over all data of function + l2/2 |x|_2^2 + l1 |x|_1, by L-BFGS.
+
+    `function(x, portion)` returns the scalar sum over the examples of a portion, in a way that torch can
+    differentiate; x has the form of `parameters`, the starting point, which is copied. `data` is a tensor or a tuple of
+    tensors with examples along the first dimension, or a map-style data set whose mini-batches are the portions;
+    without data, `function(x)` is the objective. Replicas are other processes: the function stands at the top level of
+    a file, and the call below `if __name__ == "__main__"`.
+
+    l1, l2, gtol and target of `algorithm` are on the scale of F, and penalties are of every parameter. `run` keeps
+    checkpoints and events in a folder; without it they are removed at the end. Raises what `train` raises.
+    """
+    algorithm = algorithm or Sandblaster()
+    start = {ONE: parameters} if isinstance(parameters, Tensor) else dict(parameters)
+    kind, built = _data(data)
+    count = len(built)
+    if count == 0:
+        raise ConfigurationError("minimize(data=...) is empty", hint="give at least one example, or data=None")
+    scaled = dataclasses.replace(
+        algorithm, l1=algorithm.l1 / count, l2=algorithm.l2 / count, gtol=algorithm.gtol / count,
+        target=None if algorithm.target is None else algorithm.target / count,
+    )  # fmt: skip
+    heard: list[JobFinished] = []
+
+    def hear(observation: Observation) -> None:
+        if isinstance(observation.event, JobFinished):
+            heard.append(observation.event)
+
+    with contextlib.ExitStack() as stack:
+        folder = Path(run) if run is not None else Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        job = Job(
+            model=partial(Point, {name: value.detach().cpu() for name, value in start.items()}),
+            data=built,
+            step=Share(function, isinstance(parameters, Tensor), kind),
+            algorithm=scaled,
+            cluster=cluster or Cluster(replicas=1),
+            groups=_Penalised(scaled.l1, scaled.l2, groups),
+            run=folder,
+        )
+        result = train(job, view=view, listeners=[hear])
+        assert isinstance(result.model, Point)
+        found = {name: value.detach().clone() for name, value in result.model.parameters_by_name.items()}
+    (finished,) = heard
+    assert finished.loss is not None
+    assert finished.gradient is not None
+    return Minimum(
+        parameters=found[ONE] if isinstance(parameters, Tensor) else found,
+        value=count * finished.loss,
+        gradient_norm=count * finished.gradient,
+        converged=finished.converged,
+        reason=finished.reason,
+        iterations=finished.iterations,
+        evaluations=finished.evaluations,
+    )
+
+
+@dataclass(frozen=True)
+class _Penalised:
+    """Every parameter is penalised, vectors too, unless the user's groups say otherwise."""
+
+    l1: float
+    l2: float
+    own: Groups | None
+
+    def __call__(self, name: str, parameter: nn.Parameter) -> dict[str, float]:
+        given = {} if self.own is None else dict(self.own(name.removeprefix("parameters_by_name."), parameter))
+        return {"l1": self.l1, "l2": self.l2} | given
+
+
+def _data(data: Any) -> tuple[str, Any]:
+    """What a portion is, and the data set of them."""
+    if data is None:
+        return "none", TensorDataset(torch.zeros(1))
+    if isinstance(data, Tensor):
+        return "tensor", TensorDataset(data)
+    if isinstance(data, tuple | list) and all(isinstance(part, Tensor) for part in data):
+        lengths = sorted({len(part) for part in data})
+        if len(lengths) != 1:
+            raise ConfigurationError(
+                f"minimize(data=...) has tensors of {' and '.join(map(str, lengths))} examples",
+                hint="give tensors of the same length along their first dimension",
+            )
+        return "tuple", TensorDataset(*data)
+    return "tuple", data() if callable(data) and not hasattr(data, "__getitem__") else data

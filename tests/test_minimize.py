@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of `minimize`, against SciPy, closed forms and scikit-learn."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize as scipy_minimize
+from torch import Tensor
+
+import distbelief as db
+
+SIMULATED = db.Cluster(replicas=2, shards=2, engine="simulated")
+PRECISE = db.Sandblaster(gtol=1e-9, ftol=0.0, max_iterations=500, micro_batch=16)
+
+
+def rosenbrock(x: Tensor) -> Tensor:
+    return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+
+
+def squares(x: Tensor, portion: tuple[Tensor, Tensor]) -> Tensor:
+    inputs, targets = portion
+    return (inputs @ x - targets).square().sum() / 2
+
+
+def named_squares(x: dict[str, Tensor], portion: tuple[Tensor, Tensor]) -> Tensor:
+    inputs, targets = portion
+    return (inputs @ x["slope"] + x["offset"] - targets).square().sum() / 2
+
+
+def regression(examples: int = 100, features: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(examples, features, generator=generator, dtype=torch.float64)
+    return inputs, inputs @ torch.arange(features).double() + torch.randn(examples, generator=generator).double()
+
+
+def test_a_function_without_data_is_minimised_as_scipy_does() -> None:
+    start = torch.tensor([-1.2, 1.0] * 5, dtype=torch.float64)
+    found = db.minimize(rosenbrock, start, algorithm=PRECISE, cluster=db.Cluster(replicas=1, engine="simulated"))
+
+    def value(x: np.ndarray) -> tuple[float, np.ndarray]:
+        point = torch.tensor(x, requires_grad=True)
+        loss = rosenbrock(point)
+        (gradient,) = torch.autograd.grad(loss, point)
+        return loss.item(), gradient.numpy()
+
+    reference = scipy_minimize(value, start.numpy(), jac=True, method="L-BFGS-B", options={"gtol": 1e-9, "ftol": 0.0})
+    assert found.value == pytest.approx(reference.fun, abs=1e-12)
+    torch.testing.assert_close(found.parameters, torch.from_numpy(reference.x), rtol=1e-6, atol=1e-8)
+    assert found.converged
+    assert found.gradient_norm <= 1e-9
+    assert found.iterations <= 1.25 * reference.nit
+    assert torch.equal(start, torch.tensor([-1.2, 1.0] * 5, dtype=torch.float64)), "the start is copied"
+
+
+@pytest.mark.parametrize("l2", [0.0, 3.0])
+def test_a_sum_over_data_with_l2_is_ridge_regression(l2: float) -> None:
+    inputs, targets = regression()
+    algorithm = db.Sandblaster(gtol=1e-8, ftol=0.0, l2=l2, micro_batch=16)
+    found = db.minimize(
+        squares, torch.zeros(8, dtype=torch.float64), data=(inputs, targets), algorithm=algorithm, cluster=SIMULATED
+    )
+    exact = torch.linalg.solve(inputs.T @ inputs + l2 * torch.eye(8), inputs.T @ targets)
+    torch.testing.assert_close(found.parameters, exact, rtol=1e-8, atol=1e-8)
+    value = squares(exact, (inputs, targets)) + l2 / 2 * exact.square().sum()
+    assert found.value == pytest.approx(float(value), rel=1e-10)
+
+
+def test_l1_leaves_the_zeros_and_the_optimum_of_the_lasso() -> None:
+    inputs, targets = regression()
+    l1 = 60.0
+    found = db.minimize(
+        squares, torch.zeros(8, dtype=torch.float64), data=(inputs, targets),
+        algorithm=db.Sandblaster(gtol=1e-7, ftol=0.0, l1=l1, micro_batch=16), cluster=SIMULATED,
+    )  # fmt: skip
+    x = torch.zeros(8, dtype=torch.float64)
+    step = 1 / float(torch.linalg.matrix_norm(inputs, 2)) ** 2
+    for _ in range(5000):  # proximal gradient
+        x = x - step * (inputs.T @ (inputs @ x - targets))
+        x = x.sign() * (x.abs() - step * l1).clamp(min=0)
+    torch.testing.assert_close(found.parameters, x, rtol=1e-6, atol=1e-8)
+    assert int((x == 0).sum()) > 0
+    assert torch.equal(found.parameters == 0, x == 0)
+
+
+def test_bounds_are_those_of_scipy() -> None:
+    inputs, targets = regression()
+    found = db.minimize(
+        squares, torch.ones(8, dtype=torch.float64), data=(inputs, targets),
+        algorithm=db.Sandblaster(gtol=1e-7, ftol=0.0, bounds=(0.5, 4.0), micro_batch=16), cluster=SIMULATED,
+    )  # fmt: skip
+    a, b = inputs.numpy(), targets.numpy()
+    reference = scipy_minimize(
+        lambda x: (0.5 * ((a @ x - b) ** 2).sum(), a.T @ (a @ x - b)), np.ones(8), jac=True, method="L-BFGS-B",
+        bounds=[(0.5, 4.0)] * 8, options={"gtol": 1e-9, "ftol": 0.0},
+    )  # fmt: skip
+    torch.testing.assert_close(found.parameters, torch.from_numpy(reference.x), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_named_parameters_come_back_by_name_from_real_processes(tmp_path: Path) -> None:
+    inputs, targets = regression()
+    start = {"slope": torch.zeros(8, dtype=torch.float64), "offset": torch.zeros((), dtype=torch.float64)}
+    found = db.minimize(
+        named_squares, start, data=(inputs, targets), algorithm=PRECISE, cluster=db.Cluster(replicas=2, shards=2),
+        run=tmp_path / "run",
+    )  # fmt: skip
+    design = torch.cat([inputs, torch.ones(100, 1)], 1)
+    exact = torch.linalg.lstsq(design, targets[:, None]).solution[:, 0]
+    assert found.parameters.keys() == start.keys()
+    torch.testing.assert_close(found.parameters["slope"], exact[:8], rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(found.parameters["offset"], exact[8], rtol=1e-7, atol=1e-8)
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_tensors_of_different_lengths_and_empty_data_are_refused() -> None:
+    with pytest.raises(db.ConfigurationError, match="tensors of 3 and 4 examples"):
+        db.minimize(squares, torch.zeros(2), data=(torch.zeros(4, 2), torch.zeros(3)))
+    with pytest.raises(db.ConfigurationError, match="empty"):
+        db.minimize(squares, torch.zeros(2), data=(torch.zeros(0, 2), torch.zeros(0)))
+
+
+def mean_of_squares(x: Tensor, portion: tuple[Tensor, Tensor]) -> Tensor:
+    return squares(x, portion) / len(portion[0])
+
+
+def test_a_function_that_is_no_sum_over_the_portion_is_refused() -> None:
+    with pytest.raises(db.ConfigurationError, match="twice over"):
+        db.minimize(
+            mean_of_squares, torch.ones(8, dtype=torch.float64), data=regression(), cluster=SIMULATED,
+            algorithm=PRECISE,
+        )  # fmt: skip
+
+
+def test_the_scale_of_the_data_does_not_change_the_point() -> None:
+    found = [
+        db.minimize(
+            functools.partial(scaled_squares, scale), torch.zeros(8, dtype=torch.float64), data=regression(),
+            algorithm=db.Sandblaster(gtol=1e-9 * scale, ftol=0.0, micro_batch=16), cluster=SIMULATED,
+        ).parameters
+        for scale in (1.0, 1e-6, 1e6)
+    ]  # fmt: skip
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-8)
+
+
+def scaled_squares(scale: float, x: Tensor, portion: tuple[Tensor, Tensor]) -> Tensor:
+    return scale * squares(x, portion)

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sandblaster when processes die, hang or are started again, and what it hands over to Downpour and takes from it."""
+
+import dataclasses
+import functools
+import itertools
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import distbelief as db
+from distbelief.checkpoint import complete
+from distbelief.events import Evaluated, EvaluationLost, Event, Iterated, JobFinished, Observation, RoleLost
+from distbelief.train import LocalEngine
+from tests import problems
+from tests.test_sandblaster import job, of_kind, points, trained
+
+LIMIT = 12
+
+
+def path_of(heard: list[Observation]) -> list[tuple[float, float]]:
+    """(loss, step) of every iteration, the last time it was taken."""
+    taken = {event.iteration: (event.loss, event.t) for event in of_kind(heard, Iterated)}
+    return [taken[iteration] for iteration in sorted(taken)]
+
+
+@functools.cache
+def undisturbed(folder: Path) -> list[tuple[float, float]]:
+    _, heard = trained(job(folder / "undisturbed", algorithm={"max_iterations": LIMIT, "deterministic": True}))
+    return path_of(heard)
+
+
+@pytest.mark.parametrize("role", ["shard/0", "shard/1", "replica/1"])
+@pytest.mark.parametrize("moment", [0.205, 0.22, 0.24, 0.26, 0.28])
+def test_a_death_costs_at_most_the_evaluation_under_way_and_changes_no_step(
+    role: str, moment: float, tmp_path: Path
+) -> None:
+    _, heard = trained(
+        job(tmp_path / "run", algorithm={"max_iterations": LIMIT, "deterministic": True}),
+        faults=db.Faults(kill=((moment, role),)),
+    )
+    assert len(of_kind(heard, RoleLost)) == 1
+    under_way = role.startswith("shard") and moment > 0.23  # before, the first checkpoint was not written
+    assert len(of_kind(heard, EvaluationLost)) == (1 if under_way else 0)
+    # The point, the pairs and the search are where they were: every step is that of the undisturbed job.
+    assert path_of(heard) == undisturbed(tmp_path)
+    (finished,) = of_kind(heard, JobFinished)
+    assert finished.round_trips <= finished.evaluations + len(of_kind(heard, EvaluationLost))
+
+
+def test_without_deaths_there_is_one_round_trip_per_evaluation(tmp_path: Path) -> None:
+    _, heard = trained(job(tmp_path / "run", algorithm={"max_iterations": 40}))
+    (finished,) = of_kind(heard, JobFinished)
+    assert finished.round_trips == finished.evaluations > 40
+
+
+class Killer:
+    """Kills a role for real at the first event of a kind."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, role: str, kind: type[Event], skip: int = 0) -> None:
+        self.role, self.kind, self.skip, self.killed = role, kind, skip, 0
+        self.engines: list[LocalEngine] = []
+        made = LocalEngine.__init__
+
+        def note(engine: LocalEngine, *arguments: Any, **options: Any) -> None:
+            made(engine, *arguments, **options)
+            self.engines.append(engine)
+
+        monkeypatch.setattr(LocalEngine, "__init__", note)
+
+    def __call__(self, observation: Observation) -> None:
+        if isinstance(observation.event, self.kind) and not self.killed:
+            if self.skip:
+                self.skip -= 1
+            elif self.role in self.engines[0].processes:
+                self.killed = self.engines[0].processes[self.role]
+                os.kill(self.killed, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["shard/0", "replica/0", "zygote"])
+def test_kill_9_of_a_process_changes_no_step(role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killer = Killer(monkeypatch, role, Iterated, skip=3)
+    heard: list[Observation] = []
+    disturbed = job(
+        tmp_path / "run", cluster={"engine": "local"}, algorithm={"max_iterations": LIMIT, "deterministic": True}
+    )
+    db.train(disturbed, view=False, listeners=[heard.append, killer])
+    assert killer.killed
+    assert of_kind(heard, RoleLost)
+    for ours, expected in zip(path_of(heard), undisturbed(tmp_path), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("replicas", [3, 1])
+def test_a_run_that_was_cut_short_resumes_where_it_was(replicas: int, tmp_path: Path) -> None:
+    short = job(tmp_path / "run", algorithm={"max_iterations": 5, "deterministic": True})
+    _, before = trained(short)
+    _, after = trained(
+        dataclasses.replace(
+            short, algorithm=dataclasses.replace(short.algorithm, max_iterations=LIMIT),
+            cluster=db.Cluster(replicas=replicas, shards=3, engine="simulated"),
+        ),
+        resume=tmp_path / "run",
+    )  # fmt: skip
+    both = path_of([*before, *after])
+    assert [event.iteration for event in of_kind(after, Iterated)] == list(range(6, LIMIT + 1))
+    torch.testing.assert_close(torch.tensor(both), torch.tensor(undisturbed(tmp_path)), rtol=1e-9, atol=1e-12)
+
+
+def test_checkpoints_of_iterations_are_kept_as_few_as_the_job_says(tmp_path: Path) -> None:
+    trained(job(tmp_path / "run", algorithm={"max_iterations": LIMIT}, keep_checkpoints=2))
+    assert len(complete(tmp_path / "run")) == 2
+
+
+def test_a_downpour_run_goes_on_as_sandblaster_and_back(tmp_path: Path) -> None:
+    first = problems.job(run=tmp_path / "run", epochs=1)
+    begun = db.train(first, view=False)
+    second = dataclasses.replace(first, algorithm=db.Sandblaster(max_iterations=10, micro_batch=64))
+    polished, heard = trained(second, resume=tmp_path / "run")
+    losses = [event.loss for event in of_kind(heard, Iterated)]
+    with torch.no_grad():
+        start = float(first.objective(begun.model, first.data().tensors))
+        end = float(first.objective(polished.model, first.data().tensors))
+    assert losses[0] < start
+    assert end == pytest.approx(losses[-1], rel=1e-5)
+    third = dataclasses.replace(first, algorithm=db.Downpour(update_rule=db.sgd(1e-6)), epochs=1)
+    again, _ = trained(third, resume=tmp_path / "run")
+    with torch.no_grad():
+        assert float(first.objective(again.model, first.data().tensors)) == pytest.approx(end, rel=1e-2)
+    assert again.summary.examples.seen >= 640
+
+
+def test_held_out_data_is_measured_meanwhile(tmp_path: Path) -> None:
+    result, heard = trained(
+        problems.job(run=tmp_path / "run", algorithm=db.Sandblaster(max_iterations=30, micro_batch=64))
+    )
+    assert len(of_kind(heard, Evaluated)) > 1
+    assert (result.test["accuracy"] or 0.0) > 0.9
+
+
+def wide(width: int = 24) -> nn.Module:
+    return nn.Sequential(nn.Linear(problems.FEATURES, width), nn.Tanh(), nn.Linear(width, problems.CLASSES)).double()
+
+
+def double_points() -> Any:
+    inputs, targets = problems.points(96).tensors
+    return torch.utils.data.TensorDataset(inputs.double(), targets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partitions", [db.Plan.units(2), db.Plan.stages(2, microbatches=4)])
+def test_replicas_of_several_partitions_take_the_same_steps(partitions: db.Plan, tmp_path: Path) -> None:
+    def run(name: str, cluster: db.Cluster) -> list[tuple[float, float]]:
+        algorithm = db.Sandblaster(max_iterations=8, micro_batch=16, gtol=0.0)
+        given = problems.job(
+            run=tmp_path / name, model=wide, data=double_points, test=None, metrics={}, algorithm=algorithm,
+            cluster=cluster,
+        )  # fmt: skip
+        _, heard = trained(given)
+        return path_of(heard)
+
+    whole = run("whole", db.Cluster(replicas=2, shards=2, engine="simulated"))
+    parts = run("parts", db.Cluster(replicas=2, shards=3, partitions=partitions))
+    assert len(whole) == 8
+    torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), rtol=1e-7, atol=1e-9)
+
+
+def cross_entropy_until(limit: float, output: Tensor, target: Tensor) -> Tensor:
+    """NaN as soon as the outputs are large."""
+    loss = nn.functional.cross_entropy(output, target)
+    return loss if float(output.detach().abs().max()) < limit else loss * torch.nan
+
+
+def test_a_trial_that_is_not_finite_shortens_the_step(tmp_path: Path) -> None:
+    _, heard = trained(
+        job(tmp_path / "run", loss=functools.partial(cross_entropy_until, 3.0), algorithm={"max_iterations": 60})
+    )
+    losses = [event.loss for event in of_kind(heard, Iterated)]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(losses))
+    (finished,) = of_kind(heard, JobFinished)
+    assert finished.evaluations > len(losses) + 1
+
+
+def test_a_start_that_is_not_finite_ends_the_job_naming_the_examples(tmp_path: Path) -> None:
+    with pytest.raises(db.TrainingFailed, match=r"examples \d+ to \d+.* NaN or infinite at the starting point"):
+        trained(job(tmp_path / "run", loss=functools.partial(cross_entropy_until, 1e-9)))
+
+
+class Deadly(torch.utils.data.Dataset[Any]):
+    """Ends the process that reads example 40."""
+
+    def __len__(self) -> int:
+        return len(points())
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return points()[index]
+
+
+@pytest.mark.slow
+def test_a_portion_with_which_every_replica_dies_is_named_and_ends_the_job(tmp_path: Path) -> None:
+    deadly = job(tmp_path / "run", data=Deadly, cluster={"engine": "local", "replicas": 2})
+    with pytest.raises(db.TrainingFailed, match="one replica after another died computing examples 35 to 41"):
+        trained(deadly)
+
+
+class Bad(Deadly):
+    """Cannot read example 40."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 40:
+            raise ValueError("example 40 is broken")
+        return points()[index]
+
+
+def test_a_portion_that_cannot_be_computed_is_named_with_the_users_traceback(tmp_path: Path) -> None:
+    with pytest.raises(db.UserCodeError, match=r"(?s)example 40 is broken.*while computing examples 35 to 41"):
+        trained(job(tmp_path / "run", data=Bad))

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Sandblaster refuses, before anything starts, in the user's numbers."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import distbelief as db
+from distbelief.events import RoleStarted
+from tests.test_sandblaster import CLASSES, FEATURES, job, net, of_kind, points, trained
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"history": 0}, r"history=0.*at least 1"),
+        ({"max_iterations": 0}, r"max_iterations=0"),
+        ({"max_evaluations": -1}, r"max_evaluations=-1"),
+        ({"l1": -0.1}, r"l1=-0\.1.*0 or positive"),
+        ({"l2": float("nan")}, r"l2=nan"),
+        ({"gtol": -1.0}, r"gtol=-1\.0"),
+        ({"micro_batch": 0}, r"micro_batch=0"),
+        ({"bounds": (1.0, -1.0)}, r"bounds=\(1\.0, -1\.0\).*nothing between"),
+        ({"l1": 0.1, "bounds": (0.0, None)}, r"l1=0\.1, bounds=\(0\.0, None\).*no rule for both"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_when_it_is_made(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(db.ConfigurationError, match=message):
+        db.Sandblaster(**fields)
+
+
+def dropping() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 4), nn.Dropout(0.5), nn.Linear(4, CLASSES)).double()
+
+
+def normalising() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, CLASSES)).double()
+
+
+class Noisy(nn.Module):
+    """Adds noise that no layer announces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + torch.randn_like(x))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES).double()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x)
+
+
+def summed(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output, target, reduction="sum")
+
+
+def unknown_option(name: str, parameter: nn.Parameter) -> dict[str, float]:
+    return {"weight_decay": 0.1}
+
+
+def bounded_weights(name: str, parameter: nn.Parameter) -> dict[str, float]:
+    return {"low": 0.0} if name == "0.weight" else {}
+
+
+def nothing() -> TensorDataset:
+    return TensorDataset(torch.zeros(0, FEATURES), torch.zeros(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": dropping}, r"layer 1 \(Dropout\) drops states at random"),
+        ({"model": normalising}, r"layer 1 \(BatchNorm1d\) uses the statistics of each mini-batch"),
+        ({"model": Noisy}, r"the same examples differs by .* from call to call"),
+        ({"model": Counting}, r"changes the buffer calls"),
+        ({"loss": summed}, r"twice over is .* not their mean"),
+        ({"groups": unknown_option}, r"0\.weight weight_decay, which Sandblaster has not"),
+        ({"algorithm": {"bounds": (0.0, 1.0)}}, r"\d+ of the 20 .* of 0\.weight lie outside its bounds, 0 to 1"),
+        ({"groups": bounded_weights, "algorithm": {"l1": 0.1}}, r"0\.weight has l1=0\.1 and bounds"),
+        ({"data": nothing}, r"data, which has 0|empty"),
+        ({"cluster": {"shards": 40}}, r"cannot cut 39 parameters into 40 shards"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_said_before_any_role_starts(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(db.ConfigurationError, match=message):
+        trained(job(tmp_path / "run", **fields))
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, with a gradient that is multiplied."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, factor: float) -> Tensor:
+        context.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return context.factor * gradient, None
+
+
+def wrong(factor: float, output: Tensor, target: Tensor) -> Tensor:
+    return Scaled.apply(nn.functional.cross_entropy(output, target), factor)
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.1, 50.0])
+def test_a_gradient_that_does_not_belong_to_the_loss_is_refused(factor: float, tmp_path: Path) -> None:
+    with pytest.raises(db.ConfigurationError, match=r"along its gradient the loss changes by .* do not belong"):
+        trained(job(tmp_path / "run", loss=functools.partial(wrong, factor)))
+
+
+def frozen_statistics() -> nn.Module:
+    model = normalising()
+    model.eval()
+    return model
+
+
+def test_layers_that_the_user_has_put_into_eval_mode_stay_in_it(tmp_path: Path) -> None:
+    result, heard = trained(job(tmp_path / "run", model=frozen_statistics))
+    assert of_kind(heard, RoleStarted)
+    assert torch.equal(result.model.state_dict()["1.num_batches_tracked"], torch.tensor(0))
+
+
+def test_bounds_hold_and_parameters_of_one_dimension_are_not_penalised(tmp_path: Path) -> None:
+    bounded, _ = trained(
+        job(
+            tmp_path / "bounded", groups=bounded_weights, model=functools.partial(positive, net),
+            algorithm={"max_iterations": 40},
+        )
+    )  # fmt: skip
+    weight = bounded.model.state_dict()["0.weight"]
+    assert float(weight.min()) == 0.0
+    assert float(bounded.model.state_dict()["2.weight"].min()) < 0
+    sparse, _ = trained(job(tmp_path / "sparse", algorithm={"max_iterations": 100, "l1": 0.3}))
+    state = sparse.model.state_dict()
+    assert not state["0.weight"].any()
+    assert state["2.bias"].all()
+
+
+def positive(build: Any) -> nn.Module:
+    model: nn.Module = build()
+    with torch.no_grad():
+        model.get_parameter("0.weight").abs_()
+    return model
+
+
+def test_a_run_does_not_go_on_with_other_data_or_a_shorter_history(tmp_path: Path) -> None:
+    first = job(tmp_path / "run", algorithm={"max_iterations": 8})
+    trained(first)
+    more = dataclasses.replace(first.algorithm, max_iterations=20)
+    with pytest.raises(db.CheckpointError, match="a batch of 60 examples, the job has 59"):
+        trained(dataclasses.replace(first, algorithm=more, data=fewer), resume=tmp_path / "run")
+    with pytest.raises(db.CheckpointError, match=r"history of \d+ pairs, the job keeps 2"):
+        trained(dataclasses.replace(first, algorithm=dataclasses.replace(more, history=2)), resume=tmp_path / "run")
+
+
+def fewer() -> TensorDataset:
+    inputs, targets = points().tensors
+    return TensorDataset(inputs[:59], targets[:59])
