@@ -101,7 +101,7 @@ class Signature:
         """The callee's argument list. Raises ProtocolError when the fields are not of the declared types."""
         try:
             values = iter(self.fields_decoder.decode(fields))
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ProtocolError(f"arguments of {self.name}: {error}") from error
         if len(tensors) != len(self.outputs):
             raise ProtocolError(f"{self.name} takes {len(self.outputs)} tensors, {len(tensors)} came")

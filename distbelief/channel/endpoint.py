@@ -292,7 +292,7 @@ class Endpoint:
             return
         try:
             pending.settle(pending.signature.answer_decoder.decode(header.value))
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             pending.settle(error=ProtocolError(f"answer to {pending.signature.name}: {error}"))
 
     def _answer(self, connection: Connection, call: Call) -> None:
