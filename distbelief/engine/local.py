@@ -41,8 +41,6 @@ T = TypeVar("T")
 
 Transport = Literal["shared_memory", "tcp"]
 STOP_SECONDS = 10.0
-LINGER_SECONDS = 100e-6
-"""How long a role that only answers looks for the next call before it sleeps."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +112,8 @@ def _birth(
         endpoint.background()
 
     def serve() -> None:
-        # The next call often follows at once, sooner than a sleeping core wakes up; so look for a moment.
-        busy_until = 0.0
         while True:
-            if endpoint.poll(0.0 if time.monotonic() < busy_until else 60.0):
-                busy_until = time.monotonic() + LINGER_SECONDS
-            else:
-                os.sched_yield()
+            endpoint.poll(60.0)
 
     life: Callable[[], None] = getattr(role, "run", serve)
     return life
