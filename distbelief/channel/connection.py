@@ -50,7 +50,7 @@ class Connection:
         self._side: AcceptingSide | CallingSide | None = side
         """The authentication under way; no frame is read or sent before it is over."""
         self.staging: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
-        """Memory for bodies of this peer, kept from call to call: (position, length, dtype) -> tensor."""
+        """Memory for bodies of this peer, kept from call to call: (place, length, dtype) -> tensor."""
         self._destinations, self._deliver, self._body_limit = destinations, deliver, body_limit
         self._low_water_bytes = 1
         self._inbox = bytearray()
@@ -249,12 +249,15 @@ class Connection:
             self._views[reference] = found
         return found
 
-    def stage(self, position: int, reference: TensorReference) -> torch.Tensor:
-        """Memory of this process for a tensor that travels in a body. Raises ProtocolError when it is too large."""
+    def stage(self, place: int, reference: TensorReference) -> torch.Tensor:
+        """Memory of this process for a tensor that travels in a body, the same for one read and one written.
+
+        `place` as in `Signature.places`. Raises ProtocolError when it is too large.
+        """
         if frames.size_bytes(reference) > self._body_limit:
             raise ProtocolError(f"a peer announced a tensor out of bounds: {reference}")
         dtype = frames.DTYPES[reference.dtype]
-        key = (position, reference.length, dtype)
+        key = (place, reference.length, dtype)
         if key not in self.staging:
             try:
                 self.staging[key] = torch.empty(reference.length, dtype=dtype)

@@ -257,14 +257,15 @@ class Endpoint:
             if connection.sending or any(waiting is connection for waiting, *_ in self._deferred):
                 connection.staging = {}  # an earlier call's answer is still being read from the old one
             method = self._methods.get(header.method)
-            outputs = signature_of(method).outputs if method else ()
+            signature = signature_of(method) if method else None
+            kinds = zip(signature.places, signature.outputs, strict=True) if signature else ()
             carried = [
-                (position, reference)
-                for position, (reference, written) in enumerate(zip(header.tensors, outputs, strict=False))
+                (place, reference)
+                for reference, (place, written) in zip(header.tensors, kinds, strict=False)
                 if not reference.block and not written
             ]
             if sum(map(frames.size_bytes, (reference for _, reference in carried))) <= body_bytes:
-                parts = [frames.bytes_of(connection.stage(position, reference)) for position, reference in carried]
+                parts = [frames.bytes_of(connection.stage(place, reference)) for place, reference in carried]
         elif isinstance(header, Answer):
             pending = self._pending.get((connection, header.number))
             if pending is not None and body_bytes:
@@ -302,9 +303,10 @@ class Endpoint:
             if method is None:
                 raise ProtocolError(f"{type(self._role).__name__} exports no method {call.method!r}")
             signature = signature_of(method)
+            signature.expect(len(call.tensors))
             tensors = [
-                connection.view(reference) if reference.block else connection.stage(position, reference)
-                for position, reference in enumerate(call.tensors)
+                connection.view(reference) if reference.block else connection.stage(place, reference)
+                for reference, place in zip(call.tensors, signature.places, strict=True)
             ]
             arguments = signature.join(call.fields, tensors)
             if any(reference.block for reference in call.tensors) and connection.hung_up():
