@@ -127,8 +127,6 @@ class ModelReplica:
         self._current = 1
         """Which parameter buffer the model uses; the other one is the spare."""
         self._written = [False] * len(self._parameters)
-        self._sums: list[torch.Tensor | None] = [None] * len(self._parameters)
-        """Sums of the accrued gradients, by which one that is not finite is seen."""
         self._mini_batches = 0
         self._weight = 1.0
         self.local_rate: float | None = None
@@ -186,9 +184,6 @@ class ModelReplica:
             else:
                 torch.mul(gradient, self._weight, out=view)
                 self._written[index] = True
-            if self._device.type == "cpu":
-                # Now, while it lies in the cache; an accelerator takes one sum of everything sooner than many.
-                self._sums[index] = view.sum()
             if self.local_rate is not None:
                 # The paper's local step: parameters -= rate * gradient, as soon as backward needs this one no more.
                 parameter.data.add_(gradient, alpha=-self.local_rate)
@@ -202,7 +197,6 @@ class ModelReplica:
             if not written:
                 self._gradient_views[self._filling if len(self._accruing) == 2 else 0][index].zero_()
                 self._written[index] = True
-                self._sums[index] = None
 
     @property
     def accrued(self) -> int:
@@ -220,9 +214,8 @@ class ModelReplica:
             source.div_(self._mini_batches)
         self._written = [False] * len(self._parameters)
         self._mini_batches = 0
-        sums = [each for each in self._sums if each is not None] if self._device.type == "cpu" else [source.sum()]
-        # A sum that overflowed is looked at again.
-        finite = math.isfinite(sum(map(float, sums))) or bool(torch.isfinite(source).all())
+        finite = math.isfinite(float(source.sum()))  # one pass; a sum that overflowed is looked at again below
+        finite = finite or bool(torch.isfinite(source).all())
         if any(self.group.any(not finite)):
             return None
         if clip_norm is not None:
