@@ -52,11 +52,8 @@ def product(parameters: int, transport: Transport) -> Iterator[Callable[[], None
         def push_and_fetch() -> None:
             nonlocal sequence, version
             sequence += 1
-            with engine.together():
-                pushing = server.push([Stamp(0, 0, sequence, version, 32, ((0, sequence),))], gradient)
-                fetching = server.fetch(fetched)
-            version = fetching.result()[0]
-            pushing.result()
+            stamp = Stamp(0, 0, sequence, version, 32, ((0, sequence),))
+            version = server.exchange([stamp], gradient, fetched).result()[0]
 
         yield push_and_fetch
     finally:

@@ -99,7 +99,7 @@ class Downpour:
 class Pushing:
     """A push under way and what it settles."""
 
-    future: Future[list[Applied]]
+    future: Future[list[Applied]] | Future[list[int]]
     portions: tuple[tuple[int, int], ...]
 
 
@@ -152,11 +152,11 @@ class DownpourReplica:
                     step += 1
                     pushes = self.model.accrued >= n_push and self.may_push()
                     self.adopt(0.0)
-                    with self.home.together():
-                        if pushes:
-                            self.push()
-                        if step % n_fetch == 0:
-                            self.start_fetch()
+                    fetches = step % n_fetch == 0
+                    if pushes:
+                        self.push(fetches=fetches)
+                    if fetches:
+                        self.start_fetch()
                     self.send_report(REPORT_SECONDS)
                     if self.stopping:
                         break
@@ -263,8 +263,8 @@ class DownpourReplica:
             self.carried = []
         return not busy
 
-    def push(self) -> None:
-        """Start pushing what is accrued."""
+    def push(self, *, fetches: bool = False) -> None:
+        """Start pushing what is accrued; where a fetch is due and none under way, the same call brings it."""
         portions, mini_batches = tuple(self.portions.items()), self.model.accrued
         gradient = self.model.take_gradient(mean=self.rule.accrue == "mean", clip_norm=self.rule.clip_norm)
         if gradient is None:
@@ -278,7 +278,11 @@ class DownpourReplica:
                 Stamp(*who, base, self.examples, portions, mini_batches, self.group.index)
                 for base in self.base_versions
             ]
-            self.pushing = Pushing(self.server.push(stamps, gradient), portions)
+            if fetches and self.fetching is None:
+                self.fetching = self.server.exchange(stamps, gradient, self.model.spare)
+                self.pushing = Pushing(self.fetching, portions)
+            else:
+                self.pushing = Pushing(self.server.push(stamps, gradient), portions)
         self.portions, self.examples = {}, 0
 
     def settle(self, pushing: Pushing) -> None:

@@ -7,6 +7,7 @@
                                        <-    version, staleness
       fetch(reader, k, parameters[k ∩ m])->  copy of one version, never a torn one
                                        <-    version
+    exchange(stamp, gradient, parameters)  a push and the fetch behind it in one call
 
 A shard is a span of the flat vector. It holds a section for every partition that computes on some of it, mostly one.
 It answers one call at a time, so updates exclude each other and fetches see whole versions without a lock. Sections
@@ -137,6 +138,14 @@ class ParameterServerShard:
         return self._section(stamp.partition, Section).push(stamp, gradient)
 
     @exported
+    def exchange(self, stamp: Stamp, gradient: torch.Tensor, parameters: Out) -> int:
+        """A `push` and the `fetch` of the same replica behind it; both of the section's shape (n,).
+
+        The answer is the version of what was fetched. Raises Fenced, NotReady; then nothing was fetched.
+        """
+        return self._section(stamp.partition, Section).exchange(stamp, gradient, parameters)
+
+    @exported
     def fence(self, replica: int, incarnation: int) -> list[dict[int, int]]:
         """Refuse pushes of this incarnation and older ones from now on.
 
@@ -207,6 +216,13 @@ class ParameterServer:
         """Start pushing `gradient`, a stamp per shard; the memory stays untouched until it is done."""
         return self._all(
             partial(shard.call, ParameterServerShard.push, stamp, gradient[part])
+            for (shard, part), stamp in zip(self.routes, stamps, strict=True)
+        )
+
+    def exchange(self, stamps: Sequence[Stamp], gradient: torch.Tensor, into: torch.Tensor) -> Future[list[int]]:
+        """Start a push and the fetch behind it, one call a shard; the answer is one version per shard."""
+        return self._all(
+            partial(shard.call, ParameterServerShard.exchange, stamp, gradient[part], into[part])
             for (shard, part), stamp in zip(self.routes, stamps, strict=True)
         )
 

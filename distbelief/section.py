@@ -131,6 +131,11 @@ class Section:
             self._rule.fetched(reader, self._state.version)
         return self._state.version
 
+    def exchange(self, stamp: Stamp, gradient: torch.Tensor, parameters: torch.Tensor) -> int:
+        """A push and the fetch of the same replica behind it; the answer is the version of what was fetched."""
+        self.push(stamp, gradient)
+        return self.fetch(stamp.replica, parameters)
+
     def fence(self, replica: int, incarnation: int) -> dict[int, int]:
         """Refuse pushes of this incarnation and older ones from now on.
 

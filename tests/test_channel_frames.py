@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distbelief.channel import frames
@@ -174,6 +174,7 @@ def test_random_bytes_deliver_nothing(garbage: bytes) -> None:
 
 @laws
 @given(kind=st.sampled_from([Kind.CALL, Kind.ANSWER, Kind.FAILURE]), text=st.binary(max_size=200))
+@example(kind=Kind.CALL, text=b"\x93\x00\xa7\x00\x00\x00\x00\x00\x00\x80")  # a name that is not UTF-8
 def test_a_random_header_is_delivered_only_if_it_is_a_message(kind: Kind, text: bytes) -> None:
     with closing(Wire()) as wire:
         try:

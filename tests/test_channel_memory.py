@@ -263,6 +263,15 @@ def test_a_block_is_read_and_written_in_place_and_ordinary_memory_is_not(
         assert bool(out.eq(6.0).all()) == shared
 
 
+def test_a_tensor_that_comes_and_one_that_goes_take_one_staging_buffer(
+    town: Town, peer: Peer[Keeper], keeper: Keeper
+) -> None:
+    for length in (1000, 1000, 500):
+        values, out = (new("ordinary memory", length, torch.float32) for _ in range(2))
+        town.answer(peer.call(Keeper.keep, values, out))
+        assert keeper.kept[0].data_ptr() == keeper.kept[1].data_ptr()
+
+
 def test_calls_under_way_at_once_do_not_mix_their_tensors(town: Town, peer: Peer[Keeper]) -> None:
     outs = [torch.zeros(4 << 20) for _ in range(4)]
     futures: list[Future[Any]] = []

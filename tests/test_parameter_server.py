@@ -157,6 +157,24 @@ def train(servers: Servers | ByHand, seed: int, pushes: int, sequences: dict[int
     return answers
 
 
+@pytest.mark.parametrize("same_memory", [False, True])
+def test_an_exchange_is_a_push_and_the_fetch_behind_it_however_often_it_is_sent(same_memory: bool) -> None:
+    together, apart = Servers(rules.adagrad(0.05), 3), Servers(rules.adagrad(0.05), 3)
+    view = ParameterServer(together.home, together.spans, Span(0, LENGTH), 0)
+    versions = [0] * 3
+    for sequence in range(1, 6):
+        gradient = torch.randn(LENGTH, generator=torch.Generator().manual_seed(sequence))
+        apart.push(0, sequence, versions, gradient)
+        stamps = [Stamp(0, 0, sequence, version, 32, ((sequence, 32),)) for version in versions]
+        for _ in range(2):
+            sent = gradient.clone()
+            into = sent if same_memory else torch.full((LENGTH,), float("nan"))
+            versions = view.exchange(stamps, sent, into).result()
+            assert versions == [sequence] * 3
+            assert torch.equal(into, apart.fetch(0)[1])
+    assert together.state() == apart.state()
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_push_is_applied_once_however_often_it_is_sent(seed: int) -> None:
     """Reference: torch.optim over the first arrival of each push."""

@@ -28,7 +28,10 @@ T_co = TypeVar("T_co", covariant=True)
 
 _WRITTEN = "written by the callee"
 Out = Annotated[torch.Tensor, _WRITTEN]
-"""A tensor argument that the method fills; it is undefined until the future is done."""
+"""A tensor argument that the method fills; it is undefined until the future is done.
+
+Over TCP it may lie where a tensor that the method reads lies: a method reads what it is given before it fills anything.
+"""
 
 
 RAISED_AS_IS = (Fenced, NotReady, CheckpointError, ProtocolError)
@@ -85,6 +88,8 @@ class Signature:
     """Per parameter: None for a field, False for a tensor the callee reads, True for one it writes."""
     outputs: tuple[bool, ...]
     """Per tensor argument, in order: whether the callee writes it."""
+    places: tuple[int, ...]
+    """Per tensor argument: how many of its kind, read or written, come before it."""
     fields_encoder: msgspec.msgpack.Encoder
     fields_decoder: msgspec.msgpack.Decoder[Any]
     answer_decoder: msgspec.msgpack.Decoder[Any]
@@ -97,14 +102,18 @@ class Signature:
         tensors = [value for value, mode in zip(args, self.tensor_modes, strict=True) if mode is not None]
         return self.fields_encoder.encode(fields), tensors
 
+    def expect(self, tensors: int) -> None:
+        """Raise ProtocolError unless a call has so many tensors."""
+        if tensors != len(self.outputs):
+            raise ProtocolError(f"{self.name} takes {len(self.outputs)} tensors, {tensors} came")
+
     def join(self, fields: bytes, tensors: list[torch.Tensor]) -> list[Any]:
         """The callee's argument list. Raises ProtocolError when the fields are not of the declared types."""
         try:
             values = iter(self.fields_decoder.decode(fields))
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ProtocolError(f"arguments of {self.name}: {error}") from error
-        if len(tensors) != len(self.outputs):
-            raise ProtocolError(f"{self.name} takes {len(self.outputs)} tensors, {len(tensors)} came")
+        self.expect(len(tensors))
         rest = iter(tensors)
         return [next(values) if mode is None else next(rest) for mode in self.tensor_modes]
 
@@ -131,12 +140,14 @@ def signature_of(method: Callable[..., Any]) -> Signature:
     answer = hints.get("return", type(None))
     if typing.get_origin(answer) in (Future, Promise):
         answer = typing.get_args(answer)[0]
+    outputs = tuple(mode for mode in modes if mode is not None)
     fields = typing.cast(Any, tuple)[tuple(field_types)] if field_types else tuple[()]
     return Signature(
         name=method.__name__,
         parameters=names,
         tensor_modes=tuple(modes),
-        outputs=tuple(mode for mode in modes if mode is not None),
+        outputs=outputs,
+        places=tuple(outputs[:position].count(written) for position, written in enumerate(outputs)),
         fields_encoder=msgspec.msgpack.Encoder(),
         fields_decoder=msgspec.msgpack.Decoder(fields),
         answer_decoder=msgspec.msgpack.Decoder(answer),

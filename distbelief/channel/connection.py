@@ -45,14 +45,12 @@ class Connection:
         self.socket = link
         self.local = link.family == socket.AF_UNIX
         """Whether the peer is on this host and can map our memory."""
-        self.held = False
-        """Whether what is queued waits for more to be sent with it."""
         self.awaits_room = False
         """Whether the endpoint's selector watches for room in the socket."""
         self._side: AcceptingSide | CallingSide | None = side
         """The authentication under way; no frame is read or sent before it is over."""
         self.staging: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
-        """Memory for bodies of this peer, kept from call to call: (position, length, dtype) -> tensor."""
+        """Memory for bodies of this peer, kept from call to call: (place, length, dtype) -> tensor."""
         self._destinations, self._deliver, self._body_limit = destinations, deliver, body_limit
         self._low_water_bytes = 1
         self._inbox = bytearray()
@@ -90,8 +88,7 @@ class Connection:
             if len(part):
                 self._outbox.append(part)
                 self._queued_bytes += len(part)
-        if not self.held:
-            self.flush()
+        self.flush()
 
     @property
     def sending(self) -> bool:
@@ -252,12 +249,15 @@ class Connection:
             self._views[reference] = found
         return found
 
-    def stage(self, position: int, reference: TensorReference) -> torch.Tensor:
-        """Memory of this process for a tensor that travels in a body. Raises ProtocolError when it is too large."""
+    def stage(self, place: int, reference: TensorReference) -> torch.Tensor:
+        """Memory of this process for a tensor that travels in a body, the same for one read and one written.
+
+        `place` as in `Signature.places`. Raises ProtocolError when it is too large.
+        """
         if frames.size_bytes(reference) > self._body_limit:
             raise ProtocolError(f"a peer announced a tensor out of bounds: {reference}")
         dtype = frames.DTYPES[reference.dtype]
-        key = (position, reference.length, dtype)
+        key = (place, reference.length, dtype)
         if key not in self.staging:
             try:
                 self.staging[key] = torch.empty(reference.length, dtype=dtype)

@@ -13,7 +13,7 @@ import socket
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar, final
 
 import msgspec
@@ -69,7 +69,7 @@ class Endpoint:
         self._number = 0
         self._lock = threading.RLock()
         self._answered = threading.Condition(self._lock)
-        self._answering = self._gathering = False
+        self._answering = False
         self._thread: threading.Thread | None = None
         self._closed = False
         self._waker, self._wakee = socket.socketpair()
@@ -106,8 +106,6 @@ class Endpoint:
 
     def take_in(self, seconds: float) -> None:
         """Wait up to `seconds` for something to happen, and let it happen."""
-        if self._gathering and seconds > 0:
-            raise RuntimeError("calls that travel together have not left yet; wait for them afterwards")
         if self._answering:
             if seconds > 0:
                 raise RuntimeError("an exported method must not wait for a future; let the activity wait")
@@ -139,27 +137,6 @@ class Endpoint:
             self.poll(0.2)
 
     # calling
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Send the calls made within in one piece per peer: one system call here, and the peer wakes up once."""
-        with self._lock:
-            held = list(self._connections)
-            for connection in held:
-                connection.held = True
-        self._gathering = True
-        try:
-            yield
-        finally:
-            self._gathering = False
-            with self._lock:
-                for connection in held:
-                    self._release(connection)
-
-    def _release(self, connection: Connection) -> None:
-        connection.held = False
-        if connection in self._connections:
-            self._guarded(connection, connection.flush)
 
     def connect(self, address: Address) -> Connection:
         """A connection; both sides prove themselves before the first call goes out. Raises PeerLost."""
@@ -245,10 +222,7 @@ class Endpoint:
         if events & selectors.EVENT_WRITE:
             self._guarded(connection, connection.flush)
         if events & selectors.EVENT_READ and connection in self._connections:
-            # Calls that came together are answered together; but over TCP an unsent answer would occupy its memory.
-            connection.held = connection.local
             self._guarded(connection, connection.receive)
-            self._release(connection)
 
     def _guarded(self, connection: Connection, action: Callable[[], None]) -> None:
         """Do I/O on one connection; what goes wrong ends that connection and nothing else."""
@@ -257,9 +231,7 @@ class Endpoint:
         except ChannelError as error:
             self._drop(connection, error)
             return
-        if connection.held or connection not in self._connections:
-            return
-        if connection.sending != connection.awaits_room:
+        if connection in self._connections and connection.sending != connection.awaits_room:
             connection.awaits_room = connection.sending
             wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.awaits_room else 0)
             self._selector.modify(connection.socket, wanted, connection)
@@ -285,14 +257,15 @@ class Endpoint:
             if connection.sending or any(waiting is connection for waiting, *_ in self._deferred):
                 connection.staging = {}  # an earlier call's answer is still being read from the old one
             method = self._methods.get(header.method)
-            outputs = signature_of(method).outputs if method else ()
+            signature = signature_of(method) if method else None
+            kinds = zip(signature.places, signature.outputs, strict=True) if signature else ()
             carried = [
-                (position, reference)
-                for position, (reference, written) in enumerate(zip(header.tensors, outputs, strict=False))
+                (place, reference)
+                for reference, (place, written) in zip(header.tensors, kinds, strict=False)
                 if not reference.block and not written
             ]
             if sum(map(frames.size_bytes, (reference for _, reference in carried))) <= body_bytes:
-                parts = [frames.bytes_of(connection.stage(position, reference)) for position, reference in carried]
+                parts = [frames.bytes_of(connection.stage(place, reference)) for place, reference in carried]
         elif isinstance(header, Answer):
             pending = self._pending.get((connection, header.number))
             if pending is not None and body_bytes:
@@ -320,7 +293,7 @@ class Endpoint:
             return
         try:
             pending.settle(pending.signature.answer_decoder.decode(header.value))
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             pending.settle(error=ProtocolError(f"answer to {pending.signature.name}: {error}"))
 
     def _answer(self, connection: Connection, call: Call) -> None:
@@ -330,9 +303,10 @@ class Endpoint:
             if method is None:
                 raise ProtocolError(f"{type(self._role).__name__} exports no method {call.method!r}")
             signature = signature_of(method)
+            signature.expect(len(call.tensors))
             tensors = [
-                connection.view(reference) if reference.block else connection.stage(position, reference)
-                for position, reference in enumerate(call.tensors)
+                connection.view(reference) if reference.block else connection.stage(place, reference)
+                for reference, place in zip(call.tensors, signature.places, strict=True)
             ]
             arguments = signature.join(call.fields, tensors)
             if any(reference.block for reference in call.tensors) and connection.hung_up():

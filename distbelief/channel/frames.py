@@ -108,7 +108,7 @@ def decode_header(kind: Kind, text: bytes | bytearray | memoryview) -> Header:
     """The typed header. Raises ProtocolError when it does not parse."""
     try:
         header: Header = _decoders[kind].decode(text)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(f"a peer sent a malformed {kind.name} header: {error}") from error
     return header
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Futures of one process: the answer to a call over a connection, a promise, and work that a thread does beside."""
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from distbelief.channel.endpoint import Endpoint
 
 T = TypeVar("T")
-
-SPIN_SECONDS = 400e-6
 
 
 @final
@@ -52,15 +49,9 @@ class PendingCall:
 
     def wait(self, seconds: float) -> bool:
         """Wait for the answer, at most so long."""
-        started = time.monotonic()
-        until = min(self._deadline, started + seconds)
+        until = min(self._deadline, time.monotonic() + seconds)
         while not self.settled and (left := until - time.monotonic()) > 0:
-            # A small call is answered sooner than a sleeping core wakes up; so look a few times before sleeping.
-            if until - left < started + SPIN_SECONDS:
-                self._endpoint.take_in(0.0)
-                os.sched_yield()
-            else:
-                self._endpoint.take_in(min(0.5, left))
+            self._endpoint.take_in(min(0.5, left))
         return self.done()
 
     def result(self) -> Any:

@@ -7,7 +7,6 @@ if it has one, is its own activity and the role ends when it returns. An activit
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -42,9 +41,6 @@ class Home(Protocol):
 
     def find(self, role: str, kind: type[R], deadline_seconds: float = 60.0) -> Remote[R]:
         """A reference to another role of the job by name; the name is resolved at each call."""
-
-    def together(self) -> AbstractContextManager[None]:
-        """Let the calls made within travel together where that is cheaper; nothing waits within."""
 
     def spend(self, examples: int, started: float) -> None:
         """Say that a mini-batch of so many examples was computed since `started` (a value of `now`).

@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing import spawn
 from typing import Any, Literal, TypeVar
@@ -42,8 +41,6 @@ T = TypeVar("T")
 
 Transport = Literal["shared_memory", "tcp"]
 STOP_SECONDS = 10.0
-LINGER_SECONDS = 100e-6
-"""How long a role that only answers looks for the next call before it sleeps."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,6 @@ class LocalHome:
         """A reference to another role."""
         return Peer(self._endpoint, self._wiring.addresses[role], deadline_seconds)
 
-    def together(self) -> AbstractContextManager[None]:
-        """Send calls to one peer with one system call."""
-        return self._endpoint.together()
-
     def spend(self, examples: int, started: float) -> None:
         """Real computing has taken its time already; a role slowed by script waits."""
         if self._slowness > 1.0:
@@ -119,13 +112,8 @@ def _birth(
         endpoint.background()
 
     def serve() -> None:
-        # The next call often follows at once, sooner than a sleeping core wakes up; so look for a moment.
-        busy_until = 0.0
         while True:
-            if endpoint.poll(0.0 if time.monotonic() < busy_until else 60.0):
-                busy_until = time.monotonic() + LINGER_SECONDS
-            else:
-                os.sched_yield()
+            endpoint.poll(60.0)
 
     life: Callable[[], None] = getattr(role, "run", serve)
     return life

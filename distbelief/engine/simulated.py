@@ -16,7 +16,6 @@ import random
 import traceback
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, final
@@ -77,10 +76,6 @@ class SimulatedHome:
     def find(self, role: str, kind: type[R], deadline_seconds: float = 60.0) -> Remote[R]:
         """A reference to another role."""
         return _SimulatedRemote(self, role, deadline_seconds, self._engine)
-
-    def together(self) -> AbstractContextManager[None]:
-        """Modelled messages cost the same together or apart."""
-        return nullcontext()
 
     def spend(self, examples: int, started: float) -> None:
         """Charge the modelled time of a mini-batch."""
