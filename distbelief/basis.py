@@ -65,7 +65,7 @@ class Basis:
         """Every gradient of the evaluation at `t` is in, of `examples` examples together. Repeatable until `step`."""
         tops = 2 * _top(pairs)
         rows = torch.zeros(3, tops + 3, dtype=torch.float64)
-        slope = decrease = square = absolute = largest_gradient = largest_step = 0.0
+        slope = decrease = square = absolute = largest_gradient = 0.0
         for block, penalty in self._blocks:
             x_trial, g_trial = self._trial(t, block, penalty), self._g_trial[block]
             torch.div(self._total[block], examples, out=g_trial)
@@ -81,10 +81,9 @@ class Basis:
             slope += _dot(self._d[block], g_trial)
             decrease += _dot(p_old, basis[tops])
             largest_gradient = max(largest_gradient, float(p.abs().max()))
-            largest_step = max(largest_step, float(s.abs().max()))
         return Sealed(
             rows=rows[:, _order(pairs, 3)].tolist(), slope=slope, raw_slope=self._raw_slope, decrease=decrease,
-            largest_gradient=largest_gradient, largest_step=largest_step, square=square, absolute=absolute,
+            largest_gradient=largest_gradient, square=square, absolute=absolute,
             finite=bool(rows.isfinite().all()),
         )  # fmt: skip
 
