@@ -26,7 +26,8 @@ class Basis:
     """The vectors of one span; one call at a time.
 
     Memory: span x (2 history + 4) words with the parameters, and 8 bytes per entry to add gradients in float64; a
-    history in bfloat16 takes 2 bytes per entry in 2 history of these words. Dots are in float64, of what is stored.
+    history in bfloat16 takes 2 bytes per entry in 2 history of these words. Besides, (2 history + 3) x CHUNK float64
+    to work in, whatever the span: 3 MB with 10 pairs. Dots are in float64, of what is stored.
     """
 
     def __init__(
