@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of the vectors of L-BFGS: the direction without vectors is the one with them, on any cut; what a seal measures."""
+"""Laws of the vectors of L-BFGS: the direction without vectors is the one with them, on any cut; what is measured."""
 
 import math
 from collections.abc import Callable, Sequence
