@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of the solver: what it reaches and at what cost, beside others; what it says of bad input; that it goes on."""
+"""Laws of the solver: what it reaches and at what cost, beside others; what it says of bad input."""
 
 import math
 from collections.abc import Callable
@@ -14,12 +14,14 @@ from minimise import Objective, Sandblaster, one_bundle
 from scipy.optimize import minimize
 from torch import Tensor
 
-from distbelief.lbfgs import Command, Gram, Options, Solver, SolverState, Step, Stop
+from distbelief.lbfgs import Command, Options, Solver, Stop
 from distbelief.penalty import Penalty
 
 torch.manual_seed(0)
 INPUTS = torch.randn(200, 30, dtype=torch.float64)
 LABELS = (INPUTS @ torch.randn(30, dtype=torch.float64) + torch.randn(200) > 0).double()
+FLOOR = 1e-6
+"""Of a gradient in float32: some roundings of its largest terms."""
 ZERO = torch.zeros(30, dtype=torch.float64)
 
 
@@ -34,7 +36,7 @@ def damped(x: Tensor) -> Tensor:
 
 def tight(**chosen: Any) -> Options:
     """Only the gradient ends the job."""
-    return Options(**{"gtol": 1e-8, "ftol": 0.0, "max_iterations": 3000, **chosen})
+    return Options(**{"gtol": 1e-8, "ftol": -math.inf, "max_iterations": 3000, **chosen})
 
 
 def minimised(function: Callable[[Tensor], Tensor], start: Tensor, **chosen: Any) -> tuple[Sandblaster, Stop]:
@@ -122,8 +124,9 @@ def test_the_iterates_of_a_fixed_step_are_those_of_torch(
         return solver._evaluate(solver.state.search.t)  # type: ignore[union-attr]
 
     def slow(x: Tensor) -> Tensor:
-        # Scales from 1 to 10, and times 1000: after 40 iterations the pairs still pass torch's s.y > 1e-10.
-        return 1000 * damped(x * torch.linspace(1, 10, len(x), dtype=x.dtype))
+        # Scales from 1 to 6, and times 1000: after 40 iterations the pairs still pass torch's s.y > 1e-10.
+        weights = x * torch.linspace(1, 6, len(x), dtype=x.dtype)
+        return 1000 * (logistic(weights) + 5e-3 * weights @ weights)
 
     gradients: list[Tensor] = []
     plain = one_bundle(slow)
@@ -143,6 +146,7 @@ def test_the_iterates_of_a_fixed_step_are_those_of_torch(
     optimizer = torch.optim.LBFGS([x], lr=1.0, max_iter=1, history_size=10, tolerance_grad=0, tolerance_change=0)
     worst = 0.0
     for point in [*points[2:], run.point]:
+
         def closure() -> Tensor:
             optimizer.zero_grad()
             value = slow(x)
@@ -154,3 +158,167 @@ def test_the_iterates_of_a_fixed_step_are_those_of_torch(
     assert len(points) == 41
     assert worst <= tolerance
     assert all(run.solver.state.history.gram[i][10 + i] > 1e-10 for i in range(10))
+
+
+# penalties and bounds
+
+
+def penalised(penalty: Penalty, sections: int = 3, **chosen: Any) -> tuple[Sandblaster, Stop]:
+    run = Sandblaster(
+        one_bundle(logistic), ZERO, tight(backtracking=penalty.bends, **chosen), sections, penalty=penalty
+    )
+    return run, run.run()
+
+
+def test_l1_is_the_optimum_of_proximal_gradients_with_the_same_zeros() -> None:
+    weight = 0.03
+    run, stop = penalised(Penalty(0, 0, l1=weight), sections=4)
+    objective = one_bundle(logistic)
+    step = 4 * len(INPUTS) / float(torch.linalg.matrix_norm(INPUTS, 2) ** 2)
+    x, ahead, momentum = ZERO, ZERO, 1.0
+    for _ in range(1000):
+        v = ahead - step * objective(ahead, 0)[1]
+        new = v.sign() * (v.abs() - step * weight).clamp(min=0)
+        following = (1 + math.sqrt(1 + 4 * momentum * momentum)) / 2
+        ahead, x, momentum = new + (momentum - 1) / following * (new - x), new, following
+    assert stop.converged, stop.reason
+    assert 5 < int((x == 0).sum()) < 25
+    assert torch.equal(run.point == 0, x == 0)
+    torch.testing.assert_close(run.point, x, rtol=1e-6, atol=1e-6)
+    assert run.solver.loss == pytest.approx(objective(x, 0)[0] + weight * x.abs().sum().item(), rel=1e-12)
+    assert run.solver.evaluations <= 40
+
+
+def test_bounds_give_the_optimum_of_scipy_at_about_its_cost() -> None:
+    low, high = -0.3, 0.4
+    run, stop = penalised(Penalty(0, 0, low=low, high=high), sections=4)
+    value, _, evaluations, x = of_scipy(logistic, ZERO, (low, high))
+    active = (x <= low) | (x >= high)
+    assert stop.converged, stop.reason
+    assert 5 < int(active.sum()) < 25
+    assert torch.equal((run.point <= low) | (run.point >= high), active)
+    assert run.solver.loss == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(run.point, x, rtol=1e-6, atol=1e-6)
+    assert run.solver.evaluations <= 1.2 * evaluations
+
+
+def test_l2_is_ridge_regression_in_closed_form() -> None:
+    def squares(x: Tensor) -> Tensor:
+        return (INPUTS @ x - LABELS).square().mean() / 2
+
+    run = Sandblaster(one_bundle(squares), ZERO, tight(), penalty=Penalty(0, 0, l2=0.7))
+    assert run.run().converged
+    left = INPUTS.T @ INPUTS / len(INPUTS) + 0.7 * torch.eye(len(ZERO))
+    ridge = torch.linalg.solve(left, INPUTS.T @ LABELS / len(INPUTS))
+    torch.testing.assert_close(run.point, ridge, rtol=1e-7, atol=1e-8)
+    assert run.solver.loss == pytest.approx((squares(ridge) + 0.35 * ridge @ ridge).item(), rel=1e-12)
+
+
+# scales and precisions
+
+
+@pytest.mark.parametrize("name", ["rosenbrock", "powell", "wood", "kowalik osborne"])
+def test_the_scale_of_the_loss_changes_the_evaluations_by_no_more_than_a_fifth(name: str) -> None:
+    problem = MINIMA[name]
+    plain, _ = minimised(problem.function, problem.x)
+    for scale in (1e-9, 1e-4, 1e4, 1e9):
+
+        def scaled(x: Tensor, scale: float = scale) -> Tensor:
+            return scale * problem.function(x)
+
+        run, stop = minimised(scaled, problem.x, gtol=1e-8 * scale)
+        assert stop.converged, stop.reason
+        assert run.solver.evaluations == pytest.approx(plain.solver.evaluations, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["rosenbrock", "powell", "wood", "kowalik osborne"])
+def test_a_history_in_bfloat16_takes_at_most_half_more_evaluations(name: str) -> None:
+    problem = MINIMA[name]
+    plain, _ = minimised(problem.function, problem.x)
+    run = Sandblaster(one_bundle(problem.function), problem.x, tight(), history_dtype=torch.bfloat16)
+    assert run.run().converged
+    assert run.solver.loss == pytest.approx(plain.solver.loss, rel=1e-6, abs=1e-10)
+    assert run.solver.evaluations <= 1.5 * plain.solver.evaluations
+
+
+@pytest.mark.parametrize("function", [damped, MINIMA["beale"].function])
+def test_float32_reaches_the_floor_of_its_gradient_and_no_search_fails(function: Callable[[Tensor], Tensor]) -> None:
+    start = ZERO if function is damped else MINIMA["beale"].x
+    double, _ = minimised(function, start)
+    run, stop = minimised(function, start.float(), gtol=FLOOR, single=True)
+    assert stop.converged, stop.reason
+    # Judged in float64, to which the gradient of the last point adds its own rounding.
+    assert one_bundle(function)(run.point.double(), 0)[1].abs().max().item() <= 2 * FLOOR
+    assert run.solver.evaluations <= 1.5 * double.solver.evaluations
+    assert all(step.commit for step in run.steps), "no history was dropped"
+
+
+# bad input
+
+
+def spoilt(how: Callable[[int, Tensor, float, Tensor], tuple[float, Tensor]]) -> Objective:
+    """The damped logistic regression with the results of its calls, numbered from 1, made wrong."""
+    plain, calls = one_bundle(damped), 0
+
+    def objective(x: Tensor, bundle: int) -> tuple[float, Tensor]:
+        nonlocal calls
+        calls += 1
+        return how(calls, x, *plain(x, bundle))
+
+    return objective
+
+
+NAN = math.nan
+
+
+def test_a_loss_that_is_nan_for_some_trials_only_shortens_the_steps() -> None:
+    run = Sandblaster(spoilt(lambda call, x, loss, g: (NAN, g) if call in (2, 3, 7) else (loss, g)), ZERO, tight())
+    plain, _ = minimised(damped, ZERO)
+    stop = run.run()
+    assert stop.converged, stop.reason
+    assert run.solver.loss == pytest.approx(plain.solver.loss, rel=1e-10)
+    assert run.solver.evaluations <= 2 * plain.solver.evaluations
+
+
+@pytest.mark.parametrize("penalty", [None, Penalty(0, 0, l1=0.01)])
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_loss_that_stays_nan_ends_with_that_reason_at_the_last_good_point(
+    broken: str, penalty: Penalty | None
+) -> None:
+    def never(call: int, x: Tensor, loss: float, g: Tensor) -> tuple[float, Tensor]:
+        return (loss, g) if call <= 6 else (NAN, g) if broken == "loss" else (loss, g.where(g != g[4], NAN))
+
+    steps: list[tuple[int, Tensor]] = []
+    run = Sandblaster(
+        spoilt(never), ZERO, tight(backtracking=penalty is not None), penalty=penalty,
+        observe=lambda run, _: steps.append((run.solver.iteration, run.point)),
+    )  # fmt: skip
+    stop = run.run()
+    assert (stop.converged, "not finite at any of 20 trial points" in stop.reason) == (False, True)
+    last, point = steps[-1]
+    assert last == run.solver.iteration
+    assert torch.equal(run.point, point)
+    assert run.solver.evaluations == 6 + 2 * 20, "twenty along the direction, twenty along steepest descent"
+    assert run.point.isfinite().all()
+
+
+def test_a_start_that_is_not_finite_ends_at_once() -> None:
+    run = Sandblaster(spoilt(lambda call, x, loss, g: (math.inf, g)), ZERO, tight())
+    assert run.run() == Stop("the loss (inf) or its gradient is not finite at the starting point", False)
+    assert run.solver.evaluations == 1
+
+
+WRONG: dict[str, Callable[[int, Tensor, float, Tensor], tuple[float, Tensor]]] = {
+    "sign": lambda call, x, loss, g: (loss, -g),
+    "sign of most entries": lambda call, x, loss, g: (loss, torch.cat([g[:5], -g[5:]])),
+    "another function": lambda call, x, loss, g: (loss, g + 0.5),
+    "a loss that changes": lambda call, x, loss, g: (loss + 0.1 * math.sin(13 * call), g),
+}
+
+
+@pytest.mark.parametrize("backtracking", [False, True])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_gradient_that_does_not_belong_to_the_loss_is_named_as_that(wrong: str, backtracking: bool) -> None:
+    stop = Sandblaster(spoilt(WRONG[wrong]), ZERO, tight(backtracking=backtracking)).run()
+    assert not stop.converged
+    assert "they do not belong together (a wrong sign, another scale, or a loss that is not the same" in stop.reason
