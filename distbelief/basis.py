@@ -26,7 +26,8 @@ class Basis:
     """The vectors of one span; one call at a time.
 
     Memory: span x (2 history + 3) words with the parameters, and 8 bytes per entry to add gradients in float64; a
-    history in bfloat16 takes 2 bytes per entry in 2 history of these words. Dots are in float64, of what is stored.
+    history in bfloat16 takes 2 bytes per entry in 2 history of these words. Besides, (2 history + 3) x CHUNK float64
+    to work in, whatever the span: 3 MB with 10 pairs. Dots are in float64, of what is stored.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Basis:
         self._counts = max(1, overlap[0]), max(1, overlap[1])
         tops = 2 * _top(pairs)
         rows = torch.zeros(3, tops + 3, dtype=torch.float64)
-        slope = decrease = square = absolute = largest_gradient = largest_step = 0.0
+        slope = decrease = square = absolute = largest_gradient = 0.0
         for block, penalty in self._blocks:
             x_trial = self._trial(t, block, penalty)
             g_trial = self._gradient(x_trial, block, penalty)
@@ -108,10 +109,9 @@ class Basis:
             slope += _dot(self._d[block], g_trial)
             decrease += _dot(p_old, basis[tops])
             largest_gradient = max(largest_gradient, float(p.abs().max()))
-            largest_step = max(largest_step, float(s.abs().max()))
         return Sealed(
             rows=rows[:, _order(pairs, 3)].tolist(), slope=slope, raw_slope=self._raw_slope, decrease=decrease,
-            largest_gradient=largest_gradient, largest_step=largest_step, square=square, absolute=absolute,
+            largest_gradient=largest_gradient, square=square, absolute=absolute,
             finite=bool(rows.isfinite().all()),
         )  # fmt: skip
 

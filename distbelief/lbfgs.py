@@ -44,8 +44,6 @@ class Sealed(msgspec.Struct, frozen=True, array_like=True):
     """p . s with the p of the present point."""
     largest_gradient: float
     """|p|_inf at the trial."""
-    largest_step: float
-    """|s|_inf."""
     square: float
     """Sum of l2 x^2 at the trial."""
     absolute: float
@@ -62,7 +60,6 @@ def merge(answers: Sequence[Sealed]) -> Sealed:
         raw_slope=sum(answer.raw_slope for answer in answers),
         decrease=sum(answer.decrease for answer in answers),
         largest_gradient=max(answer.largest_gradient for answer in answers),
-        largest_step=max(answer.largest_step for answer in answers),
         square=sum(answer.square for answer in answers),
         absolute=sum(answer.absolute for answer in answers),
         finite=all(answer.finite for answer in answers),
@@ -236,7 +233,7 @@ class Solver:
 
     def tell_not_finite(self) -> list[Command]:
         """The loss of some examples, or its gradient, is not finite at the trial; nothing was measured."""
-        return self.tell(math.nan, Sealed([], 0.0, self.state.slope, 0.0, 0.0, 0.0, 0.0, 0.0, False))
+        return self.tell(math.nan, Sealed([], 0.0, self.state.slope, 0.0, 0.0, 0.0, 0.0, False))
 
     def resume(self) -> list[Command]:
         """As `begin`, but go on where the reason to stop is gone, such as a limit that has been raised."""

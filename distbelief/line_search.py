@@ -15,6 +15,8 @@ MAX_TRIALS = 20
 EXTRAPOLATE_LEAST, EXTRAPOLATE_MOST = 1.1, 4.0
 SHRINK = 0.66
 """The bracket must shrink at least to this fraction in two trials."""
+ROUNDINGS = 10
+"""A loss is the sum of many: it is trusted to so many times the resolution."""
 
 Outcome = Literal["try", "accept", "fail"]
 
@@ -42,7 +44,8 @@ class MoreThuente(msgspec.Struct, tag=True):
 
         loss(t) <= loss(0) + eps |loss(0)|   and   (2 c1 - 1) slope(0) >= slope(t) >= c2 slope(0)
 
-    A trial that is not finite shortens the step, and that far is never gone again.
+    and the next trial comes from the slopes alone. A trial that is not finite shortens the step, and that far is never
+    gone again.
     """
 
     start: Point
@@ -57,7 +60,7 @@ class MoreThuente(msgspec.Struct, tag=True):
     eps: float = 1e-6
     """0.0 turns the approximate conditions off."""
     resolution: float = 1e-14
-    """Relative difference of steps below which they are the same."""
+    """Relative difference of steps below which they are the same; losses may be off by some times as much."""
     trials: int = 0
     modified: bool = True
     """First stage: no trial has met the first condition with a slope that is not negative."""
@@ -84,12 +87,13 @@ class MoreThuente(msgspec.Struct, tag=True):
     def next(self, loss: float, slope: float) -> Outcome:
         """Told the loss and the slope at `t`."""
         self.trials += 1
-        trial, start = Point(self.t, loss, slope), self.start
+        trial, start = self._believed(Point(self.t, loss, slope)), self.start
         if not (math.isfinite(loss) and math.isfinite(slope)):
             return self._shorten()
         slack = self.eps * abs(start.loss)
         if loss > start.loss + slack and (self.rise is None or trial.t < self.rise.t):
             self.rise = trial
+        loss = trial.loss
         bound = start.loss + self.c1 * trial.t * start.slope
         if loss <= bound and abs(slope) <= -self.c2 * start.slope:
             return "accept"
@@ -116,6 +120,17 @@ class MoreThuente(msgspec.Struct, tag=True):
         t = max(0.0, t)
         self.t = self.best.t if self._exhausted(t) else t
         return self._again()
+
+    def _believed(self, trial: Point) -> Point:
+        """The trial; where its loss differs from that at the start by rounding, with what the slopes say instead."""
+        best = self.best
+        loss = best.loss + (trial.t - best.t) * (trial.slope + best.slope) / 2
+        changes = abs(trial.loss - self.start.loss), abs(loss - self.start.loss)
+        return Point(trial.t, loss, trial.slope) if self.eps and max(changes) <= self._rounding else trial
+
+    @property
+    def _rounding(self) -> float:
+        return ROUNDINGS * self.resolution * abs(self.start.loss)
 
     def _shorten(self) -> Outcome:
         self.not_finite += 1
@@ -176,7 +191,7 @@ class MoreThuente(msgspec.Struct, tag=True):
     @property
     def decreased(self) -> bool:
         """Whether the best step lowers the loss by more than rounding."""
-        return self.best.t > 0 and self.best.loss < self.start.loss - self.resolution * abs(self.start.loss)
+        return self.best.t > 0 and self.best.loss < self.start.loss - self._rounding
 
     @property
     def failure(self) -> str:

@@ -65,8 +65,8 @@ class Sandblaster:
     def point(self) -> Tensor:
         return torch.cat(self.x)
 
-    def run(self) -> Stop:
-        commands = self.solver.begin()
+    def run(self, *, resume: bool = False) -> Stop:
+        commands = self.solver.resume() if resume else self.solver.begin()
         while True:
             for command in commands:
                 if isinstance(command, Evaluate | Gram):
