@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,18 @@ from distbelief.events import (
     ShardRestored,
 )
 from tests import problems
+from tests.killer import Killer, nth, settled
 
 ROOT = Path(__file__).parents[1]
 
 
-def trained(job: db.Job, tmp_path: Path, **options: Any) -> tuple[db.Result, list[Observation]]:
+def trained(
+    job: db.Job, tmp_path: Path, more: Sequence[Callable[[Observation], None]] = (), **options: Any
+) -> tuple[db.Result, list[Observation]]:
     heard: list[Observation] = []
     number = len(list(tmp_path.iterdir()))
-    result = db.train(
-        dataclasses.replace(job, run=tmp_path / f"run{number}"), view=False, listeners=[heard.append], **options
-    )
+    job = dataclasses.replace(job, run=tmp_path / f"run{number}")
+    result = db.train(job, view=False, listeners=[heard.append, *more], **options)
     return result, heard
 
 
@@ -276,11 +279,13 @@ def big_local(**fields: Any) -> db.Job:
 
 
 @pytest.mark.slow
-def test_killing_replicas_and_shards_for_real_loses_no_example(tmp_path: Path) -> None:
-    faults = db.Faults(kill=((2.0, "replica/1"), (2.6, "shard/0"), (3.4, "replica/0"), (4.0, "evaluator")),
-                       slow={"replica/0": 6.0, "replica/1": 6.0, "replica/2": 6.0})  # fmt: skip
-    result, heard = trained(big_local(), tmp_path, faults=faults)
-    assert {event.role for event in of(RoleLost, heard)} >= {"replica/1", "shard/0"}
+def test_killing_replicas_and_shards_for_real_loses_no_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victims = {"replica/1": 8_000, "shard/0": 20_000, "replica/0": 32_000, "evaluator": 44_000}
+    killers = [Killer(monkeypatch, role, settled(examples)) for role, examples in victims.items()]
+    faults = db.Faults(slow={f"replica/{index}": 6.0 for index in range(3)})
+    result, heard = trained(big_local(), tmp_path, faults=faults, more=killers)
+    assert all(killer.killed for killer in killers)
+    assert {event.role for event in of(RoleLost, heard)} >= set(victims)
     assert (result.summary.examples.seen, result.summary.examples.missing) == (64000, 0)
     assert len(of(ShardRestored, heard)) == 1
     assert (result.test["accuracy"] or 0) > 0.9
@@ -309,7 +314,9 @@ def test_killing_the_process_that_starts_roles_loses_no_example(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_coordinator_answers_while_it_reads_checkpoints_for_a_shard_that_died(tmp_path: Path) -> None:
+def test_the_coordinator_answers_while_it_reads_checkpoints_for_a_shard_that_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file of the newest checkpoint turns into a pipe, which gives nothing before somebody writes to it."""
     heard: list[Observation] = []
     pipes: list[Path] = []
@@ -327,9 +334,10 @@ def test_the_coordinator_answers_while_it_reads_checkpoints_for_a_shard_that_die
                 assert not of(ShardRestored, heard)
                 os.close(os.open(pipes[0], os.O_WRONLY | os.O_NONBLOCK))
 
+    killer = Killer(monkeypatch, "shard/1", nth(CheckpointWritten, 2))
     slow = {f"replica/{index}": 8.0 for index in range(3)}
     job = big_local(epochs=4, run=tmp_path / "run", checkpoint_seconds=0.3, test=None, algorithm=db.Downpour(n_push=8))
-    result = db.train(job, view=False, listeners=[listen], faults=db.Faults(kill=((2.0, "shard/1"),), slow=slow))
+    result = db.train(job, view=False, listeners=[listen, killer], faults=db.Faults(slow=slow))
     assert len(meanwhile) == 4
     assert len(of(CheckpointFailed, heard)) <= 1  # one may have been under way
     (rejected,) = of(CheckpointRejected, heard)
@@ -343,9 +351,10 @@ def parent_of(pid: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_replacement_joins_within_seconds(tmp_path: Path) -> None:
-    faults = db.Faults(kill=((2.0, "replica/1"),), slow={f"replica/{i}": 8.0 for i in range(3)})
-    _, heard = trained(big_local(epochs=8), tmp_path, faults=faults)
+def test_a_replacement_joins_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killer = Killer(monkeypatch, "replica/1", settled(6_000))
+    faults = db.Faults(slow={f"replica/{i}": 8.0 for i in range(3)})
+    _, heard = trained(big_local(epochs=8), tmp_path, faults=faults, more=[killer])
     lost = next(one.seconds for one in heard if isinstance(one.event, RoleLost))
     back = next(
         one.seconds

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import distbelief as db
 from distbelief.checkpoint import complete
-from distbelief.events import Evaluated, EvaluationLost, Event, Iterated, JobFinished, Observation, RoleLost
-from distbelief.train import LocalEngine
+from distbelief.events import Evaluated, EvaluationLost, Iterated, JobFinished, Observation, RoleLost
 from tests import problems
+from tests.killer import Killer, nth
 from tests.test_sandblaster import job, of_kind, points, trained
 
 LIMIT = 12
@@ -59,33 +59,10 @@ def test_without_deaths_there_is_one_round_trip_per_evaluation(tmp_path: Path) -
     assert finished.round_trips == finished.evaluations > 40
 
 
-class Killer:
-    """Kills a role for real at the first event of a kind."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, role: str, kind: type[Event], skip: int = 0) -> None:
-        self.role, self.kind, self.skip, self.killed = role, kind, skip, 0
-        self.engines: list[LocalEngine] = []
-        made = LocalEngine.__init__
-
-        def note(engine: LocalEngine, *arguments: Any, **options: Any) -> None:
-            made(engine, *arguments, **options)
-            self.engines.append(engine)
-
-        monkeypatch.setattr(LocalEngine, "__init__", note)
-
-    def __call__(self, observation: Observation) -> None:
-        if isinstance(observation.event, self.kind) and not self.killed:
-            if self.skip:
-                self.skip -= 1
-            elif self.role in self.engines[0].processes:
-                self.killed = self.engines[0].processes[self.role]
-                os.kill(self.killed, signal.SIGKILL)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["shard/0", "replica/0", "zygote"])
 def test_kill_9_of_a_process_changes_no_step(role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    killer = Killer(monkeypatch, role, Iterated, skip=3)
+    killer = Killer(monkeypatch, role, nth(Iterated, 4))
     heard: list[Observation] = []
     disturbed = job(
         tmp_path / "run", cluster={"engine": "local"}, algorithm={"max_iterations": LIMIT, "deterministic": True}
