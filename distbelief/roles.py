@@ -42,14 +42,16 @@ def _seat(home: Home, prepared: Prepared, name: str, partition: int, device: tor
         return Seat(whole(module), layout, Span(0, layout.length), Group(None, 0, 1, device=device))
     coordinator = home.find(COORDINATOR, Coordinator, COORDINATOR_SECONDS)
     meeting = Meeting(home, coordinator, (Coordinator.keep, Coordinator.look), f"{name}/{home.incarnation}")
+    processes = job.cluster.replicas * job.cluster.plan.partitions
+    own_device = device.type == "cuda" and torch.cuda.device_count() >= processes
     group = Group(
         meeting, partition, job.cluster.plan.partitions, deadline_seconds=job.cluster.silence_seconds, device=device,
-        own_device=device.type == "cuda"
-        and torch.cuda.device_count() >= job.cluster.replicas * job.cluster.plan.partitions,
+        own_device=own_device,
     )  # fmt: skip
     if isinstance(cut.plan, StagePlan):
         store = dist.PrefixStore("stages", meeting)  # type: ignore[attr-defined]
-        form_default_group(store, partition, group.size, job.cluster.silence_seconds)
+        limit = job.cluster.silence_seconds
+        form_default_group(store, partition, group.size, limit, device, own_device=own_device)
     part = cut.part(partition, group, seed)
     torch.manual_seed(seed)
     return Seat(part, cut.layout.of_partition(partition), cut.layout.partitions[partition], group)

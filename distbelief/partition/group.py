@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost
+from distbelief.partition.staging import StagingGroup
 
 LOOPBACK = "127.0.0.1"
-DEFAULT_BACKEND = "gloo_on_loopback"
+DEFAULT_BACKEND, STAGING_BACKEND = "gloo_on_loopback", "staged_gloo"
 """What torch calls gloo of ours: its own listens where the name of the host leads, or an environment variable."""
 
 
@@ -132,12 +133,27 @@ class Group:
         return kind(f"a partition of this replica {told}, says partition {self.index} of {self.size}: {error}")
 
 
-def form_default_group(store: Any, index: int, size: int, deadline_seconds: float) -> None:
-    """Make the partitions of a replica this process's default process group, over which torch's pipelining talks."""
-    if DEFAULT_BACKEND not in dist.Backend.backend_list:
-        dist.Backend.register_backend(DEFAULT_BACKEND, _gloo, devices=["cpu", "cuda"])
+def form_default_group(
+    store: Any, index: int, size: int, deadline_seconds: float, device: torch.device, *, own_device: bool = False
+) -> None:
+    """Make the partitions of a replica this process's default process group, over which torch's pipelining talks.
+
+    `device` and `own_device` as for Group.
+    """
     limit = datetime.timedelta(seconds=deadline_seconds)
-    dist.init_process_group(DEFAULT_BACKEND, store=store, rank=index, world_size=size, timeout=limit)
+    if own_device and device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", store=store, rank=index, world_size=size, timeout=limit)
+        return
+    if DEFAULT_BACKEND not in dist.Backend.backend_list:
+        dist.Backend.register_backend(DEFAULT_BACKEND, _gloo, devices=["cpu"])
+        dist.Backend.register_backend(STAGING_BACKEND, _staged, devices=["cuda"])
+    backend = DEFAULT_BACKEND if device.type == "cpu" else STAGING_BACKEND
+    dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=limit)
+
+
+def _staged(store: Any, index: int, size: int, limit: datetime.timedelta) -> StagingGroup:
+    return StagingGroup(_gloo(store, index, size, limit), index, size)
 
 
 def _gloo(store: Any, index: int, size: int, limit: datetime.timedelta) -> Any:

@@ -7,6 +7,7 @@ runs a task of this module in so many processes, partitions of a replica that me
 """
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -55,6 +56,9 @@ class Pictures(nn.Module):
             if number == 1:
                 x = functional.max_pool2d(x, 2)
         return self.last(x.flatten(1))
+
+
+CPU = torch.device("cpu")
 
 
 class Block(nn.Module):
@@ -156,11 +160,11 @@ def plain(name: str, dtype: torch.dtype) -> nn.Module:
     return of(name, dtype)()
 
 
-def make(plan: StagePlan, partition: int, build: Callable[[], nn.Module]) -> Stage:
+def make(plan: StagePlan, partition: int, build: Callable[[], nn.Module], device: torch.device = CPU) -> Stage:
     """A stage with its initial values."""
     owned = [*plan.pieces(partition), *plan.frozen(partition), *plan.buffers(partition), *plan.others(partition)]
     values = dict(record(build, 0).values({piece.name: (piece.full_shape, piece.box) for piece in owned}))
-    return plan.share(partition, values, torch.device("cpu"))
+    return plan.share(partition, values, device)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -179,20 +183,20 @@ def check(found: Tensor | None, expected: Tensor | None, what: str) -> None:
 # what partitions are asked to do
 
 
-def trains(partition: int, partitions: int) -> None:
+def trains(partition: int, partitions: int, device: torch.device = CPU) -> None:
     """Mini-batches of several sizes, evaluation between them: what the uncut model computes, part by part."""
     for name, dtype in [(name, dtype) for name in MODELS for dtype in (torch.float64, torch.float32)]:
         for microbatches in (1, 2, 4) if dtype == torch.float64 else (4,):
-            uncut = plain(name, dtype)
+            uncut = plain(name, dtype).to(device)
             plan = stages(record(of(name, dtype), 0).module, mini_batch(name, 8, dtype)[0], partitions, microbatches)
-            stage = make(plan, partition, of(name, dtype))
-            pipeline = Pipeline(plan, partition, stage, torch.device("cpu"))
+            stage = make(plan, partition, of(name, dtype), device)
+            pipeline = Pipeline(plan, partition, stage, device)
             for step, examples in enumerate((8, 8, 7, 4, 8)):
                 what = f"{name}, {partitions} stages, {microbatches} micro-batches, step {step}"
-                x, target = mini_batch(name, examples, dtype, step)
+                x, target = (part.to(device) for part in mini_batch(name, examples, dtype, step))
                 uncut.zero_grad()
                 stage.zero_grad()
-                total, count = torch.zeros((), dtype=dtype), plan.micro_batches(examples)
+                total, count = torch.zeros((), dtype=dtype, device=device), plan.micro_batches(examples)
                 for part, part_target in zip(x.chunk(count), target.chunk(count), strict=True):
                     part_loss = loss(uncut.train()(part), part_target) / count
                     part_loss.backward()  # type: ignore[no-untyped-call]
@@ -208,7 +212,7 @@ def trains(partition: int, partitions: int) -> None:
                 buffers = dict(uncut.named_buffers())
                 for buffer_name, buffer in stage.buffers_by_name.items():
                     assert buffer.equal(buffers[buffer_name]), f"{buffer_name} of {what}"
-                x, _ = mini_batch(name, (9, 3)[step % 2], dtype, step)
+                x = mini_batch(name, (9, 3)[step % 2], dtype, step)[0].to(device)
                 output = pipeline.evaluate(x)
                 assert stage.training
                 assert (output is None) == (partition != plan.out)
@@ -278,8 +282,24 @@ def listens(partition: int, partitions: int) -> None:
     assert all(address.startswith("0100007F:") for address in own), own  # 127.0.0.1
 
 
-TASKS = {"trains": trains, "hooks": hooks, "dies": dies, "hangs": hangs, "listens": listens}
-PATIENCE_SECONDS = {"trains": 60.0, "hooks": 60.0, "dies": 60.0, "hangs": 5.0, "listens": 60.0}
+STAGED = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+"""Partitions that share an accelerator meet in host memory; where there is none, what they do so is the same."""
+TASKS = {
+    "trains": trains,
+    "trains through host memory": functools.partial(trains, device=STAGED),
+    "hooks": hooks,
+    "dies": dies,
+    "hangs": hangs,
+    "listens": listens,
+}
+PATIENCE_SECONDS = {
+    "trains": 60.0,
+    "trains through host memory": 60.0,
+    "hooks": 60.0,
+    "dies": 60.0,
+    "hangs": 5.0,
+    "listens": 60.0,
+}
 """How long a partition waits for another."""
 
 
@@ -287,7 +307,11 @@ def live(folder: str, size: int, index: int, task: str) -> int:
     """One partition's life, in a process of its own; the exit status."""
     torch.set_num_threads(1)
     try:
-        form_default_group(dist.FileStore(str(Path(folder) / "meeting"), size), index, size, PATIENCE_SECONDS[task])
+        staged = task == "trains through host memory"
+        form_default_group(
+            dist.FileStore(str(Path(folder) / "meeting"), size), index, size, PATIENCE_SECONDS[task],
+            torch.device("cuda") if staged else torch.device("cpu"),
+        )  # fmt: skip
         TASKS[task](index, size)
         dist.destroy_process_group()
     except BaseException:

@@ -45,6 +45,11 @@ def test_a_replica_in_stages_computes_what_the_uncut_model_does(partitions: int,
 
 
 @pytest.mark.slow
+def test_so_does_one_whose_stages_meet_in_host_memory_as_on_one_accelerator(tmp_path: Path) -> None:
+    together("trains through host memory", 2, tmp_path)
+
+
+@pytest.mark.slow
 def test_hooks_see_parts_of_the_mean(tmp_path: Path) -> None:
     together("hooks", 2, tmp_path)
 
