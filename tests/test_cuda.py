@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of replicas on an accelerator: what they compute is what the CPU does, and what dies comes back."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import distbelief as db
+from distbelief.events import Evaluated, Observation, RoleLost, RoleStarted
+from distbelief.model_replica import ModelReplica, whole
+from distbelief.parameters import lay_out
+from distbelief.partition.group import Group
+from distbelief.plan import Plan
+from tests import problems
+from tests.killer import Killer, settled
+from tests.test_partitioned_downpour import distance, double_classifier, in_double
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def trained(tmp_path: Path, device: str, listeners: Sequence[Any] = (), **fields: Any) -> db.Result:
+    given: dict[str, Any] = {"replicas": 1, "shards": 2, "threads_per_replica": 1, "device": device}
+    cluster = db.Cluster(**(given | fields.pop("cluster", {})))
+    job = problems.job(**(
+        {
+            "model": double_classifier, "data": functools.partial(in_double, 320), "epochs": 2, "cluster": cluster,
+            "algorithm": db.Downpour(update_rule=db.adagrad(0.1), fetch="awaited"),
+            "test": functools.partial(in_double, 100, 1), "run": tmp_path / f"run{len(list(tmp_path.iterdir()))}",
+        }
+        | fields
+    ))  # fmt: skip
+    return db.train(job, view=False, listeners=listeners)
+
+
+@pytest.mark.parametrize("partitions", [1, 2, Plan.stages(2, microbatches=1)])
+def test_a_replica_on_the_accelerator_takes_the_steps_of_one_on_the_cpu(partitions: int | Plan, tmp_path: Path) -> None:
+    on_cpu = trained(tmp_path, "cpu")
+    cut = {"partitions": partitions}
+    on_accelerator = trained(tmp_path, "cuda", cluster=cut)
+    assert distance(on_accelerator.model, on_cpu.model) < 1e-9
+    assert on_accelerator.summary.examples.seen == 640
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [db.Downpour(n_push=3, n_fetch=2, clip_norm=1.0), db.Downpour(n_push=2, n_fetch=2, local_rate=0.01)],
+)
+def test_two_replicas_of_one_accelerator_learn(algorithm: db.Downpour, tmp_path: Path) -> None:
+    result = trained(tmp_path, "cuda", algorithm=algorithm, cluster={"replicas": 2}, epochs=6)
+    assert (result.summary.examples.seen, result.summary.examples.missing) == (1920, 0)
+    assert (result.test["accuracy"] or 0) > 0.85
+
+
+def test_sandblaster_takes_the_steps_of_the_cpu_on_the_accelerator(tmp_path: Path) -> None:
+    algorithm = db.Sandblaster(max_iterations=15, l2=1e-3, deterministic=True)
+    fields: dict[str, Any] = {"model": functools.partial(problems.classifier), "algorithm": algorithm, "test": None}
+    fields["data"] = functools.partial(problems.points, 320)
+    fields["cluster"] = {"replicas": 2}
+    one, other = (trained(tmp_path, device, **fields) for device in ("cpu", "cuda"))
+    assert distance(one.model, other.model) < 1e-3  # float32
+    assert one.summary.loss == pytest.approx(other.summary.loss, rel=1e-4)
+
+
+def test_a_killed_replica_of_the_accelerator_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Observation] = []
+    killer = Killer(monkeypatch, "replica/1", settled(2_000))
+    result = trained(
+        tmp_path, "cuda", listeners=[heard.append, killer], cluster={"replicas": 2}, epochs=60,
+    )  # fmt: skip
+    assert killer.killed
+    assert result.summary.examples.missing == 0
+    lost = next(one.seconds for one in heard if isinstance(one.event, RoleLost))
+    back = next(
+        one.seconds for one in heard
+        if isinstance(one.event, RoleStarted) and (one.event.role, one.event.incarnation) == ("replica/1", 1)
+    )  # fmt: skip
+    assert back - lost < 10
+
+
+def test_evaluation_stays_on_the_cpu_beside_replicas_on_the_accelerator(tmp_path: Path) -> None:
+    heard: list[Observation] = []
+    trained(tmp_path, "cuda", listeners=[heard.append], evaluate_every=640, epochs=60)
+    assert len([one for one in heard if isinstance(one.event, Evaluated)]) >= 2
+
+
+def differentiate(module: nn.Module, batch: Tensor) -> Tensor:
+    loss: Tensor = module(batch).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def test_what_replicas_push_lies_in_page_locked_memory() -> None:
+    module = nn.Linear(300, 200)
+    device = torch.device("cuda", 0)
+    replica = ModelReplica(
+        whole(module), lay_out(module), differentiate, device,
+        lambda length, dtype: torch.zeros(length, dtype=dtype), Group(None, 0, 1, device=device),
+    )  # fmt: skip
+    assert replica.spare.is_pinned()
+    replica.compute(torch.ones(2, 300)).item()
+    gradient = replica.take_gradient(mean=True, clip_norm=None)
+    assert gradient is not None
+    assert gradient.is_pinned()
+    assert gradient.device.type == "cpu"
