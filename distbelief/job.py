@@ -148,9 +148,9 @@ class Facts:
 
 
 def prepare(job: Job) -> tuple[Prepared, Facts]:
-    """Build the data sets and try one mini-batch. Raises ConfigurationError, and whatever the user's code raises."""
+    """Build the data sets, and the model for its layout. Raises ConfigurationError, and what the user's code does."""
     data, test = _build_data(job.data, "data"), _build_data(job.test, "test")
-    sample, test_examples = collect(data, torch.arange(_batch_size(job, len(data)))), 0 if test is None else len(test)
+    sample, test_examples = _sample(job, data), 0 if test is None else len(test)
     if job.cluster.plan.partitions > 1:
         cut = cut_model(job.model, job.seed, job.grouping, _input(job, sample), job.cluster.plan)
         if job.cluster.memory_bytes is not None:
@@ -160,13 +160,27 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
         return Prepared(job, data, test, cut), Facts(cut.layout, buffers, len(data), test_examples)
     module, layout = build(job.model, job.seed, job.grouping)
     _check_algorithm(job, module, layout, False)
+    return Prepared(job, data, test, None), Facts(layout, lay_out_buffers(module), len(data), test_examples)
+
+
+def attempt(prepared: Prepared) -> None:
+    """Try one mini-batch, and a look at the test set. Raises ConfigurationError, and what the user's code raises."""
+    job, data, test = prepared.job, prepared.data, prepared.test
+    if prepared.cut is not None:
+        return  # no process may hold all of the model
+    module, _ = build(job.model, job.seed, job.grouping)
+    sample = _sample(job, data)
     if isinstance(job.algorithm, Sandblaster):
         check_repeatable(module, job.objective, sample)
     with torch.no_grad():
         job.objective(module if isinstance(job.algorithm, Sandblaster) else module.train(), sample)
     if test is not None and job.evaluate is None:
         job.measures.measure(module, Subset(test, range(min(job.batch_size, len(test)))), torch.device("cpu"))
-    return Prepared(job, data, test, None), Facts(layout, lay_out_buffers(module), len(data), test_examples)
+
+
+def _sample(job: Job, data: Any) -> Any:
+    """The first mini-batch."""
+    return collect(data, torch.arange(_batch_size(job, len(data))))
 
 
 def _batch_size(job: Job, examples: int) -> int:

@@ -110,6 +110,8 @@ class ModelReplica:
         self, part: Part, layout: Layout, differentiate: Step, device: torch.device,
         allocate: Callable[[int, torch.dtype], torch.Tensor], group: Group,
     ) -> None:  # fmt: skip
+        for buffer in part.buffers.values():  # in place: the part goes on naming those that the module computes with
+            buffer.data = buffer.data.to(device)
         part.module.to(device)
         self.part, self.group, self._differentiate, self._device = part, group, differentiate, device
         self._host = [allocate(layout.length, layout.dtype) for _ in range(4)]

@@ -27,7 +27,7 @@ from distbelief.engine.virtual import Costs
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.events import AnyEvent, Listener, Observation
 from distbelief.export import write_template
-from distbelief.job import Facts, Job, prepare
+from distbelief.job import Facts, Job, attempt, prepare
 from distbelief.launch import Launch, of_main
 from distbelief.model_replica import check_device
 from distbelief.parameter_server import shard_name
@@ -84,7 +84,7 @@ def train(
     check_device(job.cluster.device)
     engine = _engine(job, faults, costs)
     with contextlib.closing(engine):
-        facts = engine.load(prepare, job)
+        facts = engine.load(prepare, job, attempt=attempt)
         spans = _spans(job, facts)
         model = Uncut(job, facts)
         run = _open_run(job, resume)

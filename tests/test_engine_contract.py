@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import Settle
 
-from distbelief.channel.base import Future, Out, Remote, exported
+from distbelief.channel.base import Future, Out, Promise, Remote, exported
 from distbelief.engine.base import COORDINATOR, Death, Engine, Faults, Home
 from distbelief.engine.local import LocalEngine
 from distbelief.engine.pickles import SHARED
@@ -74,12 +74,21 @@ def prepare_badly(error: Exception) -> tuple[None, None]:
     raise error
 
 
+def attempt_badly(prepared: dict[str, int]) -> None:
+    """Raises by what was prepared."""
+    if prepared["number"] == 1:
+        raise ValueError("a bug")
+    if prepared["number"] == 2:
+        raise ConfigurationError("40 shards are too many", hint="use 12")
+
+
 class Clerk:
     """A role that answers."""
 
     def __init__(self, home: Home, prepared: dict[str, int] | None = None, other: str = "") -> None:
         self.home, self.prepared, self.other = home, prepared, other
         self.notes: list[int] = []
+        self.promised: list[Promise[int]] = []
 
     @exported
     def who(self) -> tuple[str, int]:
@@ -127,6 +136,18 @@ class Clerk:
     @exported
     def work(self, number: int) -> Future[int]:
         return self.home.background(lambda: 100 // number)
+
+    @exported
+    def later(self) -> Promise[int]:
+        """Answered when `tell` is called."""
+        self.promised.append(self.home.promise())
+        return self.promised[-1]
+
+    @exported
+    def tell(self, number: int) -> int:
+        for promise in self.promised:
+            promise.keep(number)
+        return len(self.promised)
 
 
 class Stranger(Clerk):
@@ -384,6 +405,28 @@ def test_background_work_is_an_answer(own_stage: Callable[..., Stage]) -> None:
     assert stage.engine.background(lambda: 5).result() == 5
 
 
+def test_a_promise_is_an_answer_that_comes_when_it_is_kept_and_not_before(stage: Stage) -> None:
+    clerk = stage.find(stage.up(Clerk))
+    pending = [clerk.call(Clerk.later) for _ in range(3)]
+    assert clerk.call(Clerk.note, 1).result() == [1], "others are answered meanwhile"
+    stage.engine.sleep(0.1)
+    assert [answer.done() for answer in pending] == [False] * 3
+    assert clerk.call(Clerk.tell, 5).result() == 3
+    assert [answer.result() for answer in pending] == [5] * 3
+    assert clerk.call(Clerk.tell, 6).result() == 3, "a promise that is kept stays as it is"
+    assert [answer.result() for answer in pending] == [5] * 3
+
+
+def test_a_promise_ends_with_the_role_that_made_it(stage: Stage) -> None:
+    name = stage.up(Clerk)
+    pending = stage.find(name).call(Clerk.later)
+    stage.find(name).call(Clerk.who).result()
+    stage.kill(name)
+    with pytest.raises(PeerLost):
+        pending.result()
+    stage.until(stage.died)
+
+
 def test_background_works_are_done_one_after_another_by_one_thread(own_stage: Callable[..., Stage]) -> None:
     engine = own_stage().engine
     done: list[tuple[int, int]] = []
@@ -578,6 +621,16 @@ def test_what_preparing_raises_is_raised_by_load(kind: Kind) -> None:
     with closing(kind.make()) as engine, pytest.raises(ConfigurationError) as caught:
         engine.load(prepare_badly, ConfigurationError("40 shards are too many", hint="use 12"))
     assert (caught.value.problem, caught.value.hint) == ("40 shards are too many", "use 12")
+
+
+@pytest.mark.slow
+def test_what_an_attempt_raises_is_raised_by_load(kind: Kind) -> None:
+    with closing(kind.make()) as engine, pytest.raises(UserCodeError, match=r"(?s)in attempt_badly.*ValueError: a bug"):
+        engine.load(prepare, 1, attempt=attempt_badly)
+    with closing(kind.make()) as engine, pytest.raises(ConfigurationError, match="40 shards are too many"):
+        engine.load(prepare, 2, attempt=attempt_badly)
+    with closing(kind.make()) as engine:
+        assert engine.load(prepare, 3, attempt=attempt_badly) == Facts(6)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from distbelief.channel.base import Out, Remote, exported
 from distbelief.engine.base import Death, Home
 from distbelief.engine.local import LocalEngine
 from distbelief.engine.pickles import SHARED, Pickler, Unpickler
-from distbelief.errors import ConfigurationError, DeadlineExceeded, PeerLost, TrainingFailed
+from distbelief.errors import ConfigurationError, DeadlineExceeded, PeerLost, TrainingFailed, UserCodeError
 
 NAMES = [f"role/{index}" for index in range(40)]
 MEGABYTES = 24
@@ -35,6 +35,11 @@ def prepare(data: Any) -> tuple[Any, str]:
 
 def prepare_and_end(code: int) -> tuple[None, None]:
     os._exit(code)
+
+
+def spoil(data: Any) -> None:
+    """As an attempt: no role sees it."""
+    data.tensors[0].zero_()
 
 
 def prepare_slowly(started: str) -> tuple[None, None]:
@@ -86,7 +91,7 @@ def data() -> TensorDataset:
 @pytest.fixture(scope="module")
 def shared_engine(data: TensorDataset) -> Iterator[tuple[LocalEngine, Iterator[str]]]:
     with closing(LocalEngine(NAMES)) as engine:
-        assert engine.load(prepare, data) == "TensorDataset"
+        assert engine.load(prepare, data, attempt=spoil) == "TensorDataset"
         yield engine, iter(NAMES)
 
 
@@ -237,6 +242,19 @@ def test_a_job_that_cannot_be_pickled_is_refused_before_any_process_starts(
 def test_the_process_that_starts_roles_may_be_ended_by_the_users_code() -> None:
     with closing(LocalEngine([])) as engine, pytest.raises(TrainingFailed, match="exit code 7"):
         engine.load(prepare_and_end, 7)
+
+
+def killed(prepared: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_an_attempt_that_is_killed_is_said() -> None:
+    with (
+        closing(LocalEngine([])) as engine,
+        pytest.raises(UserCodeError, match="tried one mini-batch was killed by sig"),
+    ):
+        engine.load(prepare, 7, attempt=killed)
 
 
 # processes

@@ -84,10 +84,14 @@ class Faults:
 class Engine(Home, Protocol):
     """The coordinator's view: it lives in the user's process and starts all other roles."""
 
-    def load(self, prepare: Callable[..., tuple[Any, T]], *arguments: Any) -> T:
+    def load(
+        self, prepare: Callable[..., tuple[Any, T]], *arguments: Any, attempt: Callable[[Any], object] | None = None
+    ) -> T:
         """Run `prepare(*arguments)` where roles are born and keep its first result there for arguments named SHARED.
 
-        Returns the second result. Raises a DistbeliefError that it raised, and UserCodeError for anything else.
+        `attempt`, given that first result, is what roles will do, tried once where it can harm none of them: only what
+        it raises comes of it. Returns the second result. Raises a DistbeliefError that they raised, and UserCodeError
+        for anything else.
         """
 
     def answer(self, role: object) -> None:

@@ -159,11 +159,13 @@ class LocalEngine(LocalHome):
         """Let `role` answer calls to the coordinator."""
         self._endpoint.answer_with(role)
 
-    def load(self, prepare: Callable[..., tuple[Any, T]], *arguments: Any) -> T:
+    def load(
+        self, prepare: Callable[..., tuple[Any, T]], *arguments: Any, attempt: Callable[[Any], object] | None = None
+    ) -> T:
         """Pickle the job into a new zygote and prepare it there."""
         buffers: list[pickle.PickleBuffer] = []
         try:
-            payload = Pickler.dumps((prepare, arguments), buffers=buffers)
+            payload = Pickler.dumps((prepare, arguments, attempt), buffers=buffers)
         except Exception as error:
             raise ConfigurationError(
                 f"the job cannot be handed to other processes: {error}",

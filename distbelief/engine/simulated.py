@@ -303,10 +303,14 @@ class SimulatedEngine(SimulatedHome):
         """Let `role` answer calls to the coordinator."""
         self.role, self.methods = role, exported_methods(type(role))
 
-    def load(self, prepare: Callable[..., tuple[Any, T]], *arguments: Any) -> T:
+    def load(
+        self, prepare: Callable[..., tuple[Any, T]], *arguments: Any, attempt: Callable[[Any], object] | None = None
+    ) -> T:
         """Prepare in this process."""
         try:
             self._shared, description = prepare(*arguments)
+            if attempt is not None:
+                attempt(self._shared)
         except DistbeliefError:
             raise
         except Exception as error:

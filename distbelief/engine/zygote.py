@@ -87,6 +87,42 @@ def run_role(build: Callable[[], Callable[[], None]], report: int) -> None:
     os._exit(code)
 
 
+def try_apart(attempt: Callable[[], object]) -> None:
+    """Do it in a fork that ends with it, and raise what it raised.
+
+    A backward pass on a machine with accelerators starts threads, after which no fork could make another.
+    """
+    read_end, write_end = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        _die_with_parent(signal.SIGKILL)
+        error: DistbeliefError | None = None
+        try:
+            attempt()
+        except DistbeliefError as raised:
+            error = raised
+        except BaseException as raised:
+            error = UserCodeError("".join(traceback.format_exception(raised)))
+        with os.fdopen(write_end, "wb") as told:
+            told.write(pickle.dumps(error))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as heard:
+        text = heard.read()
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code:
+        ended = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise UserCodeError(f"the process that tried one mini-batch was {ended}, before anything was trained")
+    failure: DistbeliefError | None = pickle.loads(text)
+    if failure is not None:
+        raise failure
+
+
 class Zygote:
     """Forks roles on request and reports how they ended."""
 
@@ -142,7 +178,7 @@ class Zygote:
                     os.kill(pid, signal.SIGKILL)
 
     def _load(self, main: dict[str, Any], payload: bytes, sizes: list[int], descriptors: list[int]) -> None:
-        """Import the user's script, unpickle (prepare, arguments) and keep what prepare returns for the forks."""
+        """Import the user's script, unpickle (prepare, arguments, attempt), keep what prepare returns for the forks."""
         # Only the end of the control socket tells that the coordinator is gone, and nobody looks at it meanwhile. The
         # thread that started us waits for the answer, so it cannot end before.
         _die_with_parent(signal.SIGKILL)
@@ -158,8 +194,10 @@ class Zygote:
                 for size in sizes:
                     buffers.append(arena[offset : offset + size])
                     offset += (size + 63) & ~63
-            prepare, arguments = Unpickler.loads(payload, buffers)
+            prepare, arguments, attempt = Unpickler.loads(payload, buffers)
             self._shared, description = prepare(*arguments)
+            if attempt is not None:
+                try_apart(lambda: attempt(self._shared))
             gc.collect()
             gc.freeze()
             answer: tuple[str, bytes | None, DistbeliefError | None] = ("loaded", pickle.dumps(description), None)

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the exchange: everybody gets what he needs, forward and back are adjoint, nothing hangs."""
 
+import functools
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,19 +241,45 @@ def test_a_partition_that_never_comes_is_noticed_within_the_deadline() -> None:
     assert time.monotonic() - started < 6
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", CASES)
-def test_partitions_of_one_accelerator_meet_in_pinned_memory(name: str) -> None:
+def gradient(name: str, full: Tensor, group: Group) -> Tensor | None:
+    """Of the sum of what an exchange gives, by what this partition has."""
     have, need, shape = CASES[name]
-    full, device = torch.randn(2, *shape), torch.device("cuda", 0)
+    own, on = have[group.index], group.device
+    x = None if own is None else full[(slice(None), *inside(own, whole(shape)))].to(on).requires_grad_()
+    got = Exchange(have, need, group)(x, 2)
+    tie(torch.zeros(0, device=on, requires_grad=True) if got is None else got, group).sum().backward()
+    return None if x is None or x.grad is None else x.grad.cpu()
 
-    def work(on: torch.device, group: Group) -> Tensor | None:
-        own = have[group.index]
-        x = None if own is None else full[(slice(None), *inside(own, whole(shape)))].to(on).requires_grad_()
-        got = Exchange(have, need, group)(x, 2)
-        tie(torch.zeros(0, device=on, requires_grad=True) if got is None else got, group).sum().backward()
-        return None if x is None or x.grad is None else x.grad.cpu()
 
-    expected = together(len(have), lambda group: work(torch.device("cpu"), group))
-    found = together(len(have), lambda group: work(device, group), device=device)
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(expected, found, strict=True))  # type: ignore[arg-type]
+def gradients_in_pinned_memory(folder: str, index: int, device: str) -> None:
+    """In a process of its own, since all backward passes on an accelerator share one thread of theirs."""
+    found = {}
+    for name, (have, _, shape) in CASES.items():
+        if index < len(have):
+            store = dist.FileStore(f"{folder}/{name}", len(have))
+            group = Group(store, index, len(have), device=torch.device(device))
+            found[name] = gradient(name, torch.ones(2, *shape), group)
+            group.close()
+    torch.save(found, f"{folder}/{index}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_partitions_of_one_accelerator_meet_in_pinned_memory(tmp_path: Path) -> None:
+    here, program = (
+        Path(__file__),
+        "import sys, test_exchange as e; e.gradients_in_pinned_memory(sys.argv[1], {}, {!r})",
+    )
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", program.format(index, "cuda:0"), str(tmp_path)],
+            env={**os.environ, "PYTHONPATH": f"{here.parents[2]}{os.pathsep}{here.parent}"},
+        )
+        for index in range(4)
+    ]
+    assert [process.wait(100) for process in running] == [0] * 4
+    found = [torch.load(tmp_path / f"{index}.pt") for index in range(4)]
+    for name, (have, _, shape) in CASES.items():
+        expected = together(len(have), functools.partial(gradient, name, torch.ones(2, *shape)))
+        for index, own in enumerate(expected):
+            assert own is found[index][name] is None or torch.equal(own, found[index][name]), (name, index)

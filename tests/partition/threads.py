@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
 from distbelief.partition.group import Group
@@ -16,16 +15,14 @@ T = TypeVar("T")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def together(
-    partitions: int, work: Callable[[Group], T], deadline_seconds: float = 20.0, device: torch.device | None = None
-) -> list[T]:
+def together(partitions: int, work: Callable[[Group], T], deadline_seconds: float = 20.0) -> list[T]:
     """What `work` returns on every partition; the first error if one of them raises."""
     store, results, errors = dist.HashStore(), {}, []
 
     def run(index: int) -> None:
         group = None
         try:
-            group = Group(store, index, partitions, deadline_seconds=deadline_seconds, device=device)
+            group = Group(store, index, partitions, deadline_seconds=deadline_seconds)
             results[index] = work(group)
         except BaseException as error:
             errors.append(error)
