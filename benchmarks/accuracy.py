@@ -102,7 +102,7 @@ def plain_accuracy(job: db.Job, seed: int) -> float:
 
 def downpour_accuracy(job: db.Job, way: Way, folder: Path, seed: int) -> float:
     """Train `job` as `way` says into a run folder below `folder`; returns the test accuracy."""
-    cluster = db.Cluster(replicas=way.replicas, shards=SHARDS, engine=way.engine)
+    cluster = db.Cluster(replicas=way.replicas, shards=SHARDS, engine=way.engine, device="cpu")
     run = folder / f"{way.replicas}-{way.engine}-{seed}"
     with contextlib.redirect_stdout(io.StringIO()):
         result = db.train(replace(job, cluster=cluster, seed=seed, run=run), costs=COSTS)

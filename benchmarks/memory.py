@@ -126,7 +126,8 @@ def watched(width: int, classes: int, transport: TransportName, samples: int, pa
             model=partial(model, width, classes), loss=nn.functional.cross_entropy, data=partial(frames, classes),
             algorithm=db.Downpour(update_rule=db.adagrad(0.01), warmstart=0, cooldown=0),
             cluster=db.Cluster(
-                replicas=REPLICAS, partitions=partitions, shards=SHARDS, threads_per_replica=1, transport=transport
+                replicas=REPLICAS, partitions=partitions, shards=SHARDS, threads_per_replica=1, transport=transport,
+                device="cpu",
             ),
             epochs=1000, batch_size=BATCH_SIZE, checkpoint_seconds=1e6, run=Path(folder) / "run",
         )  # fmt: skip

@@ -92,7 +92,8 @@ def sandblast(
                 history=HISTORY, max_iterations=iterations, gtol=0.0, ftol=0.0, target=target,
                 micro_batch=MICRO_BATCH, backups=backups,
             ),
-            cluster=db.Cluster(replicas=replicas, threads_per_replica=1), seed=SEED, run=Path(folder) / "run",
+            cluster=db.Cluster(replicas=replicas, threads_per_replica=1, device="cpu"), seed=SEED,
+            run=Path(folder) / "run",
         )  # fmt: skip
         faults = db.Faults(slow={"replica/0": SLOWDOWN}) if slow else None
         db.train(job, view=False, listeners=[clock], faults=faults)
@@ -178,7 +179,7 @@ def overhead() -> Row:
             job = db.Job(
                 model=small, data=few, loss=nn.functional.cross_entropy, run=Path(folder) / "run",
                 algorithm=db.Sandblaster(max_iterations=150, gtol=0.0, ftol=0.0, micro_batch=64),
-                cluster=db.Cluster(replicas=1),
+                cluster=db.Cluster(replicas=1, device="cpu"),
             )  # fmt: skip
             db.train(job, view=False, listeners=[clock])
         samples.append(1e3 * clock.seconds_per_evaluation)
@@ -229,7 +230,7 @@ def memory(plan: Plan) -> Row:
             job = db.Job(
                 model=partial(broad, width), data=partial(noise, width), loss=nn.functional.mse_loss,
                 algorithm=db.Sandblaster(history=HISTORY, max_iterations=HISTORY + 5, gtol=0.0, ftol=0.0),
-                cluster=db.Cluster(replicas=1), run=Path(folder) / "run",
+                cluster=db.Cluster(replicas=1, device="cpu"), run=Path(folder) / "run",
             )  # fmt: skip
             db.train(job, view=False, listeners=[weigher])
         return weigher.bytes[-1]  # the history is full by then

@@ -29,7 +29,7 @@ def frames(count: int) -> TensorDataset:
     """Noise, labelled by a linear model: float32 (count, 440), int64 (count,)."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(count, INPUTS, generator=generator)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(99)
         teacher = nn.Linear(INPUTS, 10)
     with torch.no_grad():

@@ -55,7 +55,7 @@ def examples_per_second(replicas: int, n: int, batch_size: int, seconds: float, 
             algorithm=db.Downpour(
                 update_rule=db.adagrad(0.01), n_fetch=n, n_push=n, fetch="overlapped", warmstart=0, cooldown=0
             ),
-            cluster=db.Cluster(replicas=replicas, shards=1, threads_per_replica=1),
+            cluster=db.Cluster(replicas=replicas, shards=1, threads_per_replica=1, device="cpu"),
             epochs=1000, batch_size=batch_size, checkpoint_seconds=1e6, run=Path(folder) / "run",
         )  # fmt: skip
         faults = db.Faults(slow={} if slow is None else {f"replica/{replicas - 1}": slow})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import distbelief as db
 from distbelief.events import Evaluated, Observation, RoleLost, RoleStarted
@@ -86,6 +87,15 @@ def test_evaluation_stays_on_the_cpu_beside_replicas_on_the_accelerator(tmp_path
     heard: list[Observation] = []
     trained(tmp_path, "cuda", listeners=[heard.append], evaluate_every=640, epochs=60)
     assert len([one for one in heard if isinstance(one.event, Evaluated)]) >= 2
+
+
+def on_the_accelerator(examples: int) -> TensorDataset:
+    return TensorDataset(*(tensor.cuda() for tensor in problems.points(examples).tensors))
+
+
+def test_data_that_is_built_on_the_accelerator_is_refused_before_any_role_starts(tmp_path: Path) -> None:
+    with pytest.raises(db.ConfigurationError, match=r"(?s)has used CUDA before the job began.*build them on the CPU"):
+        trained(tmp_path, "cuda", data=functools.partial(on_the_accelerator, 320))
 
 
 def differentiate(module: nn.Module, batch: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distbelief.engine.pickles import Unpickler
-from distbelief.errors import ChannelError, DistbeliefError, UserCodeError
+from distbelief.errors import ChannelError, ConfigurationError, DistbeliefError, UserCodeError
 
 LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
@@ -85,6 +85,18 @@ def run_role(build: Callable[[], Callable[[], None]], report: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+def _refuse_cuda() -> None:
+    """Raise ConfigurationError when this process uses CUDA, which no fork of it could then use."""
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        raise ConfigurationError(
+            "the script, or the function that builds the data or the model, has used CUDA before the job began",
+            hint="build them on the CPU, replicas move what they need; torch.random.fork_rng() uses CUDA, too, unless it "
+            "is given devices=[]",
+        )
 
 
 def try_apart(attempt: Callable[[], object]) -> None:
@@ -196,6 +208,7 @@ class Zygote:
                     offset += (size + 63) & ~63
             prepare, arguments, attempt = Unpickler.loads(payload, buffers)
             self._shared, description = prepare(*arguments)
+            _refuse_cuda()
             if attempt is not None:
                 try_apart(lambda: attempt(self._shared))
             gc.collect()

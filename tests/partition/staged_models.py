@@ -7,7 +7,6 @@ runs a task of this module in so many processes, partitions of a replica that me
 """
 
 import contextlib
-import functools
 import os
 import sys
 import time
@@ -33,7 +32,8 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first, self.norm = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        # Without a bias before BatchNorm: its gradient is nothing but rounding.
+        self.first, self.norm = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,8 +119,9 @@ def perceptron() -> nn.Module:
 
 def normalised() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(12, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 8), nn.BatchNorm1d(8, affine=False), nn.Tanh(),
-        nn.Linear(8, 7), nn.BatchNorm1d(7, momentum=None), nn.Linear(7, 4),
+        nn.Linear(12, 9, bias=False), nn.BatchNorm1d(9), nn.ReLU(),
+        nn.Linear(9, 8, bias=False), nn.BatchNorm1d(8, affine=False), nn.Tanh(),
+        nn.Linear(8, 7, bias=False), nn.BatchNorm1d(7, momentum=None), nn.Linear(7, 4),
     )  # fmt: skip
 
 
@@ -220,6 +221,11 @@ def trains(partition: int, partitions: int, device: torch.device = CPU) -> None:
                     check(output, uncut.eval()(x), f"output of {what}")
 
 
+def trains_through_host_memory(partition: int, partitions: int) -> None:
+    """As partitions do that share an accelerator; where there is none, what they do so is the same."""
+    trains(partition, partitions, torch.device("cuda", 0) if torch.cuda.is_available() else CPU)
+
+
 def hooks(partition: int, partitions: int) -> None:
     """Hooks that take each gradient away, as replicas do, see parts whose sum is the mean's gradient."""
     uncut, dtype = plain("pictures", torch.float64), torch.float64
@@ -282,11 +288,9 @@ def listens(partition: int, partitions: int) -> None:
     assert all(address.startswith("0100007F:") for address in own), own  # 127.0.0.1
 
 
-STAGED = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-"""Partitions that share an accelerator meet in host memory; where there is none, what they do so is the same."""
 TASKS = {
     "trains": trains,
-    "trains through host memory": functools.partial(trains, device=STAGED),
+    "trains through host memory": trains_through_host_memory,
     "hooks": hooks,
     "dies": dies,
     "hangs": hangs,

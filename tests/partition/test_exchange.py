@@ -273,7 +273,7 @@ def test_partitions_of_one_accelerator_meet_in_pinned_memory(tmp_path: Path) -> 
     running = [
         subprocess.Popen(
             [sys.executable, "-c", program.format(index, "cuda:0"), str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": f"{here.parents[2]}{os.pathsep}{here.parent}"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parents[2]), str(here.parent), *sys.path])},
         )
         for index in range(4)
     ]

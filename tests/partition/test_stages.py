@@ -25,8 +25,9 @@ ROOT = Path(__file__).parents[2]
 def together(task: str, partitions: int, folder: Path) -> None:
     """Run a task of `staged_models` as a replica of so many processes."""
     program = [sys.executable, "-W", "error", str(Path(__file__).with_name("staged_models.py"))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     running = subprocess.Popen(
-        [*program, str(folder), str(partitions), task], cwd=ROOT, env={"PYTHONPATH": str(ROOT)},
+        [*program, str(folder), str(partitions), task], cwd=ROOT, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
