@@ -94,8 +94,8 @@ def _refuse_cuda() -> None:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise ConfigurationError(
             "the script, or the function that builds the data or the model, has used CUDA before the job began",
-            hint="build them on the CPU, replicas move what they need; torch.random.fork_rng() uses CUDA, too, unless it "
-            "is given devices=[]",
+            hint="build them on the CPU, replicas move what they need; torch.random.fork_rng() uses CUDA, too, without "
+            "devices=[]",
         )
 
 
