@@ -307,7 +307,7 @@ def test_a_man_who_plays_a_proof_back_is_refused(
         (Clerk.note, (None,)),
         (Clerk.greet, (1, 1)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_call_with_wrong_types_is_a_protocol_error_of_the_caller(
     town: Town, peer: Peer[Clerk], method: Any, arguments: tuple[Any, ...]
