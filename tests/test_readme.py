@@ -31,7 +31,7 @@ def commands() -> Iterator[list[str]]:
     """Every command of the indented blocks, as words."""
     for line in re.findall(r"^    (.*)$", README, re.MULTILINE):
         for part in line.split("&&"):
-            if re.match(r" *(python3? |\.venv/bin/|distbelief |pip )", part):
+            if re.match(r" *(python3? |\.venv/bin/|distbelief |pip |scripts/)", part):
                 yield shlex.split(part, comments=True)
 
 
@@ -52,7 +52,7 @@ def test_the_commands_exist() -> None:
     measured = {words[3] for words in found if words[:3] == ["python", "-m", "benchmarks"]}
     assert len(measured) == 6
     assert all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in measured)
-    assert [".venv/bin/python", "-m", "pytest"] in found
+    assert ["scripts/test"] in found
 
 
 def test_the_extras_that_are_installed_exist() -> None:

@@ -3,6 +3,7 @@
 
 import itertools
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -227,10 +228,12 @@ def test_a_recut_that_breaks_off_leaves_nothing_behind(tmp_path: Path, monkeypat
 
 @pytest.mark.slow
 def test_neither_a_recut_nor_an_export_holds_more_than_two_parameters(tmp_path: Path) -> None:
-    # In a process of its own, for what other tests have allocated and freed would count.
+    # In a process of its own, for what other tests have allocated and freed would count, and with a malloc that gives
+    # back at once what is freed.
     told = subprocess.run(
         [sys.executable, "-c", f"from tests.test_recut import most_held; most_held({str(tmp_path)!r})"],
         cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True, timeout=100,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
     recutting, exporting, bytes_each = map(int, told.stdout.split())
     assert bytes_each < recutting < 3 * bytes_each
