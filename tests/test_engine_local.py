@@ -244,6 +244,38 @@ def test_the_process_that_starts_roles_may_be_ended_by_the_users_code() -> None:
         engine.load(prepare_and_end, 7)
 
 
+UNREACHABLE = """
+import torch, distbelief as db
+from torch import nn
+
+def model():
+    return nn.Linear(3, 2)
+
+if __name__ == "__main__":
+    data = torch.utils.data.TensorDataset(torch.randn(9, 3), torch.zeros(9, dtype=torch.long))
+    db.train(db.Job(model=model, data=data, loss=nn.functional.cross_entropy, batch_size=3), view=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "given", "said"),
+    [
+        (["-"], UNREACHABLE, "hint: save it in a file and run that"),
+        (["-c", UNREACHABLE], "", "Can't get attribute 'model' .*\nhint: define it in a file, not in a notebook"),
+    ],
+)
+def test_a_program_that_other_processes_cannot_import_is_refused_with_the_way_out(
+    program: list[str], given: str, said: str, tmp_path: Path
+) -> None:
+    told = subprocess.run(
+        [sys.executable, *program], input=given, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert told.returncode == 1
+    assert re.search(said, told.stderr), told.stderr
+
+
 def killed(prepared: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -175,6 +175,12 @@ class LocalEngine(LocalHome):
         self._arena = [_arena(buffers)] if buffers else []
         main = spawn.get_preparation_data("distbelief")
         del main["authkey"]  # multiprocessing's own, which it refuses to pickle; our roles do not use it
+        script = main.get("init_main_from_path")
+        if script is not None and not os.path.isfile(script):
+            raise ConfigurationError(
+                f"the program is not in a file ({script}), so other processes cannot import it",
+                hint="save it in a file and run that",
+            )
         self._load = ("load", main, payload, [buffer.raw().nbytes for buffer in buffers])
         description, failure = self._boot()
         if failure is not None:

@@ -206,7 +206,13 @@ class Zygote:
                 for size in sizes:
                     buffers.append(arena[offset : offset + size])
                     offset += (size + 63) & ~63
-            prepare, arguments, attempt = Unpickler.loads(payload, buffers)
+            try:
+                prepare, arguments, attempt = Unpickler.loads(payload, buffers)
+            except AttributeError as error:
+                raise ConfigurationError(
+                    f"what the job is made of cannot be found by its name: {error}",
+                    hint="define it in a file, not in a notebook or a session, and not below `if __name__`",
+                ) from error
             self._shared, description = prepare(*arguments)
             _refuse_cuda()
             if attempt is not None:
