@@ -13,6 +13,7 @@ from distbelief.engine.base import Engine
 from distbelief.engine.pickles import SHARED
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.events import AnyEvent
+from distbelief.files import AnyPath
 from distbelief.job import Facts, Job
 from distbelief.lbfgs import Solver
 from distbelief.parameter_server import ParameterServerShard, shard_name
@@ -26,7 +27,7 @@ from distbelief.uncut import Uncut
 
 EVALUATIONS = 10
 """Passes of Sandblaster over the data between two looks at the test set, where the user has not said."""
-Restore = tuple[Path, Manifest] | None
+Restore = tuple[AnyPath, Manifest] | None
 """The checkpoint to begin with, if any."""
 
 

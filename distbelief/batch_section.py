@@ -12,7 +12,6 @@ or was thought dead, changes nothing. Steps are numbered too, so a step sent aga
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import final
 
 import msgspec
@@ -21,6 +20,7 @@ import torch
 from distbelief import shard_file
 from distbelief.basis import Basis
 from distbelief.errors import CheckpointError, NotReady
+from distbelief.files import AnyPath, place
 from distbelief.lbfgs import Sealed, Step
 from distbelief.parameters import Layout, Segment, Span
 from distbelief.penalty import Penalty
@@ -177,7 +177,7 @@ class BatchSection:
         state = self._state
         return SectionStatus(self.ready, state.version, 0, state.mini_batches, 0, {})
 
-    def write(self, file: Path, slots: Sequence[int], durable: bool) -> Callable[[], list[ShardFile]]:
+    def write(self, file: AnyPath, slots: Sequence[int], durable: bool) -> Callable[[], list[ShardFile]]:
         """Write the point and gradient, and beside them the pairs of these slots; what is returned seals the files.
 
         Sealing may run beside the shard; `durable` forces to disk. Raises OSError.
@@ -187,31 +187,27 @@ class BatchSection:
         pairs = {f"{half}{slot}": vectors.get(f"{half}{slot}") for slot in slots for half in "sy"}
         written = {name: vector for name, vector in pairs.items() if vector is not None}
         point = {name: vector for name, vector in vectors.items() if name in ("gradient", "overlap")}
-        shard_file.write(file, {"parameters": self._parameters, **point}, self._state)
-        beside = file.with_name(f"{file.stem}-pairs{file.suffix}")
+        drafts = [(shard_file.write(file, {"parameters": self._parameters, **point}, self._state), False)]
         if written:
-            shard_file.write(beside, written, self._state)
+            name, suffix = file.name.rsplit(".", 1)
+            drafts.append((shard_file.write(file.parent / f"{name}-pairs.{suffix}", written, self._state), True))
         state = ShardState(start=self.span.start, stop=self.span.stop)
 
-        def seal() -> list[ShardFile]:
-            files = [shard_file.seal(file, state, durable=durable)]
-            return [*files, *([shard_file.seal(beside, state, partial=True, durable=durable)] if written else [])]
-
-        return seal
+        return lambda: [shard_file.seal(draft, state, partial=partial, durable=durable) for draft, partial in drafts]
 
     def restore(self, folder: str, files: list[ShardFile], *, own: bool) -> int:
         """Take the span from a checkpoint's files, cut anyhow; from those of another algorithm only the parameters.
 
         Answers the version. Raises CheckpointError.
         """
-        vectors = shard_file.read_span(Path(folder), files, self.span)
+        vectors = shard_file.read_span(place(folder), files, self.span)
         if "parameters" not in vectors:
             raise CheckpointError(f"{folder} has no parameters of {self.span.start}..{self.span.stop}")
         self._parameters.copy_(vectors.pop("parameters"))
         if own:
             self._basis.load(vectors)
             states = [
-                shard_file.read_state(Path(folder) / file.name)
+                shard_file.read_state(place(folder) / file.name)
                 for file in files
                 if len(Span(file.start, file.stop).overlap(self.span))
             ]

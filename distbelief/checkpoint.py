@@ -7,6 +7,7 @@
         buffers.safetensors          mean of the live replicas' buffers, partition after partition
         manifest.json                written last, atomically: without it the folder is no checkpoint
 
+Where not all hosts see the run folder, `checkpoints` is a file that names a place in a store, which holds the folders.
 The leases are noted before the shards are asked, and what is settled has been acknowledged by every shard; so a
 checkpoint never claims an example whose gradient it does not hold. What lies where on the line is in the manifest: the
 files can be read without the model, and be cut again.
@@ -14,7 +15,6 @@ files can be read without the model, and be cut again.
 
 import math
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,6 +26,7 @@ from torch import nn
 
 from distbelief import shard_file
 from distbelief.errors import CheckpointError
+from distbelief.files import AnyPath, children, copy, place, remove
 from distbelief.lbfgs import SolverState
 from distbelief.parameters import Layout, Piece, Span, changed_pieces, trainable
 from distbelief.partition.box import count, sizes, whole
@@ -34,7 +35,7 @@ from distbelief.portions import LeaseState
 from distbelief.shard_file import ShardFile, ShardState
 
 FORMAT = 2
-MANIFEST = "manifest.json"
+HOME, MANIFEST = "checkpoints", "manifest.json"
 BUFFERS = "buffers.safetensors"
 BUFFERS_DTYPE = torch.float64
 
@@ -156,21 +157,42 @@ def lay_out_buffers(module: nn.Module, held: Sequence[Sequence[OwnedPiece]] | No
     return Layout(tuple(pieces), BUFFERS_DTYPE, tuple(edges[:-1]))
 
 
-def folders(run: Path) -> list[Path]:
+def home(run: Path) -> AnyPath:
+    """The folder of a run's checkpoints: `checkpoints` in the run folder, or what the file of that name says."""
+    own = run / HOME
+    return place(own.read_text()) if own.is_file() else own
+
+
+def keep_elsewhere(run: Path, store: str) -> None:
+    """Let the checkpoints of a new run go to this place, which is tried. Raises OSError, CheckpointError."""
+    folder = place(store)
+    if any(child.name.isdecimal() for child in children(folder)):
+        raise CheckpointError("it holds those of another run")
+    folder.mkdir(parents=True)
+    (folder / "probe").write_bytes(b"0" * 4096)
+    remove(folder / "probe")
+    (run / HOME).write_text(store)
+
+
+def folders(run: Path) -> list[AnyPath]:
     """The checkpoint folders of a run, newest first, complete or not."""
-    found = (run / "checkpoints").glob("*")
-    return sorted((folder for folder in found if folder.name.isdecimal() and folder.is_dir()), reverse=True)
+    return _folders(home(run))
 
 
-def next_folder(run: Path) -> Path:
-    """A new folder after all that exist. Raises OSError."""
-    existing = folders(run)
-    folder = run / "checkpoints" / f"{int(existing[0].name) + 1 if existing else 0:08d}"
+def _folders(home: AnyPath) -> list[AnyPath]:
+    found = [folder for folder in children(home) if folder.name.isdecimal() and folder.is_dir()]
+    return sorted(found, key=lambda folder: folder.name, reverse=True)
+
+
+def next_folder(home: AnyPath) -> AnyPath:
+    """A new folder after all checkpoints that exist there. Raises OSError."""
+    existing = _folders(home)
+    folder = home / f"{int(existing[0].name) + 1 if existing else 0:08d}"
     folder.mkdir(parents=True)
     return folder
 
 
-def commit(folder: Path, manifest: Manifest, buffers: Sequence[torch.Tensor], *, durable: bool = True) -> Manifest:
+def commit(folder: AnyPath, manifest: Manifest, buffers: Sequence[torch.Tensor], *, durable: bool = True) -> Manifest:
     """Make the folder a checkpoint: buffers, then the manifest, in that order.
 
     One that is not `durable` outlives processes, but perhaps not the machine: nothing is forced to disk. `buffers` are
@@ -178,12 +200,21 @@ def commit(folder: Path, manifest: Manifest, buffers: Sequence[torch.Tensor], *,
     """
     line = torch.cat([*buffers, torch.empty(0, dtype=BUFFERS_DTYPE)])
     state = ShardState(start=0, stop=len(line))
-    shard_file.write(folder / BUFFERS, {"buffers": line}, state)
-    manifest = msgspec.structs.replace(manifest, buffers=shard_file.seal(folder / BUFFERS, state, durable=durable))
+    draft = shard_file.write(folder / BUFFERS, {"buffers": line}, state)
+    manifest = msgspec.structs.replace(manifest, buffers=shard_file.seal(draft, state, durable=durable))
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    sealed = msgspec.json.encode(Sealed(zlib.crc32(text), msgspec.Raw(text)))
+    if isinstance(folder, Path):
+        _write_at_once(folder, sealed, durable)
+    else:
+        (folder / MANIFEST).write_bytes(sealed)
+    return manifest
+
+
+def _write_at_once(folder: Path, sealed: bytes, durable: bool) -> None:
     part = folder / (MANIFEST + ".part")
     with part.open("wb") as file:
-        file.write(msgspec.json.encode(Sealed(zlib.crc32(text), msgspec.Raw(text))))
+        file.write(sealed)
         file.flush()
         if durable:
             os.fsync(file.fileno())
@@ -192,29 +223,25 @@ def commit(folder: Path, manifest: Manifest, buffers: Sequence[torch.Tensor], *,
         descriptor = os.open(directory, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    return manifest
 
 
-def share(source: Path, file: ShardFile, folder: Path) -> ShardFile:
+def share(source: AnyPath, file: ShardFile, folder: AnyPath) -> ShardFile:
     """Let a file of the checkpoint `source` be one of `folder`, too, without a copy where the disk can. Raises OSError.
 
     Its name in the new folder tells where it was written first.
     """
     name = file.name if file.name[0].isdecimal() else f"{source.name}-{file.name}"
-    try:
-        os.link(source / file.name, folder / name)
-    except OSError:
-        shutil.copyfile(source / file.name, folder / name)
+    copy(source / file.name, folder / name)
     return msgspec.structs.replace(file, name=name)
 
 
-def discard(folder: Path) -> None:
+def discard(folder: AnyPath) -> None:
     """Remove a checkpoint or what there is of it; a manifest goes first, so that nothing half removed counts."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder / MANIFEST)
+    remove(folder)
 
 
-def complete(run: Path) -> list[Path]:
+def complete(run: Path) -> list[AnyPath]:
     """The checkpoints of a run that were completed, newest first, damaged since or not."""
     return [folder for folder in folders(run) if (folder / MANIFEST).exists()]
 
@@ -223,11 +250,11 @@ def keep_newest(run: Path, count: int) -> None:
     """Remove all complete checkpoints but the newest `count`, and incomplete ones older than the newest."""
     kept = complete(run)[:count]
     for folder in folders(run):
-        if kept and folder < kept[0] and folder not in kept:
+        if kept and folder.name < kept[0].name and folder not in kept:
             discard(folder)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: AnyPath) -> Manifest:
     """The manifest, with every file checked. Raises CheckpointError."""
     try:
         sealed = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Sealed)
@@ -245,7 +272,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def newest(run: Path, rejected: Callable[[Path, str], None]) -> tuple[Path, Manifest]:
+def newest(run: Path, rejected: Callable[[AnyPath, str], None]) -> tuple[AnyPath, Manifest]:
     """The newest checkpoint that is whole; `rejected` hears of each damaged one passed over. Raises CheckpointError."""
     for folder in folders(run):
         try:
@@ -255,7 +282,7 @@ def newest(run: Path, rejected: Callable[[Path, str], None]) -> tuple[Path, Mani
     raise CheckpointError(f"{run} holds no complete checkpoint; nothing can be resumed or exported from it")
 
 
-def check_same_model(manifest: Manifest, module: nn.Module, folder: Path) -> None:
+def check_same_model(manifest: Manifest, module: nn.Module, folder: AnyPath) -> None:
     """Raise CheckpointError naming the parameters that differ from the checkpoint's, however either model is cut.
 
     The module may be on the meta device.
@@ -271,14 +298,14 @@ def check_same_model(manifest: Manifest, module: nn.Module, folder: Path) -> Non
     )
 
 
-def read_buffers(folder: Path, manifest: Manifest) -> list[torch.Tensor]:
+def read_buffers(folder: AnyPath, manifest: Manifest) -> list[torch.Tensor]:
     """The buffers of each partition, as they were committed. Raises CheckpointError."""
     assert manifest.buffers is not None
     line = shard_file.read_span(folder, [manifest.buffers], Span(0, manifest.buffers.stop), {"buffers": BUFFERS_DTYPE})
     return [line["buffers"][span.start : span.stop] for span in manifest.buffer_layout.layout.partitions]
 
 
-def read_replica_positions(folder: Path, manifest: Manifest) -> Iterator[dict[int, int]]:
+def read_replica_positions(folder: AnyPath, manifest: Manifest) -> Iterator[dict[int, int]]:
     """Per shard: lease -> position up to which its examples are in the shard's file, over all replicas."""
     for file in manifest.shards:
         positions: dict[int, int] = {}

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar, cast, final
 
 import torch
@@ -32,6 +31,7 @@ from distbelief.errors import (
     TrainingFailed,
     UserCodeError,
 )
+from distbelief.files import AnyPath
 from distbelief.parameter_server import ParameterServer, ParameterServerShard
 from distbelief.parameters import Span
 from distbelief.portions import Failures
@@ -56,7 +56,7 @@ EVALUATION_SECONDS = 600.0
 class Writing:
     """A checkpoint that the shards are writing."""
 
-    folder: Path
+    folder: AnyPath
     answers: Future[list[list[ShardFile]]]
     work: dict[str, Any]
     examples: int
@@ -91,7 +91,7 @@ class Coordinator(ABC):
         self._errands: list[Callable[[], bool]] = []
         self.restoring: set[int] = set()
         """Shards that are being given a checkpoint; until they have it, none is begun and none is removed."""
-        self._writing: Path | None = None
+        self._writing: AnyPath | None = None
         """The checkpoint under way."""
         self._failures = Failures(limit=max(8, 3 * len(self._specs())))
         self.failure: DistbeliefError | None = None
@@ -199,7 +199,7 @@ class Coordinator(ABC):
     # the activity
 
     @final
-    def start(self, restore: tuple[Path, Manifest] | None) -> None:
+    def start(self, restore: tuple[AnyPath, Manifest] | None) -> None:
         """Start every role; the shards take the first replica's initial parameters, or a checkpoint's."""
         self.begun = restore is not None
         self._evaluation_due += self.examples
@@ -219,7 +219,7 @@ class Coordinator(ABC):
                 raise TrainingFailed(f"the first checkpoint could not be written below {self.settings.run}")
 
     @final
-    def restore(self, folder: Path, manifest: Manifest) -> Future[Any]:
+    def restore(self, folder: AnyPath, manifest: Manifest) -> Future[Any]:
         """Start giving every shard this checkpoint."""
         given = str(folder), manifest.shards, dict[int, int](), self.is_own(manifest)
         return All(self.engine, [shard.call(ParameterServerShard.restore, *given) for shard in self.shards])
@@ -370,11 +370,11 @@ class Coordinator(ABC):
         self.restoring.add(index)
         damaged: list[events.CheckpointRejected] = []
 
-        def reject(folder: Path, reason: str) -> None:
+        def reject(folder: AnyPath, reason: str) -> None:
             if folder != self._writing:
                 damaged.append(events.CheckpointRejected(path=str(folder), reason=reason))
 
-        def found(newest: tuple[Path, Manifest]) -> None:
+        def found(newest: tuple[AnyPath, Manifest]) -> None:
             for event in damaged:
                 self.emit(event)
             folder, manifest = str(newest[0]), newest[1]
@@ -476,7 +476,7 @@ class Coordinator(ABC):
         """Have the shards write; None when there is no place for it. `slots` and `durable` as in their `snapshot`."""
         started, work = self.engine.now(), self.work()
         try:
-            self._writing = folder = checkpoint.next_folder(self.settings.run)
+            self._writing = folder = checkpoint.next_folder(checkpoint.home(self.settings.run))
         except OSError as error:
             self._checkpoint_failed(self.settings.run / "checkpoints", error)
             return None
@@ -487,7 +487,7 @@ class Coordinator(ABC):
         return Writing(folder, All(self.engine, cast(Any, answers)), work, self.examples, started, durable)
 
     @final
-    def complete_checkpoint(self, writing: Writing, kept: Sequence[tuple[Path, ShardFile]] = ()) -> Manifest | None:
+    def complete_checkpoint(self, writing: Writing, kept: Sequence[tuple[AnyPath, ShardFile]] = ()) -> Manifest | None:
         """Make a checkpoint of what the shards wrote and of these files of earlier ones; None when that fails."""
         folder = writing.folder
         try:
@@ -514,6 +514,6 @@ class Coordinator(ABC):
             )  # fmt: skip
         return manifest
 
-    def _checkpoint_failed(self, path: Path, error: Exception) -> None:
+    def _checkpoint_failed(self, path: AnyPath, error: Exception) -> None:
         self.checkpoint_at = self.engine.now() + self.settings.checkpoint_seconds
         self.emit(events.CheckpointFailed(path=str(path), reason=str(error).strip().splitlines()[-1]))

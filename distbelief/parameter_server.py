@@ -24,7 +24,6 @@ Sandblaster (section 4.2) keeps other vectors there, and the coordinator orders 
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar, final
 
 import torch
@@ -34,6 +33,7 @@ from distbelief.channel.base import Future, Out, exported
 from distbelief.engine.base import Home
 from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import ProtocolError
+from distbelief.files import place
 from distbelief.lbfgs import Sealed, Step
 from distbelief.parameters import Layout, Span
 from distbelief.section import Applied, Section, SectionStatus, Stamp
@@ -109,7 +109,7 @@ class ParameterServerShard:
         """
         seals = [
             section.write(
-                Path(f"{path}-{partition}.safetensors" if self._cut else f"{path}.safetensors"), slots, durable
+                place(f"{path}-{partition}.safetensors" if self._cut else f"{path}.safetensors"), slots, durable
             )
             for partition, section in self._sections.items()
         ]

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import msgspec
 import torch
@@ -23,6 +22,7 @@ import torch
 from distbelief import shard_file
 from distbelief.checkpoint import LayoutRecord, Manifest, commit, discard, next_folder, read_replica_positions
 from distbelief.errors import CheckpointError
+from distbelief.files import AnyPath, Draft
 from distbelief.parameters import Layout, Piece, Span
 from distbelief.portions import Leases
 from distbelief.shard_file import ShardFile
@@ -34,8 +34,8 @@ LINE = "line.safetensors"
 
 
 def recut(
-    folder: Path, manifest: Manifest, layout: Layout, buffers: Layout, initial_buffers: Sequence[torch.Tensor]
-) -> tuple[Path, Manifest]:
+    folder: AnyPath, manifest: Manifest, layout: Layout, buffers: Layout, initial_buffers: Sequence[torch.Tensor]
+) -> tuple[AnyPath, Manifest]:
     """A checkpoint with the parameters and buffers on these lines: the given one, or a new one of the same run.
 
     The new one holds the same values of the same parameters, and has the same examples behind it. A buffer that no
@@ -52,7 +52,7 @@ def recut(
         # How many epochs there will be makes no difference to what is settled.
         resumed = Leases.resumed(leases, 0, read_replica_positions(folder, manifest))
         leases, examples = resumed.state(), resumed.settled_examples
-    target = next_folder(folder.parents[1])
+    target = next_folder(folder.parent)
     with contextlib.ExitStack() as undo:
         undo.callback(discard, target)
         file = _write_line(target / LINE, folder, manifest, layout)
@@ -71,7 +71,7 @@ def recut(
     return target, manifest
 
 
-def _write_line(path: Path, folder: Path, manifest: Manifest, layout: Layout) -> ShardFile:
+def _write_line(path: AnyPath, folder: AnyPath, manifest: Manifest, layout: Layout) -> ShardFile:
     """Every vector of the checkpoint, cut anew, in one file.
 
     What replicas have pushed so far is in the leases by now, and they will be other incarnations.
@@ -80,25 +80,26 @@ def _write_line(path: Path, folder: Path, manifest: Manifest, layout: Layout) ->
     newest = max((shard_file.read_state(folder / file.name) for file in files), key=lambda state: state.version)
     state = msgspec.structs.replace(newest, start=0, stop=layout.length, replicas={})
     vectors = shard_file.vectors(folder, files)
-    with shard_file.create(path, vectors, state) as line:
+    draft = Draft(path)
+    with shard_file.create(draft, vectors, state) as line:
         for vector in vectors:
             read = vector_reader(folder, manifest, vector)
             _move(manifest.layout.layout, layout, read, partial(line.write, vector))
-    return shard_file.seal(path, state)
+    return shard_file.seal(draft, state)
 
 
-def vector_reader(folder: Path, manifest: Manifest, name: str) -> Read:
+def vector_reader(folder: AnyPath, manifest: Manifest, name: str) -> Read:
     """Reads ranges of one vector on the line of the parameters. Raises CheckpointError when there is none."""
     return _reader(folder, manifest.shards, name)
 
 
-def buffer_reader(folder: Path, manifest: Manifest) -> Read:
+def buffer_reader(folder: AnyPath, manifest: Manifest) -> Read:
     """Reads ranges of the line of the buffers."""
     assert manifest.buffers is not None
     return _reader(folder, [manifest.buffers], "buffers")
 
 
-def _reader(folder: Path, files: Sequence[ShardFile], name: str) -> Read:
+def _reader(folder: AnyPath, files: Sequence[ShardFile], name: str) -> Read:
     vectors = shard_file.vectors(folder, files)
     if name not in vectors:
         raise CheckpointError(f"{folder} has no {name} in {', '.join(file.name for file in files)}")
@@ -142,7 +143,7 @@ def uncut(pieces: Sequence[Piece], read: Read) -> torch.Tensor:
     return whole
 
 
-def check_covered(where: Path | str, name: str, pieces: Sequence[Piece], elements: int) -> None:
+def check_covered(where: AnyPath | str, name: str, pieces: Sequence[Piece], elements: int) -> None:
     """Raise CheckpointError unless the pieces hold all of the so many elements of a parameter."""
     covered = torch.zeros(elements, dtype=torch.bool)
     for piece in pieces:
@@ -164,7 +165,7 @@ def _in_common(one: Layout, other: Layout) -> tuple[Layout, Layout]:
     return first, second
 
 
-def _check_same(folder: Path, before: Layout, after: Layout) -> None:
+def _check_same(folder: AnyPath, before: Layout, after: Layout) -> None:
     """Raise CheckpointError unless both lines hold all elements of the same parameters."""
     held, wanted = by_name(before), by_name(after)
     for name, pieces in (held | wanted).items():

@@ -13,7 +13,6 @@ at most that evaluation: the shard comes back at the same point, and the trial i
 import copy
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, final
 
 import msgspec
@@ -28,6 +27,7 @@ from distbelief.coordinator import Coordinator, Writing
 from distbelief.engine.base import Engine
 from distbelief.engine.insistent import All
 from distbelief.errors import DeadlineExceeded, NotReady, PeerLost, TrainingFailed
+from distbelief.files import AnyPath
 from distbelief.lbfgs import Command, Evaluate, Gram, Sealed, Solver, Step, Stop, add, merge
 from distbelief.parameter_server import ParameterServerShard
 from distbelief.roster import Settings
@@ -70,9 +70,9 @@ class SandblasterCoordinator(Coordinator):
         self._writing_down: Writing | None = None
         self._unsaved: set[int] = set()
         """Slots of the history that no checkpoint holds as they are."""
-        self._files: dict[int, list[tuple[Path, ShardFile]]] = {}
+        self._files: dict[int, list[tuple[AnyPath, ShardFile]]] = {}
         """Slot -> where the newest checkpoint has its pairs."""
-        self._passing: list[Path] = []
+        self._passing: list[AnyPath] = []
         """Checkpoints that are not durable, oldest first; the newest of them is kept."""
         self._restored: list[Manifest] = []
         self._computed = 0
@@ -372,7 +372,7 @@ class SandblasterCoordinator(Coordinator):
         )  # fmt: skip
 
 
-def _shared(folder: Path, file: ShardFile) -> ShardFile:
+def _shared(folder: AnyPath, file: ShardFile) -> ShardFile:
     """A file as its next checkpoint names it."""
     name = file.name if file.name[0].isdecimal() else f"{folder.name}-{file.name}"
     return msgspec.structs.replace(file, name=name)

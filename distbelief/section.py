@@ -6,7 +6,6 @@ incarnation that has been replaced is refused. The vectors are "parameters" and 
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import final
 
 import msgspec
@@ -14,6 +13,7 @@ import torch
 
 from distbelief import shard_file
 from distbelief.errors import CheckpointError, Fenced, NotReady
+from distbelief.files import AnyPath, place
 from distbelief.parameters import Layout, Span
 from distbelief.shard_file import ReplicaRecord, ShardFile, ShardState
 from distbelief.update_rule import UpdateRule
@@ -155,16 +155,16 @@ class Section:
             self.ready, state.version, state.examples, state.mini_batches, state.lost_updates, dict(state.staleness)
         )
 
-    def write(self, file: Path, slots: Sequence[int], durable: bool) -> Callable[[], list[ShardFile]]:
+    def write(self, file: AnyPath, slots: Sequence[int], durable: bool) -> Callable[[], list[ShardFile]]:
         """Write everything to a file, at one version; what is returned seals it, and may run beside the shard.
 
         There are no slots here; `durable` forces to disk. Raises OSError.
         """
         self._check_ready()
         self._state.scalars = self._rule.scalars()
-        shard_file.write(file, {"parameters": self._parameters, **self._rule.vectors()}, self._state)
+        draft = shard_file.write(file, {"parameters": self._parameters, **self._rule.vectors()}, self._state)
         state = ShardState(start=self.span.start, stop=self.span.stop)
-        return lambda: [shard_file.seal(file, state, durable=durable)]
+        return lambda: [shard_file.seal(draft, state, durable=durable)]
 
     def refuse(self, replaced: dict[int, int]) -> None:
         """Refuse pushes of these (replica -> incarnation) and older ones, as `fence` does."""
@@ -178,9 +178,9 @@ class Section:
         """
         if self.ready:
             return self._state.version
-        vectors = shard_file.read_span(Path(folder), files, self.span)
+        vectors = shard_file.read_span(place(folder), files, self.span)
         held = [file for file in files if len(Span(file.start, file.stop).overlap(self.span))]
-        states = [shard_file.read_state(Path(folder) / file.name) for file in held]
+        states = [shard_file.read_state(place(folder) / file.name) for file in held]
         if "parameters" not in vectors:
             raise CheckpointError(f"{folder} has no parameters in {', '.join(file.name for file in held)}")
         self._parameters.copy_(vectors.pop("parameters"))

@@ -5,21 +5,20 @@ A checkpoint holds one such file per shard. Loading on another number of shards 
 meets the new span; nothing is converted.
 """
 
-import os
+import contextlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from distbelief import tensor_file
 from distbelief.errors import CheckpointError
+from distbelief.files import AnyPath, Draft, open_to_read
 from distbelief.parameters import Span
-from distbelief.tensor_file import DTYPES, TensorFile
+from distbelief.tensor_file import TensorFile, TensorReader
 
 _READ_BYTES = 1 << 22
 
@@ -65,73 +64,87 @@ class ShardFile(msgspec.Struct, frozen=True):
     """Whether it holds only some vectors of its span, beside a file that holds the others."""
 
 
-def write(path: Path, vectors: dict[str, torch.Tensor], state: ShardState) -> None:
-    """Write the vectors straight from their memory. Raises OSError."""
-    try:
-        save_file({name: vector.contiguous() for name, vector in vectors.items()}, path, _metadata(state))
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+def write(path: AnyPath, vectors: dict[str, torch.Tensor], state: ShardState) -> Draft:
+    """Write the vectors straight from their memory; `seal` is to follow. Raises OSError."""
+    draft = Draft(path)
+    shapes = {name: (vector.dtype, vector.shape) for name, vector in vectors.items()}
+    with tensor_file.create(draft.local, shapes, _metadata(state)) as file:
+        for name, vector in vectors.items():
+            file.write(name, vector)
+    return draft
 
 
-def create(path: Path, vectors: Mapping[str, torch.dtype], state: ShardState) -> AbstractContextManager[TensorFile]:
+def create(draft: Draft, vectors: Mapping[str, torch.dtype], state: ShardState) -> AbstractContextManager[TensorFile]:
     """A file for vectors of the state's span that are not in memory as a whole. Raises OSError."""
     shape = (state.stop - state.start,)
-    return tensor_file.create(path, {name: (dtype, shape) for name, dtype in vectors.items()}, _metadata(state))
+    return tensor_file.create(draft.local, {name: (dtype, shape) for name, dtype in vectors.items()}, _metadata(state))
 
 
 def _metadata(state: ShardState) -> dict[str, str]:
     return {"shard": msgspec.json.encode(state).decode()}
 
 
-def seal(path: Path, state: ShardState, *, partial: bool = False, durable: bool = True) -> ShardFile:
-    """Force the file to disk, if it is to be `durable` beyond the machine's life, and describe it. Raises OSError."""
+def seal(draft: Draft, state: ShardState, *, partial: bool = False, durable: bool = True) -> ShardFile:
+    """Put the file where it belongs and describe it; a `durable` one outlives the machine. Raises OSError."""
+    draft.finish(durable=durable)
+    size_bytes, checksum = _measure(draft.local)
+    return ShardFile(draft.place.name, state.start, state.stop, size_bytes, checksum, partial)
+
+
+def _measure(path: Path) -> tuple[int, int]:
+    """(size in bytes, checksum) of the file. Raises OSError."""
+    size_bytes = checksum = 0
     with path.open("rb") as file:
-        if durable:
-            os.fsync(file.fileno())
-        checksum = 0
         while chunk := file.read(_READ_BYTES):
-            checksum = zlib.crc32(chunk, checksum)
-    return ShardFile(path.name, state.start, state.stop, path.stat().st_size, checksum, partial)
+            size_bytes, checksum = size_bytes + len(chunk), zlib.crc32(chunk, checksum)
+    return size_bytes, checksum
 
 
-def check(folder: Path, file: ShardFile) -> None:
-    """Raise CheckpointError unless the file is there, whole and unchanged."""
+def check(folder: AnyPath, file: ShardFile) -> None:
+    """Raise CheckpointError unless the file is there, whole and unchanged; of a file in a store only its size is seen.
+
+    A store keeps checksums of its own, and to read all files here would be to copy them here.
+    """
     path = folder / file.name
     if not path.exists():
         raise CheckpointError(f"{path} is missing")
     try:
-        found = seal(path, ShardState(start=file.start, stop=file.stop), durable=False)
+        size_bytes, checksum = _measure(path) if isinstance(path, Path) else (path.size_bytes(), file.crc32)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if found.size_bytes != file.size_bytes:
-        raise CheckpointError(f"{path} has {found.size_bytes} bytes, {file.size_bytes} were written")
-    if found.crc32 != file.crc32:
-        raise CheckpointError(f"{path} was changed since it was written (checksum {found.crc32}, was {file.crc32})")
+    if size_bytes != file.size_bytes:
+        raise CheckpointError(f"{path} has {size_bytes} bytes, {file.size_bytes} were written")
+    if checksum != file.crc32:
+        raise CheckpointError(f"{path} was changed since it was written (checksum {checksum}, was {file.crc32})")
 
 
-def read_state(path: Path) -> ShardState:
+def read_state(path: AnyPath) -> ShardState:
     """What the file says of itself. Raises CheckpointError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return msgspec.json.decode(file.metadata()["shard"], type=ShardState)
-    except (SafetensorError, OSError, KeyError, TypeError, msgspec.MsgspecError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    with _opened(path) as file:
+        return msgspec.json.decode(file.metadata["shard"], type=ShardState)
 
 
-def vectors(folder: Path, files: Sequence[ShardFile]) -> dict[str, torch.dtype]:
+def vectors(folder: AnyPath, files: Sequence[ShardFile]) -> dict[str, torch.dtype]:
     """The names of the vectors that are in any of the files. Raises CheckpointError."""
     found: dict[str, torch.dtype] = {}
     for source in files:
-        try:
-            with safe_open(folder / source.name, framework="pt") as file:
-                found |= {name: DTYPES[file.get_slice(name).get_dtype()] for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / source.name} cannot be read: {error}") from error
+        with _opened(folder / source.name) as file:
+            found |= file.dtypes
     return found
 
 
+@contextlib.contextmanager
+def _opened(path: AnyPath) -> Iterator[TensorReader]:
+    """What goes wrong with the file is raised as CheckpointError."""
+    try:
+        with open_to_read(path) as file:
+            yield TensorReader(file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, msgspec.MsgspecError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
 def read_span(
-    folder: Path, files: Sequence[ShardFile], span: Span, wanted: Mapping[str, torch.dtype] | None = None
+    folder: AnyPath, files: Sequence[ShardFile], span: Span, wanted: Mapping[str, torch.dtype] | None = None
 ) -> dict[str, torch.Tensor]:
     """Every vector, or the wanted ones, cut to `span`, each of shape (len(span),), from the files that meet it.
 
@@ -146,18 +159,13 @@ def read_span(
         if not len(part):
             continue
         missing -= 0 if source.partial else len(part)
-        path = folder / source.name
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    if wanted is not None and name not in wanted:
-                        continue
-                    values = file.get_slice(name)[part.within(held)]
-                    if name not in vectors:
-                        vectors[name] = torch.zeros(len(span), dtype=values.dtype)
-                    vectors[name][part.within(span)] = values
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        with _opened(folder / source.name) as file:
+            for name, dtype in file.dtypes.items():
+                if wanted is not None and name not in wanted:
+                    continue
+                if name not in vectors:
+                    vectors[name] = torch.zeros(len(span), dtype=dtype)
+                vectors[name][part.within(span)] = file.read(name, part.within(held))
     if missing:
         raise CheckpointError(f"{folder} lacks {missing} of the {len(span)} parameters {span.start}..{span.stop}")
     return vectors

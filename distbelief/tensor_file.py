@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A safetensors file that is written part by part, by somebody who never holds all that is in it.
+"""A safetensors file that is written and read part by part, by somebody who never holds all that is in it.
 
     length of the header, 8 bytes | header: name -> dtype, shape, place | values, one tensor after another
 
-The package safetensors, which reads these files, writes only what is in memory.
+The package safetensors writes only what is in memory, and reads only files of this machine.
 """
 
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, final
@@ -26,6 +27,8 @@ DTYPES = {
 }  # fmt: skip
 """What the format calls the dtypes that it has."""
 
+_MOST_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
 _ALIGNMENT = 8
 """Bytes; the values begin at a multiple of it, so that a mapped file can be used as it lies."""
 
@@ -74,3 +77,40 @@ def create(
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(first + end)
         yield TensorFile(file, {name: (dtype, first + start) for name, (dtype, start) in places.items()})
+
+
+@final
+class TensorReader:
+    """The tensors of a file that can be read from anywhere; raises ValueError when it is none of this format."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        length = int.from_bytes(file.read(8), "little")
+        if length > _MOST_HEADER_BYTES:
+            raise ValueError(f"its header would have {length} bytes")
+        header = json.loads(file.read(length))
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self._first = 8 + length
+        self._entries = {name: (DTYPES[entry["dtype"]], entry["data_offsets"]) for name, entry in header.items()}
+        size_bytes, end = file.seek(0, os.SEEK_END), max((end for _, (_, end) in self._entries.values()), default=0)
+        if size_bytes != self._first + end:
+            raise ValueError(f"it has {size_bytes} bytes, its header says {self._first + end}")
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """By the names of the tensors."""
+        return {name: dtype for name, (dtype, _) in self._entries.items()}
+
+    def read(self, name: str, part: slice) -> torch.Tensor:
+        """Elements of a tensor, counted in one row. Raises OSError, and ValueError when the file is too short."""
+        dtype, (begin, end) = self._entries[name]
+        start, stop, _ = part.indices((end - begin) // dtype.itemsize)
+        values = torch.empty(stop - start, dtype=dtype)
+        self._file.seek(self._first + begin + start * dtype.itemsize)
+        left = memoryview(values.view(torch.uint8).numpy().data).cast("B")
+        while len(left):
+            count = self._file.readinto(left)  # type: ignore[attr-defined]
+            if not count:
+                raise ValueError(f"it ends within {name}")
+            left = left[count:]
+        return values

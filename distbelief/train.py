@@ -3,6 +3,7 @@
 
 import contextlib
 import shlex
+import shutil
 import signal
 import threading
 import warnings
@@ -159,7 +160,23 @@ def _open_run(job: Job, resume: Path | str | None) -> Path:
         probe = run / "probe"
         probe.write_bytes(b"0" * 4096)
         probe.unlink()
+    if job.checkpoints is not None:
+        _keep_elsewhere(run, job)
     return run
+
+
+def _keep_elsewhere(run: Path, job: Job) -> None:
+    store = str(job.checkpoints)
+    try:
+        if store.startswith("memory:") and job.cluster.engine != "simulated":
+            raise OSError("every process has a memory of its own")
+        checkpoint.keep_elsewhere(run, store if "://" in store else str(Path(store).absolute()))
+    except (OSError, CheckpointError) as error:
+        shutil.rmtree(run)
+        raise ConfigurationError(
+            f"checkpoints cannot be kept at {store}: {error}",
+            hint="give a place that every host can write, with the package that fsspec needs for it, and nothing in it",
+        ) from error
 
 
 @contextlib.contextmanager

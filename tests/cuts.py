@@ -150,7 +150,7 @@ def write_checkpoint(
 
     The sections of the shards stand at different versions and have heard of different pushes.
     """
-    folder = checkpoint.next_folder(run)
+    folder = checkpoint.next_folder(checkpoint.home(run))
     flat = {name: on_line(where.layout, named) for name, named in vectors.items()}
     files: list[ShardFile] = []
     for span in cut(where.layout.length, shards):
@@ -172,8 +172,8 @@ def _section(folder: Path, span: Span, vectors: Mapping[str, Tensor], index: int
         lost_updates=1, scalars={"step": 10.0 + index % 3}, replicas=pushed, staleness={0: 4, 2: 6 + index % 3},
     )  # fmt: skip
     path = folder / f"shard-{index}.safetensors"
-    shard_file.write(path, {name: vector[span.start : span.stop] for name, vector in vectors.items()}, state)
-    return shard_file.seal(path, state)
+    held = {name: vector[span.start : span.stop] for name, vector in vectors.items()}
+    return shard_file.seal(shard_file.write(path, held, state), state)
 
 
 def read_line(folder: Path, manifest: Manifest) -> dict[str, Tensor]:

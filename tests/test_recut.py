@@ -151,8 +151,8 @@ def test_a_vector_that_some_sections_have_not_yet_is_zero_there(tmp_path: Path) 
     first = manifest.shards[0]
     path = folder / first.name
     state, own = shard_file.read_state(path), Span(first.start, first.stop)
-    shard_file.write(path, {"parameters": on_line(three.layout, values)[own.start : own.stop]}, state)
-    manifest = msgspec.structs.replace(manifest, shards=[shard_file.seal(path, state), *manifest.shards[1:]])
+    draft = shard_file.write(path, {"parameters": on_line(three.layout, values)[own.start : own.stop]}, state)
+    manifest = msgspec.structs.replace(manifest, shards=[shard_file.seal(draft, state), *manifest.shards[1:]])
     later = on_line(three.layout, numbers(module, 1))
     later[own.start : own.stop] = 0
     expected = {name: torch.empty(value.shape) for name, value in values.items()}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from distbelief import shard_file
 from distbelief.errors import CheckpointError
+from distbelief.files import Draft
 from distbelief.parameters import Span, cut
 from distbelief.shard_file import ReplicaRecord, ShardFile, ShardState
 
@@ -31,8 +32,8 @@ def write(folder: Path, vectors: dict[str, torch.Tensor], shards: int) -> list[S
     files = []
     for index, span in enumerate(cut(len(next(iter(vectors.values()))), shards)):
         path, state = folder / f"shard-{index}.safetensors", ShardState(start=span.start, stop=span.stop)
-        shard_file.write(path, {name: vector[span.start : span.stop] for name, vector in vectors.items()}, state)
-        files.append(shard_file.seal(path, state))
+        held = {name: vector[span.start : span.stop] for name, vector in vectors.items()}
+        files.append(shard_file.seal(shard_file.write(path, held, state), state))
     return files
 
 
@@ -81,9 +82,11 @@ def test_a_shard_remembers_everything_it_knew_besides_its_vectors(tmp_path: Path
 
 def test_a_vector_that_one_file_lacks_is_zero_there(tmp_path: Path) -> None:
     state = [ShardState(start=0, stop=4), ShardState(start=4, stop=8)]
-    shard_file.write(tmp_path / "a", {"parameters": numbers(4)}, state[0])
-    shard_file.write(tmp_path / "b", {"parameters": numbers(4), "moment": numbers(4, 1)}, state[1])
-    files = [shard_file.seal(tmp_path / name, one) for name, one in zip("ab", state, strict=True)]
+    drafts = [
+        shard_file.write(tmp_path / "a", {"parameters": numbers(4)}, state[0]),
+        shard_file.write(tmp_path / "b", {"parameters": numbers(4), "moment": numbers(4, 1)}, state[1]),
+    ]
+    files = [shard_file.seal(*one) for one in zip(drafts, state, strict=True)]
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
         found = shard_file.read_span(tmp_path, files, Span(2, 7))
@@ -105,12 +108,13 @@ def test_only_the_wanted_vectors_are_read_and_those_that_no_file_has_are_zero(tm
 
 def test_a_file_made_part_by_part_is_the_file_that_is_written_at_once(tmp_path: Path) -> None:
     state, given = msgspec.structs.replace(STATE, start=4, stop=13), {"parameters": numbers(9, 1), "sum": numbers(9, 2)}
-    with shard_file.create(tmp_path / "parts", dict.fromkeys(given, torch.float32), state) as file:
+    draft = Draft(tmp_path / "parts")
+    with shard_file.create(draft, dict.fromkeys(given, torch.float32), state) as file:
         for name, vector in given.items():
             file.write(name, vector[5:], 5)
             file.write(name, vector[:5])
     assert shard_file.read_state(tmp_path / "parts") == state
-    found = shard_file.read_span(tmp_path, [shard_file.seal(tmp_path / "parts", state)], Span(4, 13))
+    found = shard_file.read_span(tmp_path, [shard_file.seal(draft, state)], Span(4, 13))
     assert found.keys() == given.keys()
     assert all(torch.equal(found[name], given[name]) for name in given)
 
