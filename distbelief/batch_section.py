@@ -20,7 +20,7 @@ import torch
 from distbelief import shard_file
 from distbelief.basis import Basis
 from distbelief.errors import CheckpointError, NotReady
-from distbelief.files import AnyPath, place
+from distbelief.files import AnyPath, path_of
 from distbelief.lbfgs import Sealed, Step
 from distbelief.parameters import Layout, Segment, Span
 from distbelief.penalty import Penalty
@@ -200,14 +200,14 @@ class BatchSection:
 
         Answers the version. Raises CheckpointError.
         """
-        vectors = shard_file.read_span(place(folder), files, self.span)
+        vectors = shard_file.read_span(path_of(folder), files, self.span)
         if "parameters" not in vectors:
             raise CheckpointError(f"{folder} has no parameters of {self.span.start}..{self.span.stop}")
         self._parameters.copy_(vectors.pop("parameters"))
         if own:
             self._basis.load(vectors)
             states = [
-                shard_file.read_state(place(folder) / file.name)
+                shard_file.read_state(path_of(folder) / file.name)
                 for file in files
                 if len(Span(file.start, file.stop).overlap(self.span))
             ]

@@ -26,7 +26,7 @@ from torch import nn
 
 from distbelief import shard_file
 from distbelief.errors import CheckpointError
-from distbelief.files import AnyPath, children, copy, place, remove
+from distbelief.files import AnyPath, children, copy, path_of, remove
 from distbelief.lbfgs import SolverState
 from distbelief.parameters import Layout, Piece, Span, changed_pieces, trainable
 from distbelief.partition.box import count, sizes, whole
@@ -160,12 +160,12 @@ def lay_out_buffers(module: nn.Module, held: Sequence[Sequence[OwnedPiece]] | No
 def home(run: Path) -> AnyPath:
     """The folder of a run's checkpoints: `checkpoints` in the run folder, or what the file of that name says."""
     own = run / HOME
-    return place(own.read_text()) if own.is_file() else own
+    return path_of(own.read_text()) if own.is_file() else own
 
 
 def keep_elsewhere(run: Path, store: str) -> None:
     """Let the checkpoints of a new run go to this place, which is tried. Raises OSError, CheckpointError."""
-    folder = place(store)
+    folder = path_of(store)
     if any(child.name.isdecimal() for child in children(folder)):
         raise CheckpointError("it holds those of another run")
     folder.mkdir(parents=True)

@@ -108,7 +108,7 @@ class StorePath:
 AnyPath = Path | StorePath
 
 
-def place(name: str) -> AnyPath:
+def path_of(name: str) -> AnyPath:
     """The path of this machine, or the place in a store when it is a URL."""
     return StorePath(name) if "://" in name else Path(name)
 

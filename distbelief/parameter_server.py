@@ -33,7 +33,7 @@ from distbelief.channel.base import Future, Out, exported
 from distbelief.engine.base import Home
 from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import ProtocolError
-from distbelief.files import place
+from distbelief.files import path_of
 from distbelief.lbfgs import Sealed, Step
 from distbelief.parameters import Layout, Span
 from distbelief.section import Applied, Section, SectionStatus, Stamp
@@ -109,7 +109,7 @@ class ParameterServerShard:
         """
         seals = [
             section.write(
-                place(f"{path}-{partition}.safetensors" if self._cut else f"{path}.safetensors"), slots, durable
+                path_of(f"{path}-{partition}.safetensors" if self._cut else f"{path}.safetensors"), slots, durable
             )
             for partition, section in self._sections.items()
         ]

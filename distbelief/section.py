@@ -13,7 +13,7 @@ import torch
 
 from distbelief import shard_file
 from distbelief.errors import CheckpointError, Fenced, NotReady
-from distbelief.files import AnyPath, place
+from distbelief.files import AnyPath, path_of
 from distbelief.parameters import Layout, Span
 from distbelief.shard_file import ReplicaRecord, ShardFile, ShardState
 from distbelief.update_rule import UpdateRule
@@ -178,9 +178,9 @@ class Section:
         """
         if self.ready:
             return self._state.version
-        vectors = shard_file.read_span(place(folder), files, self.span)
+        vectors = shard_file.read_span(path_of(folder), files, self.span)
         held = [file for file in files if len(Span(file.start, file.stop).overlap(self.span))]
-        states = [shard_file.read_state(place(folder) / file.name) for file in held]
+        states = [shard_file.read_state(path_of(folder) / file.name) for file in held]
         if "parameters" not in vectors:
             raise CheckpointError(f"{folder} has no parameters in {', '.join(file.name for file in held)}")
         self._parameters.copy_(vectors.pop("parameters"))

@@ -17,7 +17,7 @@ import distbelief as db
 from distbelief import checkpoint, files
 from distbelief.events import CheckpointRejected, CheckpointWritten, Observation, ShardRestored
 from distbelief.export import export
-from distbelief.files import Draft, StorePath, open_to_read, place
+from distbelief.files import Draft, StorePath, open_to_read, path_of
 from tests import problems
 from tests.killer import Killer, nth
 
@@ -33,17 +33,17 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_name_with_a_scheme_is_in_a_store_and_any_other_is_a_path() -> None:
-    assert place("/data/run") == Path("/data/run")
-    assert place("s3://bucket/run") == StorePath("s3://bucket/run")
-    assert str(place("s3://bucket/run/") / "a" / "b") == "s3://bucket/run/a/b"
-    assert ((place("s3://bucket/run") / "a").name, str((place("s3://bucket/run") / "a").parent)) == (
+    assert path_of("/data/run") == Path("/data/run")
+    assert path_of("s3://bucket/run") == StorePath("s3://bucket/run")
+    assert str(path_of("s3://bucket/run/") / "a" / "b") == "s3://bucket/run/a/b"
+    assert ((path_of("s3://bucket/run") / "a").name, str((path_of("s3://bucket/run") / "a").parent)) == (
         "a",
         "s3://bucket/run",
     )
 
 
 def test_what_is_put_into_a_store_is_read_from_it_and_can_be_copied_and_removed(store: str) -> None:
-    folder = place(store)
+    folder = path_of(store)
     assert files.children(folder) == []
     folder.mkdir(parents=True)
     draft = Draft(folder / "one")
@@ -64,7 +64,7 @@ def test_what_is_put_into_a_store_is_read_from_it_and_can_be_copied_and_removed(
 def test_a_draft_leaves_no_file_on_this_machine(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
-    draft = Draft(place(store) / "one")
+    draft = Draft(path_of(store) / "one")
     draft.local.write_bytes(b"content")
     assert os.listdir(tmp_path / "scratch") == []
 
