@@ -5,6 +5,9 @@ base          what a call is: exported methods, futures, remotes
 frames        bytes on a socket
 authenticate  both sides prove knowledge of the job's key before anything is parsed
 memory        memory shared with other processes of this host, without names
+place         where a role answers, on its own host and for others
+links         sockets before and below frames
 connection    one socket: frames in, frames out, tensors without copies
+door          who comes in, and who is refused
 endpoint      all connections of one process, and the role that answers
 """

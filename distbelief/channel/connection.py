@@ -43,8 +43,10 @@ class Connection:
     ) -> None:  # fmt: skip
         link.setblocking(False)
         self.socket = link
-        self.local = link.family == socket.AF_UNIX
+        self.shares_memory = link.family == socket.AF_UNIX
         """Whether the peer is on this host and can map our memory."""
+        self.connecting = False
+        """Whether the socket is still connecting: nothing is sent before it has."""
         self.awaits_room = False
         """Whether the endpoint's selector watches for room in the socket."""
         self._side: AcceptingSide | CallingSide | None = side
@@ -72,7 +74,7 @@ class Connection:
         if not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise TypeError(f"tensors travel as contiguous CPU memory; this one is on {tensor.device}, strided")
         name = frames.NAMES[tensor.dtype]
-        found = find_block(tensor) if self.local else None
+        found = find_block(tensor) if self.shares_memory else None
         if found is None:
             return TensorReference(name, tensor.numel())
         block, offset = found
@@ -93,7 +95,7 @@ class Connection:
     @property
     def sending(self) -> bool:
         """Whether something waits for room in the socket."""
-        return bool(self._proofs) or bool(self._outbox and self._side is None)
+        return not self.connecting and (bool(self._proofs) or bool(self._outbox and self._side is None))
 
     def flush(self) -> None:
         """Send what fits; frames only once the peer has proved itself. Raises PeerLost."""
@@ -133,6 +135,16 @@ class Connection:
         """Whether the peer has shown that it knows the job's key."""
         return self._side is None
 
+    @property
+    def half_proved(self) -> bool:
+        """Whether a caller has begun to prove himself and has not done so."""
+        return isinstance(self._side, AcceptingSide) and bool(self._inbox)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended."""
+        return self.socket.fileno() < 0
+
     def hung_up(self) -> bool:
         """Whether the peer has closed its end, though something it sent before may still be unread."""
         watch = select.poll()
@@ -145,7 +157,7 @@ class Connection:
         """Take what has arrived and deliver whole frames. Raises PeerLost, ProtocolError, AuthenticationError."""
         self._take()
         # In the midst of a long body, be woken for a good part of it, not for each packet.
-        low_water_bytes = max(1, min(_LOW_WATER_BYTES, sum(map(len, self._body)))) if not self.local else 1
+        low_water_bytes = max(1, min(_LOW_WATER_BYTES, sum(map(len, self._body)))) if not self.shares_memory else 1
         if low_water_bytes != self._low_water_bytes:
             self._low_water_bytes = low_water_bytes
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water_bytes)
@@ -171,7 +183,7 @@ class Connection:
                 return
 
     def _receive_chunk(self) -> int:
-        if not self.local or not self.proved:
+        if not self.shares_memory or not self.proved:
             data = self.socket.recv(_CHUNK)  # descriptors of a stranger are not even taken
         else:
             data, ancillary, _, _ = self.socket.recvmsg(_CHUNK, _DESCRIPTOR_SPACE)
@@ -227,7 +239,7 @@ class Connection:
         self._header = header
         if kind is not Kind.ATTACH:
             self._body.extend(part for part in self._destinations(self, header, body_bytes) if len(part))
-        elif body_bytes or not self.local:
+        elif body_bytes or not self.shares_memory:
             raise ProtocolError("a peer that does not share our memory offered a block")
         return True
 

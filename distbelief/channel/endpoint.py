@@ -7,26 +7,28 @@ and must go on computing while a slow link carries its tensors asks for `backgro
 """
 
 import contextlib
-import errno
+import functools
 import selectors
 import socket
 import threading
+import time
 import traceback
-from collections import deque
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
 
 import msgspec
 import torch
 
-from distbelief.channel import frames
+from distbelief.channel import frames, links
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
-from distbelief.channel.base import RAISED_AS_IS, Future, Signature, exported_methods, signature_of
+from distbelief.channel.base import RAISED_AS_IS, Future, exported_methods, signature_of
 from distbelief.channel.connection import Connection
+from distbelief.channel.door import Door
 from distbelief.channel.frames import Answer, Call, Failure, Header
 from distbelief.channel.futures import BackgroundWork, Kept, PendingCall
+from distbelief.channel.place import Address
 from distbelief.errors import (
-    AuthenticationError,
     ChannelError,
     DeadlineExceeded,
     PeerLost,
@@ -37,13 +39,12 @@ from distbelief.errors import (
 T = TypeVar("T")
 R = TypeVar("R")
 
-Address = str | tuple[str, int]
-"""An abstract Unix socket name beginning with a zero byte, or (host, port) for TCP."""
-
 CONNECT_SECONDS = 5.0
-SOCKET_BUFFER_BYTES = 1 << 20
-STRANGERS = 256
-"""Connections that may be open without having proved themselves; one more ends the oldest of them."""
+"""How long connecting over TCP may take."""
+SILENCE_SECONDS = 1.5
+"""How long the host at the other end of a TCP connection may leave something unanswered."""
+LOOK_SECONDS = 0.25
+"""How often the connections are looked at that time may end."""
 FAILURE_CHARACTERS = 1 << 20
 _RAISED_AS_IS = {kind.__name__: kind for kind in RAISED_AS_IS}
 _encode_value = msgspec.msgpack.Encoder().encode
@@ -53,34 +54,52 @@ _encode_value = msgspec.msgpack.Encoder().encode
 class Endpoint:
     """The sockets of one process.
 
-    `role` answers calls that arrive; `listener` is bound already. `body_limit` bounds, in bytes, what one frame may
-    make this process allocate.
+    `role` answers calls that arrive. `listeners` are bound already: a Unix socket, whose callers share memory with this
+    process, and TCP, or one of them. `body_limit` bounds, in bytes, what one frame may make this process allocate;
+    `silence_seconds` how long the host at the other end of a TCP connection may leave something unanswered.
     """
 
     def __init__(
-        self, key: bytes, *, role: object = None, listener: socket.socket | None = None, body_limit: int = 1 << 40
+        self,
+        key: bytes,
+        *,
+        role: object = None,
+        listeners: Sequence[socket.socket] = (),
+        body_limit: int = 1 << 40,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
-        self._key, self._body_limit = key, body_limit
+        self._key, self._body_limit, self._silence_seconds = key, body_limit, silence_seconds
         self.answer_with(role)
         self._selector = selectors.DefaultSelector()
         self._connections: set[Connection] = set()
         self._pending: dict[tuple[Connection, int], PendingCall] = {}
         self._deferred: list[tuple[Connection, Call, list[torch.Tensor], Future[Any]]] = []
         self._number = 0
-        self._lock = threading.RLock()
-        self._answered = threading.Condition(self._lock)
+        self.lock = threading.RLock()
+        """Held by whoever uses the connections: the role's thread, and the one that polls."""
+        self._answered = threading.Condition(self.lock)
         self._answering = False
         self._thread: threading.Thread | None = None
         self._closed = False
         self._waker, self._wakee = socket.socketpair()
         self._waker.setblocking(False)
         self.watch(self._wakee, lambda: self._wakee.recv(4096))
-        self._strangers: deque[Connection] = deque()
-        """The newest accepted connections, oldest first; those that proved themselves meanwhile are let be."""
-        self._listener = listener
-        if listener is not None:
+        self._door = Door(self._admit, self._drop)
+        self._connecting: dict[Connection, tuple[Address, float]] = {}
+        """Where to, and until when."""
+        self._distant: set[Connection] = set()
+        """Connections over TCP, whose other end may fall silent."""
+        self._look_again = 0.0
+        self._errands: list[Callable[[], bool]] = []
+        self._listeners = tuple(listeners)
+        for listener in self._listeners:
             listener.setblocking(False)
-            self.watch(listener, self._accept)
+            self.watch(listener, functools.partial(self._door.accept, listener))
+
+    @property
+    def refused(self) -> Counter[str]:
+        """How many connections were refused here, by what the callers did."""
+        return self._door.refused
 
     def answer_with(self, role: Any) -> None:
         """Let the exported methods of `role` answer calls from now on."""
@@ -119,8 +138,9 @@ class Endpoint:
 
     def poll(self, seconds: float) -> bool:
         """One round: wait for sockets, receive, answer, send; whether there was anything."""
-        ready = self._selector.select(seconds)
-        with self._lock:
+        time_may_end_some = bool(self._distant or self._connecting or self._door.has_strangers)
+        ready = self._selector.select(min(seconds, LOOK_SECONDS) if time_may_end_some else seconds)
+        with self.lock:
             for key, events in ready:
                 if isinstance(key.data, Connection):
                     self._serve(key.data, events)
@@ -128,8 +148,22 @@ class Endpoint:
                     key.data()
             if self._deferred:
                 self._answer_deferred()
+            if time_may_end_some:
+                self._look_after()
+            if self._errands:
+                self._run_errands()
             self._answered.notify_all()
         return bool(ready)
+
+    def attend(self, errand: Callable[[], bool]) -> None:
+        """Call `errand` after each round from now on, until it says that it is over."""
+        self._errands.append(errand)
+
+    def _run_errands(self) -> None:
+        # An errand may ask a future whether it is done, and so begin another round inside of this one.
+        errands, self._errands = self._errands, []
+        unfinished = [errand for errand in errands if not errand()]
+        self._errands += unfinished
 
     def _poll_until_closed(self) -> None:
         torch.set_num_threads(1)
@@ -139,25 +173,24 @@ class Endpoint:
     # calling
 
     def connect(self, address: Address) -> Connection:
-        """A connection; both sides prove themselves before the first call goes out. Raises PeerLost."""
-        link = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            link.settimeout(CONNECT_SECONDS)
-            link.connect(address)
-        except OSError as error:
-            link.close()
-            raise PeerLost(f"nothing answers at {address!r}: {error}") from error
-        return self._adopt(link, CallingSide(self._key))
+        """A connection that may still have to be made; calls on it wait until both sides have proved themselves.
 
-    def start(
-        self, connection: Connection, signature: Signature, fields: bytes, tensors: list[torch.Tensor], seconds: float
-    ) -> PendingCall:
-        """Send a call; the future is done when the answer has come or `seconds` have passed."""
-        pending = PendingCall(self, signature, tensors, seconds)
-        with self._lock:
+        Never waits. Raises PeerLost when it cannot even begin; what fails later is raised by the calls' futures.
+        """
+        connection = self._adopt(links.dial(address), CallingSide(self._key))
+        if not connection.shares_memory:
+            connection.connecting = connection.awaits_room = True
+            self._connecting[connection] = address, time.monotonic() + CONNECT_SECONDS
+            self._selector.modify(connection.socket, selectors.EVENT_WRITE, connection)
+        return connection
+
+    def start(self, connection: Connection, pending: PendingCall, fields: bytes) -> None:
+        """Send a call; its future is done when the answer has come or its deadline has passed."""
+        signature, tensors = pending.signature, pending.tensors
+        with self.lock:
             if connection not in self._connections:
                 pending.settle(error=PeerLost("the connection to the peer broke"))
-                return pending
+                return
             self._number += 1
             references = [connection.reference(tensor) for tensor in tensors]
             body = [
@@ -169,11 +202,10 @@ class Endpoint:
             self._pending[connection, self._number] = pending
             frame = frames.encode(Call(self._number, signature.name, fields, references), sum(map(len, body)))
             self._guarded(connection, lambda: connection.send(frame, body))
-        return pending
 
     def give_up(self, pending: PendingCall, reason: str) -> None:
         """End a call whose deadline has passed. Its connection is closed: a late answer must not write our memory."""
-        with self._lock:
+        with self.lock:
             if pending.settled:
                 return  # the answer came while this was on its way
             pending.settle(error=DeadlineExceeded(reason))
@@ -182,56 +214,68 @@ class Endpoint:
 
     # sockets
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        with contextlib.suppress(ConnectionError, BlockingIOError):
-            try:
-                link, _ = self._listener.accept()
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._strangers:
-                    raise
-                self._end_oldest_stranger()
-                return
-            connection = self._adopt(link, AcceptingSide(self._key))
-            self._guarded(connection, connection.flush)
-            self._strangers.append(connection)
-            if len(self._strangers) > STRANGERS:
-                self._end_oldest_stranger()
-
-    def _end_oldest_stranger(self) -> None:
-        connection = self._strangers.popleft()
-        if not connection.proved:
-            self._drop(connection, AuthenticationError("too many callers have not proved themselves"))
+    def _admit(self, link: socket.socket) -> Connection:
+        connection = self._adopt(link, AcceptingSide(self._key))
+        self._guarded(connection, connection.flush)
+        return connection
 
     def _adopt(self, link: socket.socket, side: AcceptingSide | CallingSide) -> Connection:
-        if link.family != socket.AF_UNIX:
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            link.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        links.tune(link)
         connection = Connection(
             link, side, destinations=self._destinations, deliver=self._deliver, body_limit=self._body_limit
         )
-        with self._lock:
+        with self.lock:
             self._connections.add(connection)
+            if not connection.shares_memory:
+                self._distant.add(connection)
             self._selector.register(link, selectors.EVENT_READ, connection)
         return connection
 
     def _serve(self, connection: Connection, events: int) -> None:
         if connection not in self._connections:
             return
+        if connection.connecting:
+            self._connected(connection)
+            return
         if events & selectors.EVENT_WRITE:
             self._guarded(connection, connection.flush)
         if events & selectors.EVENT_READ and connection in self._connections:
             self._guarded(connection, connection.receive)
+
+    def _connected(self, connection: Connection) -> None:
+        address, _ = self._connecting.pop(connection)
+        connection.connecting = False
+        if reason := links.failure(connection.socket):
+            self._drop(connection, links.unreachable(address, reason))
+            return
+        self._guarded(connection, connection.flush)
+
+    def _look_after(self) -> None:
+        """End what time ends: connections that are not made in time, silent hosts, strangers."""
+        now = time.monotonic()
+        if now < self._look_again:
+            return
+        self._look_again = now + LOOK_SECONDS
+        for connection, (address, until) in list(self._connecting.items()):
+            if now > until:
+                self._drop(connection, links.unreachable(address, f"nothing was heard within {CONNECT_SECONDS:g} s"))
+        for connection in self._distant - self._connecting.keys():
+            if links.is_silent(connection.socket, self._silence_seconds):
+                reason = f"its host has been silent for {self._silence_seconds:g} s"
+                self._drop(connection, PeerLost(f"the peer is out of reach: {reason}"))
+        self._door.sweep(now)
 
     def _guarded(self, connection: Connection, action: Callable[[], None]) -> None:
         """Do I/O on one connection; what goes wrong ends that connection and nothing else."""
         try:
             action()
         except ChannelError as error:
+            self._door.count(connection, error)
             self._drop(connection, error)
             return
-        if connection in self._connections and connection.sending != connection.awaits_room:
+        if connection.connecting or connection not in self._connections:
+            return
+        if connection.sending != connection.awaits_room:
             connection.awaits_room = connection.sending
             wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.awaits_room else 0)
             self._selector.modify(connection.socket, wanted, connection)
@@ -240,8 +284,9 @@ class Endpoint:
         if connection not in self._connections:
             return
         self._connections.discard(connection)
-        with contextlib.suppress(ValueError):
-            self._strangers.remove(connection)
+        self._distant.discard(connection)
+        self._connecting.pop(connection, None)
+        self._door.forget(connection)
         self._selector.unregister(connection.socket)
         connection.close()
         self._deferred = [item for item in self._deferred if item[0] is not connection]
@@ -360,10 +405,9 @@ class Endpoint:
         if self._thread is not None:
             self.wake()
             self._thread.join()
-        with self._lock:
+        with self.lock:
             for connection in list(self._connections):
                 self._drop(connection, PeerLost("this side closed the connection"))
             self._selector.close()
-            for own in (self._waker, self._wakee, self._listener):
-                if own is not None:
-                    own.close()
+            for own in (self._waker, self._wakee, *self._listeners):
+                own.close()

@@ -4,6 +4,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 import torch
@@ -61,6 +62,26 @@ class PendingCall:
         if self._error is not None:
             raise self._error
         return self._value
+
+
+@final
+@dataclass(frozen=True)
+class Settled(Generic[T]):
+    """A future that has been done from the beginning."""
+
+    value: T
+
+    def done(self) -> bool:
+        """It is."""
+        return True
+
+    def wait(self, seconds: float) -> bool:
+        """There is nothing to wait for."""
+        return True
+
+    def result(self) -> T:
+        """The value."""
+        return self.value
 
 
 @final
