@@ -22,8 +22,9 @@ import pytest
 import torch
 
 from distbelief.channel.base import Future
-from distbelief.channel.endpoint import Address, Endpoint
-from distbelief.channel.peer import Peer
+from distbelief.channel.endpoint import Endpoint
+from distbelief.channel.peer import Peer, at
+from distbelief.channel.place import Address
 
 TOKEN = secrets.token_hex(8)
 MARK = f"DISTBELIEF_TESTS={TOKEN}"
@@ -194,9 +195,9 @@ class Town:
         name = listener.getsockname()
         return name.decode() if isinstance(name, bytes) else name
 
-    def endpoint(self, role: object = None, listener: socket.socket | None = None, **options: Any) -> Endpoint:
+    def endpoint(self, role: object = None, *listeners: socket.socket, **options: Any) -> Endpoint:
         """An endpoint with the town's key."""
-        made = Endpoint(options.pop("key", self.key), role=role, listener=listener, **options)
+        made = Endpoint(options.pop("key", self.key), role=role, listeners=listeners, **options)
         self.endpoints.append(made)
         return made
 
@@ -208,7 +209,7 @@ class Town:
 
     def peer(self, address: Address, deadline_seconds: float = 20.0, **options: Any) -> Peer[Any]:
         """Somebody who calls the address, from an endpoint of his own."""
-        return Peer(self.endpoint(**options), address, deadline_seconds)
+        return Peer(self.endpoint(**options), at(address), deadline_seconds)
 
     def work(self, rounds: int = 1) -> None:
         """Let everybody work off what has arrived."""

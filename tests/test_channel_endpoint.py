@@ -19,10 +19,12 @@ from conftest import Town
 from distbelief.channel import frames, memory
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
 from distbelief.channel.base import Future, Out, exported, signature_of
-from distbelief.channel.endpoint import STRANGERS, Address, Endpoint
+from distbelief.channel.door import STRANGERS
+from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.frames import Call
 from distbelief.channel.futures import BackgroundWork
-from distbelief.channel.peer import Peer
+from distbelief.channel.peer import Peer, at
+from distbelief.channel.place import Address
 from distbelief.errors import (
     AuthenticationError,
     CheckpointError,
@@ -197,7 +199,7 @@ def test_a_flood_of_strangers_takes_no_more_than_its_share_and_others_are_served
     for link in links[:50]:
         assert is_refused(town, link)
     assert town.answer(peer.call(Clerk.note, 2)) == [1, 2]
-    assert town.answer(town.peer(peer.address).call(Clerk.note, 3)) == [1, 2, 3]
+    assert town.answer(town.peer(peer.locate().result()).call(Clerk.note, 3)) == [1, 2, 3]
 
 
 def test_strangers_cannot_use_up_the_descriptors_of_a_role(
@@ -258,7 +260,7 @@ def test_descriptors_of_a_stranger_are_not_taken(town: Town, stranger: Callable[
 def test_a_caller_with_another_key_is_refused_and_others_are_served(
     town: Town, clerk: Clerk, peer: Peer[Clerk]
 ) -> None:
-    liar = town.peer(peer.address, key=b"another key, which is no secret.")
+    liar = town.peer(peer.locate().result(), key=b"another key, which is no secret.")
     with pytest.raises(PeerLost):
         town.answer(liar.call(Clerk.note, 1))
     assert town.answer(peer.call(Clerk.note, 2)) == [2]
@@ -360,7 +362,7 @@ def test_an_answer_that_cannot_travel_is_the_callers_error_and_others_are_served
 
 def test_a_method_that_waits_is_an_error(town: Town, clerk: Clerk, peer: Peer[Clerk]) -> None:
     assert clerk.endpoint is not None
-    other: Peer[Clerk] = Peer(clerk.endpoint, town.serve(Clerk()))
+    other: Peer[Clerk] = Peer(clerk.endpoint, at(town.serve(Clerk())))
     clerk.meanwhile = lambda: other.call(Clerk.note, 1).result()
     with pytest.raises(RemoteError, match="must not wait for a future"):
         town.answer(peer.call(Clerk.wait))
@@ -370,8 +372,8 @@ def test_a_method_that_asks_whether_a_call_is_done_still_runs_alone(
     town: Town, clerk: Clerk, peer: Peer[Clerk]
 ) -> None:
     assert clerk.endpoint is not None
-    other: Peer[Clerk] = Peer(clerk.endpoint, town.serve(Clerk()))
-    second = town.peer(peer.address)
+    other: Peer[Clerk] = Peer(clerk.endpoint, at(town.serve(Clerk())))
+    second = town.peer(peer.locate().result())
     town.answer(second.call(Clerk.note, 0))
     seen: list[list[int]] = []
 
@@ -445,7 +447,7 @@ def test_background_work_answers_later_while_others_are_served(town: Town, clerk
     gate = threading.Event()
     clerk.meanwhile = lambda: gate.wait(20.0)
     later = peer.call(Clerk.total_later, torch.ones(1000))
-    other = town.peer(peer.address)
+    other = town.peer(peer.locate().result())
     assert town.answer(other.call(Clerk.note, 1)) == [1]
     assert town.answer(peer.call(Clerk.total, torch.full((1000,), 2.0))) == 2000.0
     assert not later.done()
@@ -461,7 +463,7 @@ def test_background_work_that_raises_and_a_caller_that_does_not_wait_for_it_harm
         town.answer(peer.call(Clerk.total_later, torch.ones(10)))
     gate = threading.Event()
     clerk.meanwhile = lambda: gate.wait(20.0)
-    impatient = town.peer(peer.address)
+    impatient = town.peer(peer.locate().result())
     future = impatient.call(Clerk.total_later, torch.ones(10))
     town.work(10)
     town.endpoints.remove(impatient.endpoint)
@@ -478,7 +480,7 @@ def test_a_background_endpoint_sends_and_receives_while_its_owner_computes(town:
     caller = Endpoint(town.key)
     caller.background()
     try:
-        peer: Peer[Clerk] = Peer(caller, address)
+        peer: Peer[Clerk] = Peer(caller, at(address))
         sent, received = torch.ones(4 << 20), torch.zeros(4 << 20)
         total, filled = peer.call(Clerk.total, sent), peer.call(Clerk.fill, 3.0, received)
         # Only the server is let work here: the caller's thread must do the rest by itself.

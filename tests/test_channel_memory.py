@@ -315,7 +315,7 @@ def test_a_reference_to_memory_that_is_not_shared_is_refused_and_others_are_serv
         future = peer.call(Keeper.total, values)
     with pytest.raises(ProtocolError):
         town.answer(future)
-    assert town.answer(town.peer(peer.address).call(Keeper.total, torch.ones(3))) == 3.0
+    assert town.answer(town.peer(peer.locate().result()).call(Keeper.total, torch.ones(3))) == 3.0
 
 
 @pytest.mark.parametrize("town", ["tcp"], indirect=True)
@@ -334,4 +334,4 @@ def test_a_body_that_is_shorter_than_its_tensors_costs_no_memory_and_others_are_
         with pytest.raises(PeerLost):
             town.answer(peer.call(Keeper.total, torch.ones(3)))
     assert taken == [0]
-    assert town.answer(town.peer(peer.address).call(Keeper.total, torch.ones(3))) == 3.0
+    assert town.answer(town.peer(peer.locate().result()).call(Keeper.total, torch.ones(3))) == 3.0

@@ -7,26 +7,31 @@ and must go on computing while a slow link carries its tensors asks for `backgro
 """
 
 import contextlib
-import errno
+import functools
 import selectors
 import socket
 import threading
-import traceback
-from collections import deque
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
 
 import msgspec
 import torch
 
-from distbelief.channel import frames
+from distbelief.channel import codec, frames, links
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
-from distbelief.channel.base import RAISED_AS_IS, Future, Signature, exported_methods, signature_of
+from distbelief.channel.base import RAISED_AS_IS
+from distbelief.channel.codec import Part
 from distbelief.channel.connection import Connection
+from distbelief.channel.desk import Desk
+from distbelief.channel.door import Door
 from distbelief.channel.frames import Answer, Call, Failure, Header
-from distbelief.channel.futures import BackgroundWork, Kept, PendingCall
+from distbelief.channel.futures import PendingCall
+from distbelief.channel.place import Address
+from distbelief.channel.secure import SecureLink
+from distbelief.channel.wire import Wire
 from distbelief.errors import (
-    AuthenticationError,
     ChannelError,
     DeadlineExceeded,
     PeerLost,
@@ -37,54 +42,63 @@ from distbelief.errors import (
 T = TypeVar("T")
 R = TypeVar("R")
 
-Address = str | tuple[str, int]
-"""An abstract Unix socket name beginning with a zero byte, or (host, port) for TCP."""
-
-CONNECT_SECONDS = 5.0
-SOCKET_BUFFER_BYTES = 1 << 20
-STRANGERS = 256
-"""Connections that may be open without having proved themselves; one more ends the oldest of them."""
-FAILURE_CHARACTERS = 1 << 20
+LOOK_SECONDS = 0.25
+"""How often the connections are looked at that time may end."""
 _RAISED_AS_IS = {kind.__name__: kind for kind in RAISED_AS_IS}
-_encode_value = msgspec.msgpack.Encoder().encode
 
 
 @final
 class Endpoint:
     """The sockets of one process.
 
-    `role` answers calls that arrive; `listener` is bound already. `body_limit` bounds, in bytes, what one frame may
-    make this process allocate.
+    `role` answers calls that arrive. `listeners` are bound already: a Unix socket, whose callers share memory with this
+    process, and TCP, or one of them. `body_limit` bounds, in bytes, what one frame may make this process allocate;
+    `wire` says how calls travel between hosts.
     """
 
     def __init__(
-        self, key: bytes, *, role: object = None, listener: socket.socket | None = None, body_limit: int = 1 << 40
+        self,
+        key: bytes,
+        *,
+        role: object = None,
+        listeners: Sequence[socket.socket] = (),
+        body_limit: int = 1 << 40,
+        wire: Wire | None = None,
     ) -> None:
-        self._key, self._body_limit = key, body_limit
-        self.answer_with(role)
+        self._key, self._body_limit, self._wire = key, body_limit, wire or Wire()
+        self._desk = Desk(role, lambda connection, *given: self._guarded(connection, lambda: connection.send(*given)))
         self._selector = selectors.DefaultSelector()
         self._connections: set[Connection] = set()
         self._pending: dict[tuple[Connection, int], PendingCall] = {}
-        self._deferred: list[tuple[Connection, Call, list[torch.Tensor], Future[Any]]] = []
         self._number = 0
-        self._lock = threading.RLock()
-        self._answered = threading.Condition(self._lock)
-        self._answering = False
+        self.lock = threading.RLock()
+        """Held by whoever uses the connections: the role's thread, and the one that polls."""
+        self._answered = threading.Condition(self.lock)
         self._thread: threading.Thread | None = None
         self._closed = False
         self._waker, self._wakee = socket.socketpair()
         self._waker.setblocking(False)
         self.watch(self._wakee, lambda: self._wakee.recv(4096))
-        self._strangers: deque[Connection] = deque()
-        """The newest accepted connections, oldest first; those that proved themselves meanwhile are let be."""
-        self._listener = listener
-        if listener is not None:
+        self._door = Door(self._admit, self._drop)
+        self._connecting: dict[Connection, tuple[Address, float]] = {}
+        """Where to, and until when."""
+        self._distant: set[Connection] = set()
+        """Connections over TCP, whose other end may fall silent."""
+        self._look_again = 0.0
+        self._errands: list[Callable[[], bool]] = []
+        self._listeners = tuple(listeners)
+        for listener in self._listeners:
             listener.setblocking(False)
-            self.watch(listener, self._accept)
+            self.watch(listener, functools.partial(self._door.accept, listener))
+
+    @property
+    def refused(self) -> Counter[str]:
+        """How many connections were refused here, by what the callers did."""
+        return self._door.refused
 
     def answer_with(self, role: Any) -> None:
         """Let the exported methods of `role` answer calls from now on."""
-        self._role, self._methods = role, exported_methods(type(role))
+        self._desk.seat(role)
 
     def background(self) -> None:
         """Poll in a thread from now on. Only for a process whose role exports nothing."""
@@ -106,7 +120,7 @@ class Endpoint:
 
     def take_in(self, seconds: float) -> None:
         """Wait up to `seconds` for something to happen, and let it happen."""
-        if self._answering:
+        if self._desk.answering:
             if seconds > 0:
                 raise RuntimeError("an exported method must not wait for a future; let the activity wait")
             return  # a method that asks whether a future is done runs alone all the same
@@ -119,17 +133,31 @@ class Endpoint:
 
     def poll(self, seconds: float) -> bool:
         """One round: wait for sockets, receive, answer, send; whether there was anything."""
-        ready = self._selector.select(seconds)
-        with self._lock:
+        time_may_end_some = bool(self._distant or self._connecting or self._door.has_strangers)
+        ready = self._selector.select(min(seconds, LOOK_SECONDS) if time_may_end_some else seconds)
+        with self.lock:
             for key, events in ready:
                 if isinstance(key.data, Connection):
                     self._serve(key.data, events)
                 else:
                     key.data()
-            if self._deferred:
-                self._answer_deferred()
+            self._desk.answer_deferred()
+            if time_may_end_some:
+                self._look_after()
+            if self._errands:
+                self._run_errands()
             self._answered.notify_all()
         return bool(ready)
+
+    def attend(self, errand: Callable[[], bool]) -> None:
+        """Call `errand` after each round from now on, until it says that it is over."""
+        self._errands.append(errand)
+
+    def _run_errands(self) -> None:
+        # An errand may ask a future whether it is done, and so begin another round inside of this one.
+        errands, self._errands = self._errands, []
+        unfinished = [errand for errand in errands if not errand()]
+        self._errands += unfinished
 
     def _poll_until_closed(self) -> None:
         torch.set_num_threads(1)
@@ -139,41 +167,42 @@ class Endpoint:
     # calling
 
     def connect(self, address: Address) -> Connection:
-        """A connection; both sides prove themselves before the first call goes out. Raises PeerLost."""
-        link = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            link.settimeout(CONNECT_SECONDS)
-            link.connect(address)
-        except OSError as error:
-            link.close()
-            raise PeerLost(f"nothing answers at {address!r}: {error}") from error
-        return self._adopt(link, CallingSide(self._key))
+        """A connection that may still have to be made; calls on it wait until both sides have proved themselves.
 
-    def start(
-        self, connection: Connection, signature: Signature, fields: bytes, tensors: list[torch.Tensor], seconds: float
-    ) -> PendingCall:
-        """Send a call; the future is done when the answer has come or `seconds` have passed."""
-        pending = PendingCall(self, signature, tensors, seconds)
-        with self._lock:
+        Never waits. Raises PeerLost when it cannot even begin; what fails later is raised by the calls' futures.
+        """
+        connection = self._adopt(links.dial(address), CallingSide(self._key))
+        if not connection.shares_memory:
+            connection.connecting = connection.awaits_room = True
+            self._connecting[connection] = address, time.monotonic() + self._wire.connect_seconds
+            self._selector.modify(connection.socket, selectors.EVENT_WRITE, connection)
+        return connection
+
+    def start(self, connection: Connection, pending: PendingCall, fields: bytes) -> None:
+        """Send a call; its future is done when the answer has come or its deadline has passed."""
+        signature, tensors = pending.signature, pending.tensors
+        with self.lock:
             if connection not in self._connections:
                 pending.settle(error=PeerLost("the connection to the peer broke"))
-                return pending
+                return
             self._number += 1
-            references = [connection.reference(tensor) for tensor in tensors]
-            body = [
-                frames.bytes_of(tensor)
+            narrow = signature.rounded and self._wire.dtype == "bfloat16"
+            references = [connection.reference(tensor, narrow) for tensor in tensors]
+            travelling = [
+                (tensor, reference, written)
                 for tensor, reference, written in zip(tensors, references, signature.outputs, strict=True)
-                if not written and not reference.block
+                if not reference.block
             ]
+            body = [codec.outgoing(tensor, reference) for tensor, reference, written in travelling if not written]
+            pending.expected = [(tensor, reference) for tensor, reference, written in travelling if written]
             pending.connection = connection
             self._pending[connection, self._number] = pending
             frame = frames.encode(Call(self._number, signature.name, fields, references), sum(map(len, body)))
             self._guarded(connection, lambda: connection.send(frame, body))
-        return pending
 
     def give_up(self, pending: PendingCall, reason: str) -> None:
         """End a call whose deadline has passed. Its connection is closed: a late answer must not write our memory."""
-        with self._lock:
+        with self.lock:
             if pending.settled:
                 return  # the answer came while this was on its way
             pending.settle(error=DeadlineExceeded(reason))
@@ -182,56 +211,86 @@ class Endpoint:
 
     # sockets
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        with contextlib.suppress(ConnectionError, BlockingIOError):
-            try:
-                link, _ = self._listener.accept()
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._strangers:
-                    raise
-                self._end_oldest_stranger()
-                return
-            connection = self._adopt(link, AcceptingSide(self._key))
-            self._guarded(connection, connection.flush)
-            self._strangers.append(connection)
-            if len(self._strangers) > STRANGERS:
-                self._end_oldest_stranger()
+    def _admit(self, link: socket.socket) -> Connection:
+        connection = self._adopt(link, AcceptingSide(self._key))
+        connection.connecting = self._wire.certificate is not None and not connection.shares_memory
+        self._guarded(connection, functools.partial(self._greet, connection))
+        return connection
 
-    def _end_oldest_stranger(self) -> None:
-        connection = self._strangers.popleft()
-        if not connection.proved:
-            self._drop(connection, AuthenticationError("too many callers have not proved themselves"))
+    def _greet(self, connection: Connection) -> None:
+        if connection.connecting:
+            assert isinstance(connection.socket, socket.socket)
+            assert self._wire.certificate is not None
+            connection.socket = SecureLink(connection.socket, self._wire.certificate, accepting=True)
+        else:
+            connection.flush()
 
     def _adopt(self, link: socket.socket, side: AcceptingSide | CallingSide) -> Connection:
-        if link.family != socket.AF_UNIX:
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            link.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        links.tune(link)
         connection = Connection(
             link, side, destinations=self._destinations, deliver=self._deliver, body_limit=self._body_limit
         )
-        with self._lock:
+        with self.lock:
             self._connections.add(connection)
+            if not connection.shares_memory:
+                self._distant.add(connection)
             self._selector.register(link, selectors.EVENT_READ, connection)
         return connection
 
     def _serve(self, connection: Connection, events: int) -> None:
         if connection not in self._connections:
             return
+        if connection.connecting:
+            self._guarded(connection, functools.partial(self._go_on_connecting, connection))
+            return
         if events & selectors.EVENT_WRITE:
             self._guarded(connection, connection.flush)
         if events & selectors.EVENT_READ and connection in self._connections:
             self._guarded(connection, connection.receive)
+
+    def _go_on_connecting(self, connection: Connection) -> None:
+        link = connection.socket
+        if connection in self._connecting:
+            assert isinstance(link, socket.socket)
+            address, _ = self._connecting.pop(connection)
+            if reason := links.failure(link):
+                raise links.unreachable(address, reason)
+            if self._wire.certificate is not None:
+                connection.socket = link = SecureLink(link, self._wire.certificate, accepting=False)
+            connection.awaits_room = False
+            self._selector.modify(link, selectors.EVENT_READ, connection)
+        if isinstance(link, SecureLink) and not link.shake():
+            return
+        connection.connecting = False
+        connection.flush()
+
+    def _look_after(self) -> None:
+        """End what time ends: connections that are not made in time, silent hosts, strangers."""
+        now = time.monotonic()
+        if now < self._look_again:
+            return
+        self._look_again = now + LOOK_SECONDS
+        for connection, (address, until) in list(self._connecting.items()):
+            if now > until:
+                reason = f"nothing was heard within {self._wire.connect_seconds:g} s"
+                self._drop(connection, links.unreachable(address, reason))
+        for connection in self._distant - self._connecting.keys():
+            if links.is_silent(connection.socket, self._wire.silence_seconds):
+                reason = f"its host has been silent for {self._wire.silence_seconds:g} s"
+                self._drop(connection, PeerLost(f"the peer is out of reach: {reason}"))
+        self._door.sweep(now)
 
     def _guarded(self, connection: Connection, action: Callable[[], None]) -> None:
         """Do I/O on one connection; what goes wrong ends that connection and nothing else."""
         try:
             action()
         except ChannelError as error:
+            self._door.count(connection, error)
             self._drop(connection, error)
             return
-        if connection in self._connections and connection.sending != connection.awaits_room:
+        if connection.connecting or connection not in self._connections:
+            return
+        if connection.sending != connection.awaits_room:
             connection.awaits_room = connection.sending
             wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.awaits_room else 0)
             self._selector.modify(connection.socket, wanted, connection)
@@ -240,40 +299,26 @@ class Endpoint:
         if connection not in self._connections:
             return
         self._connections.discard(connection)
-        with contextlib.suppress(ValueError):
-            self._strangers.remove(connection)
+        self._distant.discard(connection)
+        self._connecting.pop(connection, None)
+        self._door.forget(connection)
         self._selector.unregister(connection.socket)
         connection.close()
-        self._deferred = [item for item in self._deferred if item[0] is not connection]
+        self._desk.forget(connection)
         for key in [key for key in self._pending if key[0] is connection]:
             self._pending.pop(key).settle(error=error)
 
     # frames
 
-    def _destinations(self, connection: Connection, header: Header, body_bytes: int) -> list[memoryview]:
+    def _destinations(self, connection: Connection, header: Header, body_bytes: int) -> Sequence[Part]:
         """Where the body of a frame belongs. Raises ProtocolError when it is not as long as announced."""
-        parts: list[memoryview] = []
+        parts: Sequence[Part] = []
         if isinstance(header, Call):
-            if connection.sending or any(waiting is connection for waiting, *_ in self._deferred):
-                connection.staging = {}  # an earlier call's answer is still being read from the old one
-            method = self._methods.get(header.method)
-            signature = signature_of(method) if method else None
-            kinds = zip(signature.places, signature.outputs, strict=True) if signature else ()
-            carried = [
-                (place, reference)
-                for reference, (place, written) in zip(header.tensors, kinds, strict=False)
-                if not reference.block and not written
-            ]
-            if sum(map(frames.size_bytes, (reference for _, reference in carried))) <= body_bytes:
-                parts = [frames.bytes_of(connection.stage(place, reference)) for place, reference in carried]
+            parts = self._desk.destinations(connection, header, body_bytes)
         elif isinstance(header, Answer):
             pending = self._pending.get((connection, header.number))
             if pending is not None and body_bytes:
-                parts = [
-                    frames.bytes_of(tensor)
-                    for tensor, written in zip(pending.tensors, pending.signature.outputs, strict=True)
-                    if written and not connection.reference(tensor).block
-                ]
+                parts = [codec.incoming(tensor, reference) for tensor, reference in pending.expected]
         if sum(map(len, parts)) != body_bytes:
             named = sum(map(len, parts))
             raise ProtocolError(f"a frame carries {body_bytes} bytes of tensors, its header says {named}")
@@ -281,7 +326,7 @@ class Endpoint:
 
     def _deliver(self, connection: Connection, header: Header) -> None:
         if isinstance(header, Call):
-            self._answer(connection, header)
+            self._desk.answer(connection, header)
             return
         assert not isinstance(header, frames.Attach)
         pending = self._pending.pop((connection, header.number), None)
@@ -296,74 +341,15 @@ class Endpoint:
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             pending.settle(error=ProtocolError(f"answer to {pending.signature.name}: {error}"))
 
-    def _answer(self, connection: Connection, call: Call) -> None:
-        tensors: list[torch.Tensor] = []
-        try:
-            method = self._methods.get(call.method)
-            if method is None:
-                raise ProtocolError(f"{type(self._role).__name__} exports no method {call.method!r}")
-            signature = signature_of(method)
-            signature.expect(len(call.tensors))
-            tensors = [
-                connection.view(reference) if reference.block else connection.stage(place, reference)
-                for reference, place in zip(call.tensors, signature.places, strict=True)
-            ]
-            arguments = signature.join(call.fields, tensors)
-            if any(reference.block for reference in call.tensors) and connection.hung_up():
-                return  # the caller has given up, so the memory it shared is its own again
-            self._answering = True
-            try:
-                value = method(self._role, *arguments)
-            finally:
-                self._answering = False
-            if isinstance(value, BackgroundWork | Kept):
-                self._deferred.append((connection, call, tensors, value))
-            else:
-                self._send_answer(connection, call, value, tensors, signature.outputs)
-        except Exception as error:
-            self._fail(connection, call, error)
-
-    def _send_answer(
-        self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor], outputs: tuple[bool, ...]
-    ) -> None:
-        body = [
-            frames.bytes_of(tensor)
-            for tensor, reference, written in zip(tensors, call.tensors, outputs, strict=True)
-            if written and not reference.block
-        ]
-        frame = frames.encode(Answer(call.number, _encode_value(value)), sum(map(len, body)))
-        self._guarded(connection, lambda: connection.send(frame, body))
-
-    def _fail(self, connection: Connection, call: Call, error: Exception) -> None:
-        known = type(error).__name__ in _RAISED_AS_IS
-        message = str(error) if known else "".join(traceback.format_exception(error))
-        message = message[-FAILURE_CHARACTERS:].encode(errors="replace").decode()
-        frame = frames.encode(Failure(call.number, type(error).__name__, message))
-        self._guarded(connection, lambda: connection.send(frame, []))
-
-    def _answer_deferred(self) -> None:
-        waiting, self._deferred = self._deferred, []
-        for connection, call, tensors, work in waiting:
-            if not work.done():
-                self._deferred.append((connection, call, tensors, work))
-                continue
-            try:
-                self._send_answer(
-                    connection, call, work.result(), tensors, signature_of(self._methods[call.method]).outputs
-                )
-            except Exception as error:
-                self._fail(connection, call, error)
-
     def close(self) -> None:
         """Close every socket; pending calls fail with PeerLost."""
         self._closed = True
         if self._thread is not None:
             self.wake()
             self._thread.join()
-        with self._lock:
+        with self.lock:
             for connection in list(self._connections):
                 self._drop(connection, PeerLost("this side closed the connection"))
             self._selector.close()
-            for own in (self._waker, self._wakee, self._listener):
-                if own is not None:
-                    own.close()
+            for own in (self._waker, self._wakee, *self._listeners):
+                own.close()

@@ -4,12 +4,14 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
 import torch
 
 from distbelief.channel.base import Signature
 from distbelief.channel.connection import Connection
+from distbelief.channel.frames import TensorReference
 
 if TYPE_CHECKING:
     from distbelief.channel.endpoint import Endpoint
@@ -25,6 +27,8 @@ class PendingCall:
         self.signature = signature
         self.tensors = tensors
         """The call's tensors, kept alive and untouched until it is done."""
+        self.expected: list[tuple[torch.Tensor, TensorReference]] = []
+        """Those of them that travel in the body of the answer."""
         self.connection: Connection | None = None
         self._endpoint = endpoint
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
@@ -37,7 +41,7 @@ class PendingCall:
         if self.settled:
             return
         self._value, self._error, self.settled = value, error, True
-        self.tensors = []
+        self.tensors, self.expected = [], []
 
     def done(self) -> bool:
         """Whether the answer is here, taking in what has arrived."""
@@ -61,6 +65,26 @@ class PendingCall:
         if self._error is not None:
             raise self._error
         return self._value
+
+
+@final
+@dataclass(frozen=True)
+class Settled(Generic[T]):
+    """A future that has been done from the beginning."""
+
+    value: T
+
+    def done(self) -> bool:
+        """It is."""
+        return True
+
+    def wait(self, seconds: float) -> bool:
+        """There is nothing to wait for."""
+        return True
+
+    def result(self) -> T:
+        """The value."""
+        return self.value
 
 
 @final

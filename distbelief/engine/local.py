@@ -28,9 +28,10 @@ import torch
 from distbelief.channel import memory
 from distbelief.channel.authenticate import new_key
 from distbelief.channel.base import Future, Promise, Remote, exported_methods
-from distbelief.channel.endpoint import Address, Endpoint
+from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.futures import BackgroundWork, Kept
-from distbelief.channel.peer import Peer
+from distbelief.channel.peer import Peer, at
+from distbelief.channel.place import Address
 from distbelief.engine import zygote
 from distbelief.engine.base import COORDINATOR, Death, Faults
 from distbelief.engine.pickles import Pickler
@@ -76,7 +77,7 @@ class LocalHome:
 
     def find(self, role: str, kind: type[R], deadline_seconds: float = 60.0) -> Remote[R]:
         """A reference to another role."""
-        return Peer(self._endpoint, self._wiring.addresses[role], deadline_seconds)
+        return Peer(self._endpoint, at(self._wiring.addresses[role]), deadline_seconds)
 
     def spend(self, examples: int, started: float) -> None:
         """Real computing has taken its time already; a role slowed by script waits."""
@@ -102,9 +103,9 @@ def _birth(
     name: str, incarnation: int, wiring: Wiring, factory: Callable[..., Any], arguments: tuple[Any, ...],
     descriptors: list[int],
 ) -> Callable[[], None]:  # fmt: skip
-    """What a fork does first: build the role on the listener it was given, and return the role's life."""
-    listener = socket.socket(fileno=descriptors[0]) if descriptors else None
-    endpoint = Endpoint(wiring.key, listener=listener, body_limit=wiring.body_limit)
+    """What a fork does first: build the role on the listeners it was given, and return the role's life."""
+    listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+    endpoint = Endpoint(wiring.key, listeners=listeners, body_limit=wiring.body_limit)
     role = factory(LocalHome(name, incarnation, wiring, endpoint), *arguments)
     endpoint.answer_with(role)
     over_tcp = not isinstance(wiring.addresses[COORDINATOR], str)
@@ -137,7 +138,10 @@ class LocalEngine(LocalHome):
         addresses = {name: _address(listener) for name, listener in self._listeners.items()}
         wiring = Wiring(new_key(), addresses, body_limit, faults or Faults())
         super().__init__(
-            COORDINATOR, 0, wiring, Endpoint(wiring.key, listener=self._listeners[COORDINATOR], body_limit=body_limit)
+            COORDINATOR,
+            0,
+            wiring,
+            Endpoint(wiring.key, listeners=[self._listeners[COORDINATOR]], body_limit=body_limit),
         )
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sockets before and below frames: beginning to connect, what the kernel is told, and whether the other host lives."""
+
+import errno
+import os
+import socket
+import struct
+
+from distbelief.channel.place import Address
+from distbelief.channel.secure import SecureLink
+from distbelief.errors import PeerLost
+
+BUFFER_BYTES = 1 << 20
+PROBE_SECONDS = 1
+"""How long a TCP connection is quiet before its kernel asks the other one whether it is there."""
+_UNDER_WAY = (0, errno.EINPROGRESS)
+_TCP_INFO = struct.Struct("=8B13I")
+_RETRANSMITS, _PROBES, _DATA_RECEIVED, _ACKNOWLEDGED = 2, 3, 19, 20
+
+
+def dial(address: Address) -> socket.socket:
+    """A socket that is connecting or connected already; never waits. Raises PeerLost when it cannot even begin."""
+    link = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET, socket.SOCK_STREAM)
+    link.setblocking(False)
+    try:
+        number = link.connect_ex(address)
+    except OSError as error:  # a name that resolves to nothing
+        link.close()
+        raise unreachable(address, str(error)) from error
+    if number not in _UNDER_WAY:
+        link.close()
+        raise unreachable(address, _reason(number))
+    return link
+
+
+def unreachable(address: Address, reason: str) -> PeerLost:
+    """The error of a connection that was not made."""
+    return PeerLost(f"nothing answers at {address!r}: {reason}")
+
+
+def _reason(number: int) -> str:
+    if number == errno.EAGAIN:
+        return "as many callers wait there as it lets wait"
+    return os.strerror(number)
+
+
+def failure(link: socket.socket) -> str:
+    """Why the connection that `link` was making was not made; "" when it was."""
+    number = link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return _reason(number) if number else ""
+
+
+def tune(link: socket.socket) -> None:
+    """Tell the kernel what this connection is for."""
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        link.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
+    if link.family != socket.AF_UNIX:
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_SECONDS)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_SECONDS)
+
+
+def is_silent(link: socket.socket | SecureLink, seconds: float) -> bool:
+    """Whether the other host's kernel has left something unanswered and said nothing for so long.
+
+    A process there that computes, or is stopped, is not silence: its kernel acknowledges for it. This is why it is not
+    left to TCP_USER_TIMEOUT, which also ends connections to a peer that does not read for a while.
+    """
+    told = _TCP_INFO.unpack(link.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+    unanswered = told[_RETRANSMITS] or told[_PROBES]
+    return bool(unanswered) and min(told[_DATA_RECEIVED], told[_ACKNOWLEDGED]) > 1000 * seconds
