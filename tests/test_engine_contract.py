@@ -577,7 +577,7 @@ def test_a_call_in_the_middle_of_which_its_role_dies_is_lost_soon(stage: Stage) 
     name = stage.start(Clerk)
     clerk = stage.find(name)
     assert clerk.call(Clerk.who).result() == (name, 0)
-    values = torch.zeros(4 << 20)
+    values = torch.zeros(16 << 20)
     futures = [clerk.call(Clerk.dawdle, values, values), clerk.call(Clerk.who)]
     stage.engine.sleep(0.003)
     assert not futures[0].done()
