@@ -7,7 +7,12 @@ authenticate  both sides prove knowledge of the job's key before anything is par
 memory        memory shared with other processes of this host, without names
 place         where a role answers, on its own host and for others
 links         sockets before and below frames
+codec         numbers in the body of a frame
+secure        TLS between hosts
+wire          what a job can choose of all this
 connection    one socket: frames in, frames out, tensors without copies
 door          who comes in, and who is refused
-endpoint      all connections of one process, and the role that answers
+endpoint      all connections of one process
+desk          the role that answers on them
+peer          a role, as its callers see it
 """

@@ -44,6 +44,12 @@ def exported(method: Callable[P, T]) -> Callable[P, T]:
     return method
 
 
+def rounded(method: Callable[P, T]) -> Callable[P, T]:
+    """Mark an exported method whose float32 tensors may travel between hosts as bfloat16, if the job says so."""
+    method.__rounded__ = True  # type: ignore[attr-defined]
+    return method
+
+
 class Future(Protocol[T_co]):
     """The answer to a call, or the outcome of background work."""
 
@@ -90,6 +96,8 @@ class Signature:
     """Per tensor argument, in order: whether the callee writes it."""
     places: tuple[int, ...]
     """Per tensor argument: how many of its kind, read or written, come before it."""
+    rounded: bool
+    """Whether its float32 tensors may travel as bfloat16."""
     fields_encoder: msgspec.msgpack.Encoder
     fields_decoder: msgspec.msgpack.Decoder[Any]
     answer_decoder: msgspec.msgpack.Decoder[Any]
@@ -148,6 +156,7 @@ def signature_of(method: Callable[..., Any]) -> Signature:
         tensor_modes=tuple(modes),
         outputs=outputs,
         places=tuple(outputs[:position].count(written) for position, written in enumerate(outputs)),
+        rounded=getattr(method, "__rounded__", False),
         fields_encoder=msgspec.msgpack.Encoder(),
         fields_decoder=msgspec.msgpack.Decoder(fields),
         answer_decoder=msgspec.msgpack.Decoder(answer),

@@ -7,20 +7,23 @@ the header is known, and by `sendmsg` from the tensors themselves.
 """
 
 import array
+import itertools
 import os
 import select
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import final
 
 import torch
 
 from distbelief.channel import frames
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
+from distbelief.channel.codec import Narrowed, Part
 from distbelief.channel.frames import Attach, Header, Kind, TensorReference
 from distbelief.channel.memory import Block
 from distbelief.channel.memory import find as find_block
+from distbelief.channel.secure import SecureLink
 from distbelief.errors import PeerLost, ProtocolError
 
 _CHUNK = 1 << 16
@@ -29,7 +32,7 @@ _LOW_WATER_BYTES = 1 << 19
 _ROUNDS = 64
 """Receives per call of `receive`, so that one fast sender cannot starve the others."""
 
-Destinations = Callable[["Connection", Header, int], list[memoryview]]
+Destinations = Callable[["Connection", Header, int], Sequence[Part]]
 Deliver = Callable[["Connection", Header], None]
 
 
@@ -42,7 +45,7 @@ class Connection:
         destinations: Destinations, deliver: Deliver, body_limit: int,
     ) -> None:  # fmt: skip
         link.setblocking(False)
-        self.socket = link
+        self.socket: socket.socket | SecureLink = link
         self.shares_memory = link.family == socket.AF_UNIX
         """Whether the peer is on this host and can map our memory."""
         self.connecting = False
@@ -57,8 +60,8 @@ class Connection:
         self._low_water_bytes = 1
         self._inbox = bytearray()
         self._header: Header | None = None
-        self._body: deque[memoryview] = deque()
-        self._outbox: deque[memoryview] = deque()
+        self._body: deque[Part] = deque()
+        self._outbox: deque[Part] = deque()
         self._descriptors: deque[tuple[int, Block]] = deque()
         self._sent_bytes = self._queued_bytes = 0
         self._attached: set[int] = set()
@@ -69,14 +72,18 @@ class Connection:
 
     # sending
 
-    def reference(self, tensor: torch.Tensor) -> TensorReference:
-        """How to name a tensor to this peer; announces its block the first time."""
+    def reference(self, tensor: torch.Tensor, narrow: bool = False) -> TensorReference:
+        """How to name a tensor to this peer; announces its block the first time.
+
+        `narrow` lets a float32 tensor that must travel do so as bfloat16.
+        """
         if not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise TypeError(f"tensors travel as contiguous CPU memory; this one is on {tensor.device}, strided")
         name = frames.NAMES[tensor.dtype]
         found = find_block(tensor) if self.shares_memory else None
         if found is None:
-            return TensorReference(name, tensor.numel())
+            wire = "bfloat16" if narrow and not self.shares_memory and tensor.dtype is torch.float32 else ""
+            return TensorReference(name, tensor.numel(), wire=wire)
         block, offset = found
         if block.identifier not in self._attached:
             self._attached.add(block.identifier)
@@ -84,7 +91,7 @@ class Connection:
             self.send(frames.encode(Attach(block.identifier)), [])
         return TensorReference(name, tensor.numel(), block.identifier, offset)
 
-    def send(self, frame: bytes, body: list[memoryview]) -> None:
+    def send(self, frame: bytes, body: Sequence[Part]) -> None:
         """Queue one frame and send what fits now. The body's memory must stay untouched until it is answered."""
         for part in (memoryview(frame), *body):
             if len(part):
@@ -111,22 +118,21 @@ class Connection:
                 raise PeerLost(f"the peer is gone: {error.strerror or error}") from error
             self._sent_bytes += sent
             while sent:
-                first = self._outbox[0]
-                if sent < len(first):
-                    self._outbox[0] = first[sent:]
-                    break
-                sent -= len(first)
-                self._outbox.popleft()
+                sent -= _advance(self._outbox, sent)
 
     def _send_once(self) -> int:
+        first = self._outbox[0]
+        if isinstance(first, Narrowed):
+            return self.socket.send(first.piece())
         if not self._descriptors:
-            return self.socket.sendmsg(list(self._outbox)[:16])
+            return self.socket.sendmsg(list(_until_narrowed(itertools.islice(self._outbox, 16))))
         position, block = self._descriptors[0]
         if position > self._sent_bytes:
             # A descriptor must ride on the first byte of its own frame: send only what comes before it.
-            return self.socket.send(self._outbox[0])
+            return self.socket.send(first)
+        assert isinstance(self.socket, socket.socket)
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [block.descriptor]))]
-        sent = self.socket.sendmsg([self._outbox[0]], ancillary)
+        sent = self.socket.sendmsg([first], ancillary)
         self._descriptors.popleft()
         return sent
 
@@ -157,33 +163,38 @@ class Connection:
         """Take what has arrived and deliver whole frames. Raises PeerLost, ProtocolError, AuthenticationError."""
         self._take()
         # In the midst of a long body, be woken for a good part of it, not for each packet.
-        low_water_bytes = max(1, min(_LOW_WATER_BYTES, sum(map(len, self._body)))) if not self.shares_memory else 1
+        if self.shares_memory or not isinstance(self.socket, socket.socket):
+            return
+        low_water_bytes = max(1, min(_LOW_WATER_BYTES, sum(map(len, self._body))))
         if low_water_bytes != self._low_water_bytes:
             self._low_water_bytes = low_water_bytes
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water_bytes)
 
     def _take(self) -> None:
-        for _ in range(_ROUNDS):
+        for count in itertools.count(1):
             emptied = False
             try:
                 if self._body:
-                    count = self.socket.recv_into(self._body[0])
-                    self._filled(count)
+                    first = self._body[0]
+                    arrived = self.socket.recv_into(first.piece() if isinstance(first, Narrowed) else first)
+                    _advance(self._body, arrived)
                 else:
-                    count = self._receive_chunk()
-                    emptied = count < _CHUNK
+                    arrived = self._receive_chunk()
+                    emptied = arrived < _CHUNK
             except BlockingIOError:
                 return
             except OSError as error:
                 raise PeerLost(f"the peer is gone: {error.strerror or error}") from error
-            if count == 0:
+            if arrived == 0:
                 raise PeerLost("the peer is gone: it closed the connection")
             self._parse()
-            if emptied and not self._body:
+            if isinstance(self.socket, SecureLink) and self.socket.pending:
+                continue  # no selector would tell of it
+            if count >= _ROUNDS or (emptied and not self._body):
                 return
 
     def _receive_chunk(self) -> int:
-        if not self.shares_memory or not self.proved:
+        if not self.shares_memory or not self.proved or not isinstance(self.socket, socket.socket):
             data = self.socket.recv(_CHUNK)  # descriptors of a stranger are not even taken
         else:
             data, ancillary, _, _ = self.socket.recvmsg(_CHUNK, _DESCRIPTOR_SPACE)
@@ -192,12 +203,6 @@ class Connection:
                     self._arrived_descriptors.extend(array.array("i", content))
         self._inbox += data
         return len(data)
-
-    def _filled(self, count: int) -> None:
-        if count == len(self._body[0]):
-            self._body.popleft()
-        else:
-            self._body[0] = self._body[0][count:]
 
     def _parse(self) -> None:
         while self._header is not None or self._inbox:
@@ -215,10 +220,12 @@ class Connection:
             if self._header is None and not self._parse_header():
                 return
             while self._body and self._inbox:
-                part = self._inbox[: len(self._body[0])]
-                self._body[0][: len(part)] = part
-                del self._inbox[: len(part)]
-                self._filled(len(part))
+                first = self._body[0]
+                space = first.piece() if isinstance(first, Narrowed) else first
+                arrived = self._inbox[: len(space)]
+                space[: len(arrived)] = arrived
+                del self._inbox[: len(arrived)]
+                _advance(self._body, len(arrived))
             if self._body:
                 return
             header, self._header = self._header, None
@@ -277,8 +284,35 @@ class Connection:
                 raise ProtocolError(f"no memory for a tensor that a peer announced: {reference}") from error
         return self.staging[key]
 
+    def bound_staging(self) -> None:
+        """Before a call is staged: forget what earlier ones left when that is more than one call may take."""
+        if sum(tensor.nbytes for tensor in self.staging.values()) > self._body_limit:
+            self.staging = {}
+
     def close(self) -> None:
         """Close the socket and descriptors that were never mapped."""
         self.socket.close()
         while self._arrived_descriptors:
             os.close(self._arrived_descriptors.popleft())
+
+
+def _until_narrowed(parts: Iterable[Part]) -> Iterator[memoryview]:
+    for part in parts:
+        if isinstance(part, Narrowed):
+            return
+        yield part
+
+
+def _advance(parts: deque[Part], count: int) -> int:
+    """So many bytes have travelled; the answer is how many of them were of the first part, which ends when whole."""
+    first = parts[0]
+    count = min(count, len(first))
+    if count == len(first) and not isinstance(first, Narrowed):
+        parts.popleft()
+    elif isinstance(first, Narrowed):
+        first.advance(count)
+        if not len(first):
+            parts.popleft()
+    else:
+        parts[0] = first[count:]
+    return count

@@ -22,7 +22,7 @@ STRANGER_SECONDS = 60.0
 """How long a caller may take to prove himself: as long as an honest one that computes meanwhile would wait for an
 answer."""
 
-NO_KEY = "did not know the job's key"
+NO_KEY = "did not prove that they are of this job"
 MALFORMED = "sent what is no message"
 TRUNCATED = "left in the midst of proving themselves"
 TOO_MANY = "were more strangers than are let wait"

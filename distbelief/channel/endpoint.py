@@ -12,7 +12,6 @@ import selectors
 import socket
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
@@ -20,14 +19,18 @@ from typing import Any, TypeVar, final
 import msgspec
 import torch
 
-from distbelief.channel import frames, links
+from distbelief.channel import codec, frames, links
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
-from distbelief.channel.base import RAISED_AS_IS, Future, exported_methods, signature_of
+from distbelief.channel.base import RAISED_AS_IS
+from distbelief.channel.codec import Part
 from distbelief.channel.connection import Connection
+from distbelief.channel.desk import Desk
 from distbelief.channel.door import Door
 from distbelief.channel.frames import Answer, Call, Failure, Header
-from distbelief.channel.futures import BackgroundWork, Kept, PendingCall
+from distbelief.channel.futures import PendingCall
 from distbelief.channel.place import Address
+from distbelief.channel.secure import SecureLink
+from distbelief.channel.wire import Wire
 from distbelief.errors import (
     ChannelError,
     DeadlineExceeded,
@@ -39,15 +42,9 @@ from distbelief.errors import (
 T = TypeVar("T")
 R = TypeVar("R")
 
-CONNECT_SECONDS = 5.0
-"""How long connecting over TCP may take."""
-SILENCE_SECONDS = 1.5
-"""How long the host at the other end of a TCP connection may leave something unanswered."""
 LOOK_SECONDS = 0.25
 """How often the connections are looked at that time may end."""
-FAILURE_CHARACTERS = 1 << 20
 _RAISED_AS_IS = {kind.__name__: kind for kind in RAISED_AS_IS}
-_encode_value = msgspec.msgpack.Encoder().encode
 
 
 @final
@@ -56,7 +53,7 @@ class Endpoint:
 
     `role` answers calls that arrive. `listeners` are bound already: a Unix socket, whose callers share memory with this
     process, and TCP, or one of them. `body_limit` bounds, in bytes, what one frame may make this process allocate;
-    `silence_seconds` how long the host at the other end of a TCP connection may leave something unanswered.
+    `wire` says how calls travel between hosts.
     """
 
     def __init__(
@@ -66,19 +63,17 @@ class Endpoint:
         role: object = None,
         listeners: Sequence[socket.socket] = (),
         body_limit: int = 1 << 40,
-        silence_seconds: float = SILENCE_SECONDS,
+        wire: Wire | None = None,
     ) -> None:
-        self._key, self._body_limit, self._silence_seconds = key, body_limit, silence_seconds
-        self.answer_with(role)
+        self._key, self._body_limit, self._wire = key, body_limit, wire or Wire()
+        self._desk = Desk(role, lambda connection, *given: self._guarded(connection, lambda: connection.send(*given)))
         self._selector = selectors.DefaultSelector()
         self._connections: set[Connection] = set()
         self._pending: dict[tuple[Connection, int], PendingCall] = {}
-        self._deferred: list[tuple[Connection, Call, list[torch.Tensor], Future[Any]]] = []
         self._number = 0
         self.lock = threading.RLock()
         """Held by whoever uses the connections: the role's thread, and the one that polls."""
         self._answered = threading.Condition(self.lock)
-        self._answering = False
         self._thread: threading.Thread | None = None
         self._closed = False
         self._waker, self._wakee = socket.socketpair()
@@ -103,7 +98,7 @@ class Endpoint:
 
     def answer_with(self, role: Any) -> None:
         """Let the exported methods of `role` answer calls from now on."""
-        self._role, self._methods = role, exported_methods(type(role))
+        self._desk.seat(role)
 
     def background(self) -> None:
         """Poll in a thread from now on. Only for a process whose role exports nothing."""
@@ -125,7 +120,7 @@ class Endpoint:
 
     def take_in(self, seconds: float) -> None:
         """Wait up to `seconds` for something to happen, and let it happen."""
-        if self._answering:
+        if self._desk.answering:
             if seconds > 0:
                 raise RuntimeError("an exported method must not wait for a future; let the activity wait")
             return  # a method that asks whether a future is done runs alone all the same
@@ -146,8 +141,7 @@ class Endpoint:
                     self._serve(key.data, events)
                 else:
                     key.data()
-            if self._deferred:
-                self._answer_deferred()
+            self._desk.answer_deferred()
             if time_may_end_some:
                 self._look_after()
             if self._errands:
@@ -180,7 +174,7 @@ class Endpoint:
         connection = self._adopt(links.dial(address), CallingSide(self._key))
         if not connection.shares_memory:
             connection.connecting = connection.awaits_room = True
-            self._connecting[connection] = address, time.monotonic() + CONNECT_SECONDS
+            self._connecting[connection] = address, time.monotonic() + self._wire.connect_seconds
             self._selector.modify(connection.socket, selectors.EVENT_WRITE, connection)
         return connection
 
@@ -192,12 +186,15 @@ class Endpoint:
                 pending.settle(error=PeerLost("the connection to the peer broke"))
                 return
             self._number += 1
-            references = [connection.reference(tensor) for tensor in tensors]
-            body = [
-                frames.bytes_of(tensor)
+            narrow = signature.rounded and self._wire.dtype == "bfloat16"
+            references = [connection.reference(tensor, narrow) for tensor in tensors]
+            travelling = [
+                (tensor, reference, written)
                 for tensor, reference, written in zip(tensors, references, signature.outputs, strict=True)
-                if not written and not reference.block
+                if not reference.block
             ]
+            body = [codec.outgoing(tensor, reference) for tensor, reference, written in travelling if not written]
+            pending.expected = [(tensor, reference) for tensor, reference, written in travelling if written]
             pending.connection = connection
             self._pending[connection, self._number] = pending
             frame = frames.encode(Call(self._number, signature.name, fields, references), sum(map(len, body)))
@@ -216,8 +213,17 @@ class Endpoint:
 
     def _admit(self, link: socket.socket) -> Connection:
         connection = self._adopt(link, AcceptingSide(self._key))
-        self._guarded(connection, connection.flush)
+        connection.connecting = self._wire.certificate is not None and not connection.shares_memory
+        self._guarded(connection, functools.partial(self._greet, connection))
         return connection
+
+    def _greet(self, connection: Connection) -> None:
+        if connection.connecting:
+            assert isinstance(connection.socket, socket.socket)
+            assert self._wire.certificate is not None
+            connection.socket = SecureLink(connection.socket, self._wire.certificate, accepting=True)
+        else:
+            connection.flush()
 
     def _adopt(self, link: socket.socket, side: AcceptingSide | CallingSide) -> Connection:
         links.tune(link)
@@ -235,20 +241,28 @@ class Endpoint:
         if connection not in self._connections:
             return
         if connection.connecting:
-            self._connected(connection)
+            self._guarded(connection, functools.partial(self._go_on_connecting, connection))
             return
         if events & selectors.EVENT_WRITE:
             self._guarded(connection, connection.flush)
         if events & selectors.EVENT_READ and connection in self._connections:
             self._guarded(connection, connection.receive)
 
-    def _connected(self, connection: Connection) -> None:
-        address, _ = self._connecting.pop(connection)
-        connection.connecting = False
-        if reason := links.failure(connection.socket):
-            self._drop(connection, links.unreachable(address, reason))
+    def _go_on_connecting(self, connection: Connection) -> None:
+        link = connection.socket
+        if connection in self._connecting:
+            assert isinstance(link, socket.socket)
+            address, _ = self._connecting.pop(connection)
+            if reason := links.failure(link):
+                raise links.unreachable(address, reason)
+            if self._wire.certificate is not None:
+                connection.socket = link = SecureLink(link, self._wire.certificate, accepting=False)
+            connection.awaits_room = False
+            self._selector.modify(link, selectors.EVENT_READ, connection)
+        if isinstance(link, SecureLink) and not link.shake():
             return
-        self._guarded(connection, connection.flush)
+        connection.connecting = False
+        connection.flush()
 
     def _look_after(self) -> None:
         """End what time ends: connections that are not made in time, silent hosts, strangers."""
@@ -258,10 +272,11 @@ class Endpoint:
         self._look_again = now + LOOK_SECONDS
         for connection, (address, until) in list(self._connecting.items()):
             if now > until:
-                self._drop(connection, links.unreachable(address, f"nothing was heard within {CONNECT_SECONDS:g} s"))
+                reason = f"nothing was heard within {self._wire.connect_seconds:g} s"
+                self._drop(connection, links.unreachable(address, reason))
         for connection in self._distant - self._connecting.keys():
-            if links.is_silent(connection.socket, self._silence_seconds):
-                reason = f"its host has been silent for {self._silence_seconds:g} s"
+            if links.is_silent(connection.socket, self._wire.silence_seconds):
+                reason = f"its host has been silent for {self._wire.silence_seconds:g} s"
                 self._drop(connection, PeerLost(f"the peer is out of reach: {reason}"))
         self._door.sweep(now)
 
@@ -289,36 +304,21 @@ class Endpoint:
         self._door.forget(connection)
         self._selector.unregister(connection.socket)
         connection.close()
-        self._deferred = [item for item in self._deferred if item[0] is not connection]
+        self._desk.forget(connection)
         for key in [key for key in self._pending if key[0] is connection]:
             self._pending.pop(key).settle(error=error)
 
     # frames
 
-    def _destinations(self, connection: Connection, header: Header, body_bytes: int) -> list[memoryview]:
+    def _destinations(self, connection: Connection, header: Header, body_bytes: int) -> Sequence[Part]:
         """Where the body of a frame belongs. Raises ProtocolError when it is not as long as announced."""
-        parts: list[memoryview] = []
+        parts: Sequence[Part] = []
         if isinstance(header, Call):
-            if connection.sending or any(waiting is connection for waiting, *_ in self._deferred):
-                connection.staging = {}  # an earlier call's answer is still being read from the old one
-            method = self._methods.get(header.method)
-            signature = signature_of(method) if method else None
-            kinds = zip(signature.places, signature.outputs, strict=True) if signature else ()
-            carried = [
-                (place, reference)
-                for reference, (place, written) in zip(header.tensors, kinds, strict=False)
-                if not reference.block and not written
-            ]
-            if sum(map(frames.size_bytes, (reference for _, reference in carried))) <= body_bytes:
-                parts = [frames.bytes_of(connection.stage(place, reference)) for place, reference in carried]
+            parts = self._desk.destinations(connection, header, body_bytes)
         elif isinstance(header, Answer):
             pending = self._pending.get((connection, header.number))
             if pending is not None and body_bytes:
-                parts = [
-                    frames.bytes_of(tensor)
-                    for tensor, written in zip(pending.tensors, pending.signature.outputs, strict=True)
-                    if written and not connection.reference(tensor).block
-                ]
+                parts = [codec.incoming(tensor, reference) for tensor, reference in pending.expected]
         if sum(map(len, parts)) != body_bytes:
             named = sum(map(len, parts))
             raise ProtocolError(f"a frame carries {body_bytes} bytes of tensors, its header says {named}")
@@ -326,7 +326,7 @@ class Endpoint:
 
     def _deliver(self, connection: Connection, header: Header) -> None:
         if isinstance(header, Call):
-            self._answer(connection, header)
+            self._desk.answer(connection, header)
             return
         assert not isinstance(header, frames.Attach)
         pending = self._pending.pop((connection, header.number), None)
@@ -340,64 +340,6 @@ class Endpoint:
             pending.settle(pending.signature.answer_decoder.decode(header.value))
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             pending.settle(error=ProtocolError(f"answer to {pending.signature.name}: {error}"))
-
-    def _answer(self, connection: Connection, call: Call) -> None:
-        tensors: list[torch.Tensor] = []
-        try:
-            method = self._methods.get(call.method)
-            if method is None:
-                raise ProtocolError(f"{type(self._role).__name__} exports no method {call.method!r}")
-            signature = signature_of(method)
-            signature.expect(len(call.tensors))
-            tensors = [
-                connection.view(reference) if reference.block else connection.stage(place, reference)
-                for reference, place in zip(call.tensors, signature.places, strict=True)
-            ]
-            arguments = signature.join(call.fields, tensors)
-            if any(reference.block for reference in call.tensors) and connection.hung_up():
-                return  # the caller has given up, so the memory it shared is its own again
-            self._answering = True
-            try:
-                value = method(self._role, *arguments)
-            finally:
-                self._answering = False
-            if isinstance(value, BackgroundWork | Kept):
-                self._deferred.append((connection, call, tensors, value))
-            else:
-                self._send_answer(connection, call, value, tensors, signature.outputs)
-        except Exception as error:
-            self._fail(connection, call, error)
-
-    def _send_answer(
-        self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor], outputs: tuple[bool, ...]
-    ) -> None:
-        body = [
-            frames.bytes_of(tensor)
-            for tensor, reference, written in zip(tensors, call.tensors, outputs, strict=True)
-            if written and not reference.block
-        ]
-        frame = frames.encode(Answer(call.number, _encode_value(value)), sum(map(len, body)))
-        self._guarded(connection, lambda: connection.send(frame, body))
-
-    def _fail(self, connection: Connection, call: Call, error: Exception) -> None:
-        known = type(error).__name__ in _RAISED_AS_IS
-        message = str(error) if known else "".join(traceback.format_exception(error))
-        message = message[-FAILURE_CHARACTERS:].encode(errors="replace").decode()
-        frame = frames.encode(Failure(call.number, type(error).__name__, message))
-        self._guarded(connection, lambda: connection.send(frame, []))
-
-    def _answer_deferred(self) -> None:
-        waiting, self._deferred = self._deferred, []
-        for connection, call, tensors, work in waiting:
-            if not work.done():
-                self._deferred.append((connection, call, tensors, work))
-                continue
-            try:
-                self._send_answer(
-                    connection, call, work.result(), tensors, signature_of(self._methods[call.method]).outputs
-                )
-            except Exception as error:
-                self._fail(connection, call, error)
 
     def close(self) -> None:
         """Close every socket; pending calls fail with PeerLost."""

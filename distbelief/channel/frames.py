@@ -3,7 +3,7 @@
 
     prefix  magic "DBf1" | kind u8 | 3 zero bytes | header length u32 | body length u64
     header  msgpack, at most 16 MiB: Call, Answer, Failure or Attach
-    body    the tensors in the order of the header, each contiguous, little-endian
+    body    the tensors in the order of the header, each contiguous, little-endian, float32 possibly as bfloat16
 
 Lengths are checked against bounds before anything is allocated.
 """
@@ -37,6 +37,8 @@ class TensorReference(msgspec.Struct, array_like=True, frozen=True):
     length: int
     block: int = 0
     offset_bytes: int = 0
+    wire: str = ""
+    """The dtype in which it travels in a body, there and back, when that is another one: "bfloat16" for float32."""
 
 
 class Call(msgspec.Struct, array_like=True, frozen=True):
@@ -119,6 +121,16 @@ def size_bytes(reference: TensorReference) -> int:
     if dtype is None or reference.length < 0:
         raise ProtocolError(f"a peer announced a tensor that cannot be: {reference}")
     return reference.length * dtype.itemsize
+
+
+def body_bytes(reference: TensorReference) -> int:
+    """How much of a body a tensor takes. Raises ProtocolError for one that cannot be."""
+    memory_bytes = size_bytes(reference)
+    if not reference.wire:
+        return memory_bytes
+    if (reference.dtype, reference.wire) != ("float32", "bfloat16"):
+        raise ProtocolError(f"a peer announced a tensor that cannot be: {reference}")
+    return memory_bytes // 2
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

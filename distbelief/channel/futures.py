@@ -11,6 +11,7 @@ import torch
 
 from distbelief.channel.base import Signature
 from distbelief.channel.connection import Connection
+from distbelief.channel.frames import TensorReference
 
 if TYPE_CHECKING:
     from distbelief.channel.endpoint import Endpoint
@@ -26,6 +27,8 @@ class PendingCall:
         self.signature = signature
         self.tensors = tensors
         """The call's tensors, kept alive and untouched until it is done."""
+        self.expected: list[tuple[torch.Tensor, TensorReference]] = []
+        """Those of them that travel in the body of the answer."""
         self.connection: Connection | None = None
         self._endpoint = endpoint
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
@@ -38,7 +41,7 @@ class PendingCall:
         if self.settled:
             return
         self._value, self._error, self.settled = value, error, True
-        self.tensors = []
+        self.tensors, self.expected = [], []
 
     def done(self) -> bool:
         """Whether the answer is here, taking in what has arrived."""

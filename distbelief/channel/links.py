@@ -7,6 +7,7 @@ import socket
 import struct
 
 from distbelief.channel.place import Address
+from distbelief.channel.secure import SecureLink
 from distbelief.errors import PeerLost
 
 BUFFER_BYTES = 1 << 20
@@ -60,7 +61,7 @@ def tune(link: socket.socket) -> None:
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_SECONDS)
 
 
-def is_silent(link: socket.socket, seconds: float) -> bool:
+def is_silent(link: socket.socket | SecureLink, seconds: float) -> bool:
     """Whether the other host's kernel has left something unanswered and said nothing for so long.
 
     A process there that computes, or is stopped, is not silence: its kernel acknowledges for it. This is why it is not

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the role of this process answers the calls that have come, one at a time."""
+
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import msgspec
+import torch
+
+from distbelief.channel import codec, frames
+from distbelief.channel.base import RAISED_AS_IS, Future, exported_methods, signature_of
+from distbelief.channel.codec import Part
+from distbelief.channel.connection import Connection
+from distbelief.channel.frames import Answer, Call, Failure
+from distbelief.channel.futures import BackgroundWork, Kept
+from distbelief.errors import ProtocolError
+
+FAILURE_CHARACTERS = 1 << 20
+_AS_THEMSELVES = {kind.__name__ for kind in RAISED_AS_IS}
+_encode_value = msgspec.msgpack.Encoder().encode
+
+Send = Callable[[Connection, bytes, Sequence[Part]], None]
+
+
+@final
+class Desk:
+    """A role, its exported methods, and the answers it still owes; `send` takes a frame and its body."""
+
+    def __init__(self, role: object, send: Send) -> None:
+        self._send = send
+        self._deferred: list[tuple[Connection, Call, list[torch.Tensor], Future[Any]]] = []
+        self.answering = False
+        """Whether a method is running."""
+        self.seat(role)
+
+    def seat(self, role: Any) -> None:
+        """Let the exported methods of `role` answer from now on."""
+        self._role, self._methods = role, exported_methods(type(role))
+
+    def destinations(self, connection: Connection, call: Call, body_bytes: int) -> list[Part]:
+        """Where the body of a call belongs; nothing when it is shorter than its tensors. Raises ProtocolError."""
+        if connection.sending or any(waiting is connection for waiting, *_ in self._deferred):
+            connection.staging = {}  # an earlier call's answer is still being read from the old one
+        connection.bound_staging()
+        method = self._methods.get(call.method)
+        signature = signature_of(method) if method else None
+        kinds = zip(signature.places, signature.outputs, strict=True) if signature else ()
+        carried = [
+            (place, reference)
+            for reference, (place, written) in zip(call.tensors, kinds, strict=False)
+            if not reference.block and not written
+        ]
+        if sum(map(frames.body_bytes, (reference for _, reference in carried))) > body_bytes:
+            return []
+        return [codec.incoming(connection.stage(place, reference), reference) for place, reference in carried]
+
+    def answer(self, connection: Connection, call: Call) -> None:
+        """Answer one call, now or later."""
+        try:
+            method = self._methods.get(call.method)
+            if method is None:
+                raise ProtocolError(f"{type(self._role).__name__} exports no method {call.method!r}")
+            signature = signature_of(method)
+            signature.expect(len(call.tensors))
+            tensors = [
+                connection.view(reference) if reference.block else connection.stage(place, reference)
+                for reference, place in zip(call.tensors, signature.places, strict=True)
+            ]
+            arguments = signature.join(call.fields, tensors)
+            if any(reference.block for reference in call.tensors) and connection.hung_up():
+                return  # the caller has given up, so the memory it shared is its own again
+            self.answering = True
+            try:
+                value = method(self._role, *arguments)
+            finally:
+                self.answering = False
+            if isinstance(value, BackgroundWork | Kept):
+                self._deferred.append((connection, call, tensors, value))
+            else:
+                self._say(connection, call, value, tensors)
+        except Exception as error:
+            self._fail(connection, call, error)
+
+    def answer_deferred(self) -> None:
+        """Answer the calls whose work has ended meanwhile."""
+        if not self._deferred:
+            return
+        waiting, self._deferred = self._deferred, []
+        for connection, call, tensors, work in waiting:
+            if not work.done():
+                self._deferred.append((connection, call, tensors, work))
+                continue
+            try:
+                self._say(connection, call, work.result(), tensors)
+            except Exception as error:
+                self._fail(connection, call, error)
+
+    def forget(self, connection: Connection) -> None:
+        """A connection has ended: nobody waits for its answers."""
+        self._deferred = [item for item in self._deferred if item[0] is not connection]
+
+    def _say(self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor]) -> None:
+        outputs = signature_of(self._methods[call.method]).outputs
+        body = [
+            codec.outgoing(tensor, reference)
+            for tensor, reference, written in zip(tensors, call.tensors, outputs, strict=True)
+            if written and not reference.block
+        ]
+        self._send(connection, frames.encode(Answer(call.number, _encode_value(value)), sum(map(len, body))), body)
+
+    def _fail(self, connection: Connection, call: Call, error: Exception) -> None:
+        known = type(error).__name__ in _AS_THEMSELVES
+        message = str(error) if known else "".join(traceback.format_exception(error))
+        message = message[-FAILURE_CHARACTERS:].encode(errors="replace").decode()
+        self._send(connection, frames.encode(Failure(call.number, type(error).__name__, message)), [])
