@@ -18,8 +18,6 @@ from distbelief.channel.place import Address
 R = TypeVar("R")
 T = TypeVar("T")
 
-LOOPBACK = "127.0.0.1"
-
 Locate = Callable[[str], Callable[[], Future[Address]]]
 """Of a role's name: what finds the role, at each connection anew."""
 

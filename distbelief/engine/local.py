@@ -9,7 +9,6 @@ neither leaves a file.
 
 import functools
 import pickle
-import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,8 @@ from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.peer import at
 from distbelief.channel.place import Address
 from distbelief.engine.base import COORDINATOR, Death, Faults
-from distbelief.engine.home import LOOPBACK, ProcessHome, life_of
+from distbelief.engine.home import ProcessHome, life_of
+from distbelief.engine.listener import LOOPBACK, listen, listen_over_tcp, name_of
 from distbelief.engine.nursery import Nursery
 from distbelief.engine.pickles import Pickler, pack
 from distbelief.engine.script import Script
@@ -76,10 +76,9 @@ class LocalEngine(LocalHome):
         body_limit: int = 1 << 40,
         faults: Faults | None = None,
     ) -> None:
-        self._listeners = {
-            name: listen(name if transport == "shared_memory" else None) for name in (COORDINATOR, *listening)
-        }
-        addresses = {name: _address(listener) for name, listener in self._listeners.items()}
+        names = (COORDINATOR, *listening)
+        self._listeners = {name: listen_over_tcp() if transport == "tcp" else listen(name) for name in names}
+        addresses = {name: name_of(listener) for name, listener in self._listeners.items()}
         self._wiring = Wiring(new_key(), addresses, body_limit, faults or Faults())
         endpoint = Endpoint(self._wiring.key, listeners=[self._listeners[COORDINATOR]], body_limit=body_limit)
         super().__init__(COORDINATOR, 0, self._wiring, endpoint)
@@ -141,19 +140,3 @@ class LocalEngine(LocalHome):
         for listener in self._listeners.values():
             listener.close()
 
-
-def listen(role: str | None, address: str = LOOPBACK) -> socket.socket:
-    """A listening socket: a Unix one with the role in its name, or for None TCP at `address`. Raises OSError."""
-    if role is None:
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.bind((address, 0))
-    else:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(f"\0distbelief-{secrets.token_hex(8)}-{role}")
-    listener.listen(1024)
-    return listener
-
-
-def _address(listener: socket.socket) -> Address:
-    name = listener.getsockname()
-    return name.decode() if isinstance(name, bytes) else tuple(name)
