@@ -180,9 +180,11 @@ class HostsEngine(ProcessHome):
 
     # the job
 
-    def load(self, prepare: Callable[..., tuple[Any, T]], *arguments: Any) -> T:
+    def load(
+        self, prepare: Callable[..., tuple[Any, T]], *arguments: Any, attempt: Callable[[Any], object] | None = None
+    ) -> T:
         """Bring the job to every host and prepare it there."""
-        luggage = pack(prepare, arguments)
+        luggage = pack(prepare, arguments, attempt)
         if not self._hosts:
             self.gather()
         loading = {host: self._bring(luggage, self._peers[host]) for host in self._hosts}

@@ -139,4 +139,3 @@ class LocalEngine(LocalHome):
         self.leave()
         for listener in self._listeners.values():
             listener.close()
-
