@@ -105,7 +105,8 @@ class Prepared(msgspec.Struct, array_like=True, frozen=True):
 def versions() -> dict[str, str]:
     """What must be the same on all hosts of a job."""
     return {
-        "distbelief": metadata.version("distbelief"), "torch": str(torch.__version__), "Python": platform.python_version()
+        "distbelief": metadata.version("distbelief"), "torch": str(torch.__version__),
+        "Python": platform.python_version(),
     }  # fmt: skip
 
 
