@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import spawn
+from multiprocessing import current_process, spawn
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -163,6 +163,11 @@ class LocalEngine(LocalHome):
         self, prepare: Callable[..., tuple[Any, T]], *arguments: Any, attempt: Callable[[Any], object] | None = None
     ) -> T:
         """Pickle the job into a new zygote and prepare it there."""
+        if current_process().name == zygote.NAME:
+            raise ConfigurationError(
+                "other processes import the program, and importing it starts training again",
+                hint='put what trains below `if __name__ == "__main__":`',
+            )
         buffers: list[pickle.PickleBuffer] = []
         try:
             payload = Pickler.dumps((prepare, arguments, attempt), buffers=buffers)
@@ -173,7 +178,7 @@ class LocalEngine(LocalHome):
                 "and give data as a function that builds the data set",
             ) from error
         self._arena = [_arena(buffers)] if buffers else []
-        main = spawn.get_preparation_data("distbelief")
+        main = spawn.get_preparation_data(zygote.NAME)
         del main["authkey"]  # multiprocessing's own, which it refuses to pickle; our roles do not use it
         script = main.get("init_main_from_path")
         if script is not None and not os.path.isfile(script):

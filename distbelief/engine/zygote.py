@@ -31,6 +31,8 @@ from distbelief.errors import ChannelError, ConfigurationError, DistbeliefError,
 
 LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
+NAME = "distbelief zygote"
+"""Of this process, in multiprocessing's words, from before it imports the user's script; its roles inherit it."""
 LOST = b"\0"
 """Begins a role's last words when they are no traceback but the reason of a death."""
 
