@@ -17,7 +17,7 @@ from distbelief.downpour import Downpour
 from distbelief.errors import ConfigurationError
 from distbelief.evaluator import Measures, Metric
 from distbelief.model_partition import CutModel, cut_model
-from distbelief.model_replica import Objective, Step, build
+from distbelief.model_replica import Objective, Step, build, scalar
 from distbelief.parameters import Groups, Layout
 from distbelief.partition.footprint import check_memory, footprints
 from distbelief.partition.stages import StagePlan
@@ -169,7 +169,8 @@ def attempt(prepared: Prepared) -> None:
     """Try one mini-batch, and a look at the test set. Raises ConfigurationError, and what the user's code raises."""
     job, data, test = prepared.job, prepared.data, prepared.test
     if prepared.cut is not None:
-        return  # no process may hold all of the model
+        _attempt_loss(job, prepared.cut, *_sample(job, data))
+        return
     module, _ = build(job.model, job.seed, job.grouping)
     sample = _sample(job, data)
     if isinstance(job.algorithm, Sandblaster):
@@ -180,6 +181,16 @@ def attempt(prepared: Prepared) -> None:
         job.measures.measure(module, Subset(test, range(min(job.batch_size, len(test)))), torch.device("cpu"))
 
 
+def _attempt_loss(job: Job, cut: CutModel, x: torch.Tensor, target: Any) -> None:
+    """Try the loss of a partitioned model, which no process may hold whole, on an output that is invented."""
+    assert job.loss is not None
+    try:
+        value = job.loss(torch.zeros_like(cut.output(x), device="cpu"), target)
+    except Exception:
+        return  # zeros may be to blame: the first mini-batch will tell
+    scalar(value)
+
+
 def _sample(job: Job, data: Any) -> Any:
     """The first mini-batch."""
     return collect(data, torch.arange(_batch_size(job, len(data))))
@@ -188,6 +199,11 @@ def _sample(job: Job, data: Any) -> Any:
 def _batch_size(job: Job, examples: int) -> int:
     """Examples that a replica computes at once."""
     if isinstance(job.algorithm, Sandblaster) and examples:
+        if job.algorithm.batch is not None and job.algorithm.batch >= examples:
+            raise ConfigurationError(
+                f"Sandblaster(batch={job.algorithm.batch}) is no part of the data, which has {examples} examples",
+                hint="use batch=None for all of them, or a smaller batch",
+            )
         return job.algorithm.micro_batch_of(job.batch_size, examples)
     if job.batch_size > examples:
         raise ConfigurationError(

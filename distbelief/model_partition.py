@@ -52,6 +52,12 @@ class CutModel:
         """Per partition, the boxes of buffers that it holds."""
         return [self.plan.buffers(index) for index in range(self.plan.partitions)]
 
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        """What the model yields for a mini-batch like `x`, without values: on the meta device."""
+        if isinstance(self.plan, StagePlan):
+            return self.plan.boundaries(torch.empty_like(x, device="meta"))[-1]
+        return self.plan.output(len(x))
+
     def part(self, index: int, group: Group, seed: int) -> Part:
         """What partition `index` runs, with its initial values. `seed` is that of dropout's masks, one per replica.
 
@@ -173,8 +179,7 @@ class PartObjective:
         """Add this partition's gradients to its parameters'; returns the detached loss, or 0 where it is not known."""
         x, target = batch
         if isinstance(share, Staged):
-            assert self.objective.loss is not None
-            found = share.pipeline.step(x, target, self.objective.loss)
+            found = share.pipeline.step(x, target, self.objective.of)
             return torch.zeros(()) if found is None else found
         if self.group.index == self.group.size - 1:
             return self.objective.differentiate(share, batch)

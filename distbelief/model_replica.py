@@ -34,24 +34,29 @@ class Objective:
 
     def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """The scalar loss of one mini-batch. Raises ConfigurationError when it is none."""
-        if self.step is not None:
-            value = self.step(model, batch)
-        else:
-            assert self.loss is not None
-            value = self.loss(model(batch[0]), batch[1])
-        if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ConfigurationError(
-                f"the loss is {shape}, not a scalar",
-                hint="return the mean over the mini-batch, for example loss.mean()",
-            )
-        return value
+        return scalar(self.step(model, batch)) if self.step is not None else self.of(model(batch[0]), batch[1])
+
+    def of(self, output: Any, target: Any) -> torch.Tensor:
+        """The scalar `loss` of an output. Raises ConfigurationError when it is none."""
+        assert self.loss is not None
+        return scalar(self.loss(output, target))
 
     def differentiate(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """Add the gradient of the loss to the parameters'; returns the detached loss."""
         loss = self(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+
+def scalar(value: Any) -> torch.Tensor:
+    """The loss of one mini-batch, if it is one number. Raises ConfigurationError."""
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ConfigurationError(
+            f"the loss is {shape}, not a scalar",
+            hint="return the mean over the mini-batch, for example loss.mean()",
+        )
+    return value
 
 
 def build(model: Callable[[], nn.Module], seed: int, groups: Groups | None) -> tuple[nn.Module, Layout]:

@@ -83,13 +83,21 @@ class Sandblaster:
                 raise ConfigurationError(
                     f"Sandblaster({name}={getattr(self, name)}) must be 0 or positive", hint=f"use {name}=0.0 for none"
                 )
+        if self.ftol is not None and not 0 <= self.ftol < math.inf:
+            raise ConfigurationError(
+                f"Sandblaster(ftol={self.ftol}) must be 0 or positive",
+                hint="use ftol=None for the default, 0.0 for none",
+            )
+        if self.target is not None and math.isnan(self.target):
+            raise ConfigurationError("Sandblaster(target=nan) is never reached", hint="use target=None for none")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ConfigurationError(
                 f"Sandblaster(micro_batch={self.micro_batch}) computes nothing", hint="use 1 or more, or None"
             )
-        if self.batch is not None and self.batch < 1:
+        if self.batch is not None and self.batch < BUNDLES_PER_BATCH:
             raise ConfigurationError(
-                f"Sandblaster(batch={self.batch}) holds nothing", hint="give a number of examples, or None for all"
+                f"Sandblaster(batch={self.batch}): a batch is of {BUNDLES_PER_BATCH} portions, of an example at least",
+                hint=f"give {BUNDLES_PER_BATCH} examples or more, or None for all",
             )
         if not 0 < self.overlap <= 0.5:
             raise ConfigurationError(
@@ -141,14 +149,14 @@ class Sandblaster:
 
     def micro_batch_of(self, batch_size: int, examples: int) -> int:
         """Examples computed at once; a batch that is not all data is at least so many bundles of them."""
-        most = examples if self.batch is None else max(1, min(self.batch, examples) // BUNDLES_PER_BATCH)
+        most = examples if self.batch is None else self.batch // BUNDLES_PER_BATCH
         return min(most, self.micro_batch or max(batch_size, MICRO_BATCH))
 
     def work(self, examples: int, batch_size: int, replicas: int, seed: int) -> Work:
         """The bundles of the data, and which of them are in which batch."""
         objective = f"l1={self.l1} l2={self.l2} bounds={self.bounds} batch={self.batch} overlap={self.overlap}"
         micro_batch = self.micro_batch_of(batch_size, examples)
-        if self.batch is None or self.batch >= examples:
+        if self.batch is None:
             count = DETERMINISTIC_BUNDLES if self.deterministic else BUNDLES_PER_REPLICA * replicas
             bundles = cut_bundles(examples, micro_batch, count)
             return Work(Portions(bundles, replicas, backups=self.backups), Batches(len(bundles)), objective)

@@ -276,6 +276,35 @@ def test_a_program_that_other_processes_cannot_import_is_refused_with_the_way_ou
     assert re.search(said, told.stderr), told.stderr
 
 
+LIBRARY = (
+    UNREACHABLE.split("if __name__")[0]
+    + """
+def data():
+    return torch.utils.data.TensorDataset(torch.randn(9, 3), torch.zeros(9, dtype=torch.long))
+"""
+)
+UNGUARDED = """
+import distbelief as db
+from library import data, model, nn
+
+db.train(db.Job(model=model, data=data, loss=nn.functional.cross_entropy, batch_size=3, run="run"), view=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_trains_whenever_it_is_imported_is_refused_and_does_not_train_twice(tmp_path: Path) -> None:
+    (tmp_path / "library.py").write_text(LIBRARY)
+    for body in (UNGUARDED, LIBRARY + UNGUARDED.replace("from library import data, model, nn", "")):
+        (tmp_path / "program.py").write_text(body)
+        told = subprocess.run(
+            [sys.executable, "program.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert told.returncode == 1
+        assert "importing it starts training again\nhint: put what trains below `if __name__" in told.stderr
+        assert not (tmp_path / "run").exists()
+
+
 def killed(prepared: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

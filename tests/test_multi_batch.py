@@ -128,6 +128,7 @@ def test_it_resumes_on_the_batches_that_come_next(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"batch": 0}, "batch=0"),
+        ({"batch": 15}, r"batch=15\): a batch is of 16 portions"),
         ({"batch": 64, "overlap": 0.0}, r"overlap=0\.0"),
         ({"batch": 64, "overlap": 0.6}, r"overlap=0\.6"),
         ({"batch": 64, "l1": 0.1}, r"batch=64.*l1 or bounds"),
@@ -136,3 +137,17 @@ def test_it_resumes_on_the_batches_that_come_next(tmp_path: Path) -> None:
 def test_batches_that_cannot_work_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(db.ConfigurationError, match=message):
         functools.partial(db.Sandblaster, **fields)()
+
+
+@pytest.mark.parametrize("batch", [EXAMPLES, 10 * EXAMPLES])
+def test_a_batch_that_is_no_part_of_the_data_is_refused_with_both_numbers(batch: int, tmp_path: Path) -> None:
+    with pytest.raises(db.ConfigurationError, match=rf"batch={batch}\) .* has {EXAMPLES} examples"):
+        trained(job(tmp_path / "run", algorithm={"batch": batch}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_batches_of_nearly_all_data_come_near_the_optimum(tmp_path: Path) -> None:
+    full, _ = trained(job(tmp_path / "full", algorithm={"batch": None, "max_iterations": 200}))
+    most, _ = trained(job(tmp_path / "most", algorithm={"batch": EXAMPLES - 1}))
+    optimum, start = whole_loss(full.model), whole_loss(problems.fresh_model(job(tmp_path)))
+    assert whole_loss(most.model) < optimum + 0.05 * (start - optimum)

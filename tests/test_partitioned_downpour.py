@@ -159,6 +159,19 @@ def by_step(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
+def per_example(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output, target, reduction="none")
+
+
+def fussy(output: Tensor, target: Tensor) -> Tensor:
+    assert output.any(), "only outputs of a model"
+    return nn.functional.cross_entropy(output, target)
+
+
+def test_a_loss_that_cannot_be_tried_without_the_model_is_used_all_the_same(tmp_path: Path) -> None:
+    assert trained(tmp_path, 2, loss=fussy).summary.examples.seen == 320
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -169,6 +182,8 @@ def by_step(model: nn.Module, batch: Any) -> Tensor:
         ({"cluster": cluster(Plan.stages(2, microbatches=17))}, "17"),
         ({"cluster": cluster(Plan.stages(9))}, "stages"),
         ({"model": functools.partial(nn.Bilinear, 12, 12, 3)}, "rule"),
+        ({"loss": per_example}, r"the loss is \[16\], not a scalar"),
+        ({"loss": per_example, "cluster": cluster(Plan.stages(2))}, r"the loss is \[16\], not a scalar"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_before_anything_starts(

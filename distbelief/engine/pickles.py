@@ -11,7 +11,7 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import spawn
+from multiprocessing import current_process, spawn
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class Shared:
 
 SHARED = Shared()
 _SHARED_NAME = "shared"
+ZYGOTE = "distbelief zygote"
+"""What multiprocessing calls the zygote, from before it imports the user's script; its roles inherit it."""
 
 
 def _rebuild(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -103,6 +105,11 @@ class Luggage:
 
 def pack(prepare: Callable[..., Any], arguments: tuple[Any, ...], attempt: Callable[[Any], object] | None) -> Luggage:
     """Pickle what `Engine.load` is given. Raises ConfigurationError for what cannot be."""
+    if current_process().name == ZYGOTE:
+        raise ConfigurationError(
+            "other processes import the program, and importing it starts training again",
+            hint='put what trains below `if __name__ == "__main__":`',
+        )
     buffers: list[pickle.PickleBuffer] = []
     try:
         text = Pickler.dumps((prepare, arguments, attempt), buffers=buffers)
@@ -112,7 +119,7 @@ def pack(prepare: Callable[..., Any], arguments: tuple[Any, ...], attempt: Calla
             hint="define model, loss, metrics and step at the top level of a file (no lambda, no inner function), "
             "and give data as a function that builds the data set",
         ) from error
-    main = spawn.get_preparation_data("distbelief")
+    main = spawn.get_preparation_data(ZYGOTE)
     del main["authkey"]  # multiprocessing's own, which it refuses to pickle; our roles do not use it
     script = main.get("init_main_from_path")
     if script is not None and not os.path.isfile(script):

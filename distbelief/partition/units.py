@@ -102,6 +102,12 @@ class Blueprint:
         """The partition on which the output comes out."""
         return self._flow.wanted[-1].index(True)
 
+    def output(self, examples: int) -> torch.Tensor:
+        """What the model yields for a mini-batch, without values: on the meta device."""
+        (state,) = self._steps[-1].inputs
+        assert state.division is not None
+        return torch.empty((examples, *state.division.shape), dtype=state.dtype, device="meta")
+
     # what is where
 
     def pieces(self, partition: int) -> list[OwnedPiece]:

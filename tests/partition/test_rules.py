@@ -201,9 +201,10 @@ def test_a_cut_model_computes_what_the_uncut_one_computes(name: str, partitions:
     check(*make(name, torch.float64), partitions)
 
 
+@pytest.mark.parametrize("partitions", PARTITIONS)
 @pytest.mark.parametrize("name", MODELS)
-def test_in_single_precision_too(name: str) -> None:
-    check(*make(name, torch.float32), 4)
+def test_in_single_precision_too(name: str, partitions: int) -> None:
+    check(*make(name, torch.float32), partitions)
 
 
 @pytest.mark.parametrize(
