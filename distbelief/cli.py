@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
+from rich.console import Console
 
 from distbelief import launch
 from distbelief.cluster import Cluster
@@ -100,10 +101,10 @@ def _plan(arguments: list[str]) -> None:
         launch.job_of(path), Launch(str(path.resolve())), arguments[1:], f"distbelief plan {path}", [picture]
     )
     plan = outline(job)
-    print(plan_text(plan))
+    _say(plan_text(plan))
     if extra["picture"] is not None:
         plan_picture(plan, extra["picture"])
-        print(f"\npicture     {extra['picture']}")
+        _say(f"\npicture     {extra['picture']}")
 
 
 def _resume(arguments: list[str]) -> None:
@@ -132,9 +133,14 @@ def _show(arguments: list[str]) -> None:
     run = Path(arguments[0])
     observations = read_events(run / "events.jsonl")
     # A run that was killed has events and no summary.
-    print(text(read_summary(run / "summary.json") if (run / "summary.json").exists() else summarize(observations)))
+    _say(text(read_summary(run / "summary.json") if (run / "summary.json").exists() else summarize(observations)))
     for path in write_plots(observations, run / "plots"):
-        print(f"plot          {path}")
+        _say(f"plot          {path}")
+
+
+def _say(words: str) -> None:
+    """Print what was asked for; a reader who goes away early, such as `head`, ends the command and nothing more."""
+    Console().out(words, highlight=False)
 
 
 def _start(

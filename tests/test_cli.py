@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the command line: what is given there replaces what the file says, and is kept for resuming."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,3 +181,30 @@ def test_an_algorithm_or_option_that_is_not_there_is_refused(
     assert ended.value.code != 0
     assert said in capsys.readouterr().err
     assert not Path("a").exists()
+
+
+def test_a_reader_who_goes_away_early_is_no_error(tmp_path: Path) -> None:
+    script = tmp_path / "small.py"
+    script.write_text(PLANNED)
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "from distbelief.cli import command; command()", "plan", str(script)]
+    told = subprocess.run(
+        [*command, "--cluster.partitions", "2"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()},
+        stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60,
+    )  # fmt: skip
+    os.close(writing)
+    assert "Traceback" not in told.stderr
+    assert "BrokenPipe" not in told.stderr
+
+
+PLANNED = """
+import torch, distbelief as db
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Linear(3, 40), nn.ReLU(), nn.Linear(40, 2))
+
+data = torch.utils.data.TensorDataset(torch.randn(40, 3), torch.zeros(40, dtype=torch.long))
+job = db.Job(model=net, data=data, loss=nn.functional.cross_entropy)
+"""
