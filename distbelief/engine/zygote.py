@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process from which the local engine's processes are forked.
+"""The process from which the roles of one host are forked.
 
 It imports torch and the user's script once, unpickles the job once (so roles share the data set's memory until they
 write to it), and forks a role in milliseconds. It never computes: no thread exists here when it forks. Its roles get a
@@ -7,7 +7,7 @@ SIGKILL from the kernel when it dies, and it ends when the coordinator's end of 
 happened; so nothing outlives the coordinator.
 
 Messages on the control socket are pickles between a parent and the child it started: (tag, ...) with a length prefix,
-descriptors attached. They are the only pickles in the system.
+descriptors attached. Only these, and the job on its way to the hosts of a cluster, are pickled.
 """
 
 import array
@@ -26,7 +26,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from distbelief.engine.pickles import Unpickler
+from distbelief.engine.pickles import Unpickler, places
 from distbelief.errors import ChannelError, DistbeliefError, UserCodeError
 
 LENGTH = struct.Struct("<Q")
@@ -133,15 +133,15 @@ class Zygote:
     def _obey(self, message: tuple[Any, ...], descriptors: list[int]) -> None:
         tag = message[0]
         if tag == "load":
-            self._load(message[1], message[2], message[3], descriptors)
+            self._load(message[1], message[2], descriptors)
         elif tag == "start":
             self._fork(message[1], message[2], message[3], descriptors)
-        elif tag == "kill":
+        elif tag == "signal":
             for role, _, pid, _ in self._children.values():
                 if role == message[1]:
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, message[2])
 
-    def _load(self, main: dict[str, Any], payload: bytes, sizes: list[int], descriptors: list[int]) -> None:
+    def _load(self, main: dict[str, Any], sizes: list[int], descriptors: list[int]) -> None:
         """Import the user's script, unpickle (prepare, arguments) and keep what prepare returns for the forks."""
         # Only the end of the control socket tells that the coordinator is gone, and nobody looks at it meanwhile. The
         # thread that started us waits for the answer, so it cannot end before.
@@ -150,14 +150,9 @@ class Zygote:
             import multiprocessing.spawn
 
             multiprocessing.spawn.prepare(main)
-            buffers: list[memoryview] = []
-            if sizes:
-                # A private mapping: roles share the pages, and a role that writes to its data set changes its own copy.
-                arena = memoryview(mmap.mmap(descriptors[0], 0, access=mmap.ACCESS_COPY))
-                offset = 0
-                for size in sizes:
-                    buffers.append(arena[offset : offset + size])
-                    offset += (size + 63) & ~63
+            # A private mapping: roles share the pages, and a role that writes to its data set changes its own copy.
+            arena = memoryview(mmap.mmap(descriptors[0], 0, access=mmap.ACCESS_COPY))
+            payload, *buffers = (arena[start : start + size] for start, size in zip(places(sizes), sizes, strict=False))
             prepare, arguments = Unpickler.loads(payload, buffers)
             self._shared, description = prepare(*arguments)
             gc.collect()
