@@ -2,55 +2,39 @@
 """Keepers as plain processes, for tests: several hosts of different names on this machine, or one in each namespace."""
 
 import contextlib
-import os
-import pickle
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from distbelief.engine.host import Host, Invitation
+from distbelief.engine import keeper
+from distbelief.engine.host import Invitation
 from distbelief.engine.listener import LOOPBACK
 
-PROGRAM = "import keepers, sys; keepers.keep(sys.argv[1], sys.argv[2])"
-
-Begin = Callable[[int, list[str]], "subprocess.Popen[bytes]"]
-"""(number of a host, arguments of the interpreter) -> a process of that host, with a pipe as its standard input."""
+Spawn = Callable[..., "subprocess.Popen[Any]"]
+"""(number of a host, then as subprocess.Popen) -> a process of that host."""
 
 
-def keep(host: str, address: str) -> None:
-    """Be the keeper of a host; the invitation comes by standard input."""
-    invitation: Invitation = pickle.loads(sys.stdin.buffer.read())
-    Host(host, address, invitation).serve()
-
-
-def here(number: int, arguments: list[str]) -> "subprocess.Popen[bytes]":
-    """A process of this machine, in a group of its own."""
-    folders = os.pathsep.join([os.path.dirname(__file__), os.getcwd(), *filter(None, sys.path)])
-    return subprocess.Popen(
-        [sys.executable, *arguments], stdin=subprocess.PIPE, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": folders},
-    )  # fmt: skip
+def here(number: int, arguments: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
+    """A process of this machine."""
+    return subprocess.Popen(arguments, **options)
 
 
 class Subprocesses:
     """So many hosts; the roles go to one after another by the number at the end of their names."""
 
     def __init__(
-        self, hosts: int = 2, *, addresses: Sequence[str] = (), own: str = LOOPBACK, begin: Begin = here
+        self, hosts: int = 2, *, addresses: Sequence[str] = (), own: str = LOOPBACK, spawn: Spawn = here
     ) -> None:
         self.host, self.address = "driver", own
         self.names = [f"host{number}" for number in range(hosts)]
         self._addresses = addresses or [LOOPBACK] * hosts
-        self._begin = begin
+        self._spawn = spawn
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def begin(self, invitation: Invitation) -> Sequence[str]:
         for number, (name, address) in enumerate(zip(self.names, self._addresses, strict=True)):
-            process = self._begin(number, ["-c", PROGRAM, name, address])
-            assert process.stdin is not None
-            process.stdin.write(pickle.dumps(invitation))
-            process.stdin.close()
+            process = keeper.begin(name, address, invitation, partial(self._spawn, number))
             self.processes[name] = process
         return self.names
 

@@ -211,6 +211,11 @@ class Endpoint:
             if pending.connection in self._connections:
                 self._drop(pending.connection, PeerLost("the connection was closed after a missed deadline"))
 
+    def end(self, connection: Connection, reason: str) -> None:
+        """End a connection; calls that wait on it are lost."""
+        with self.lock:
+            self._drop(connection, PeerLost(reason))
+
     # sockets
 
     def _admit(self, link: socket.socket) -> Connection:

@@ -2,6 +2,7 @@
 """A role's process, as the role sees it: what all engines have in common whose roles are processes."""
 
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -23,15 +24,39 @@ Locate = Callable[[str], Callable[[], Future[Address]]]
 
 
 class ProcessHome:
-    """One process and its endpoint. `locate` finds other roles; `slowness` is how many times longer computing takes."""
+    """One process and its endpoint. `locate` finds other roles; `slowness` is how many times longer computing takes.
+
+    Where roles may move, `moves` says how many have done so.
+    """
 
     def __init__(
-        self, name: str, incarnation: int, endpoint: Endpoint, locate: Locate, *, address: str, slowness: float = 1.0
-    ) -> None:
+        self, name: str, incarnation: int, endpoint: Endpoint, locate: Locate, *,
+        address: str, slowness: float = 1.0, moves: Callable[[], int] | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.incarnation, self.address = name, incarnation, address
         self._endpoint, self._locate, self._slowness = endpoint, locate, slowness
+        self._peers: weakref.WeakSet[Peer[Any]] = weakref.WeakSet()
         self._second: ThreadPoolExecutor | None = None
         """Does background work; begun when there is any."""
+        if moves is not None:
+            endpoint.attend(self._follower(moves))
+
+    def _follower(self, moves: Callable[[], int]) -> Callable[[], bool]:
+        """Looks after each round whether roles have moved, and where those are now that are called from here.
+
+        A host that counts as lost may keep its connections: its kernel goes on when nothing else does.
+        """
+        seen = 0
+
+        def follow() -> bool:
+            nonlocal seen
+            if (now := moves()) != seen:
+                seen = now
+                for peer in list(self._peers):
+                    peer.seek_again()
+            return False
+
+        return follow
 
     def now(self) -> float:
         """Seconds of the monotonic clock."""
@@ -46,7 +71,9 @@ class ProcessHome:
 
     def find(self, role: str, kind: type[R], deadline_seconds: float = 60.0) -> Remote[R]:
         """A reference to another role."""
-        return Peer(self._endpoint, self._locate(role), deadline_seconds)
+        peer: Peer[R] = Peer(self._endpoint, self._locate(role), deadline_seconds)
+        self._peers.add(peer)
+        return peer
 
     def spend(self, examples: int, started: float) -> None:
         """Real computing has taken its time already; a role slowed by script waits."""

@@ -37,6 +37,7 @@ from distbelief.engine.listener import listen, listen_over_tcp, name_of
 from distbelief.engine.nursery import Nursery
 from distbelief.engine.pickles import new_arena, write
 from distbelief.engine.registry import Introduction, Nearest, Note, Registry
+from distbelief.engine.zygote import Forked
 from distbelief.errors import ChannelError, DeadlineExceeded, NotReady, PeerLost
 
 JOIN_SECONDS = 20.0
@@ -88,8 +89,8 @@ def birth(
     )  # fmt: skip
     endpoint.permit = lease.obey
     home = ProcessHome(
-        name, incarnation, endpoint, wiring.locator(endpoint),
-        address=wiring.address, slowness=wiring.faults.slow.get(name, 1.0),
+        name, incarnation, endpoint, wiring.locator(endpoint), address=wiring.address,
+        slowness=wiring.faults.slow.get(name, 1.0), moves=lambda: lease.moves,
     )  # fmt: skip
     return life_of(factory(home, *arguments), endpoint, over_tcp=True)
 
@@ -104,16 +105,15 @@ class Prepared(msgspec.Struct, array_like=True, frozen=True):
 
 def versions() -> dict[str, str]:
     """What must be the same on all hosts of a job."""
-    return {
-        "distbelief": metadata.version("distbelief"), "torch": str(torch.__version__), "Python": platform.python_version()
-    }  # fmt: skip
+    found = {"distbelief": metadata.version("distbelief"), "Python": platform.python_version()}
+    return {**found, "torch": str(torch.__version__)}
 
 
 @final
 class Host:
     """The keeper of the host `name`, whose address on the cluster's network is `address`."""
 
-    def __init__(self, name: str, address: str, invitation: Invitation) -> None:
+    def __init__(self, name: str, address: str, invitation: Invitation, zygote: Forked) -> None:
         self._name, self._address, self._invitation = name, address, invitation
         own = [listen("keeper"), listen_over_tcp(address)]
         self._place = Place(name, *map(name_of, own))
@@ -123,7 +123,7 @@ class Host:
         self._registry: Peer[Registry] = Peer(
             self._endpoint, at(invitation.registry.nearest(name)), invitation.lost_seconds
         )
-        self._nursery = Nursery(self._endpoint, self._look_at_roles)
+        self._nursery = Nursery(self._endpoint, self._look_at_roles, zygote)
         self._lease = Lease.create()
         self._listeners: dict[str, tuple[socket.socket, socket.socket]] = {}
         self._started: dict[str, int] = {}

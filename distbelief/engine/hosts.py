@@ -82,8 +82,10 @@ class HostsEngine(ProcessHome):
 
         own, own_place = endpoint(COORDINATOR)
         self._desk, registry_place = endpoint("registry")
-        super().__init__(COORDINATOR, 0, own, self._locate_role, address=keepers.address)
-        self._registry = Registry(self._desk)
+        self._registry = registry = Registry(self._desk)
+        super().__init__(
+            COORDINATOR, 0, own, self._locate_role, address=keepers.address, moves=lambda: registry.moves
+        )  # fmt: skip
         self._registry.settle(COORDINATOR, own_place)
         self._desk.answer_with(self._registry)
         self._desk.background()
@@ -92,7 +94,7 @@ class HostsEngine(ProcessHome):
             key=key, registry=registry_place, body_limit=body_limit, wire=wire, lost_seconds=lost_seconds
         )
         self._faults, self._script = faults or Faults(), Script(faults or Faults())
-        self._peers: dict[str, Peer[Host]] = {}
+        self._keeper_peers: dict[str, Peer[Host]] = {}
         self._hosts: dict[str, Introduction] = {}
         """The living ones."""
         self._alive: dict[str, tuple[int, str]] = {}
@@ -140,10 +142,11 @@ class HostsEngine(ProcessHome):
                         hint="look whether hosts may connect to each other on all TCP ports, see docs/clusters.md",
                     )  # fmt: skip
             self.sleep(0.02)
-        self._hosts = self._registry.joined()
+        joined = self._registry.joined()
+        self._hosts = {host: joined[host] for host in expected}
         for host, introduction in self._hosts.items():
             place = introduction.place.nearest(self._keepers.host)
-            self._peers[host] = Peer(self._endpoint, at(place), COORDINATOR_SECONDS)
+            self._keeper_peers[host] = Peer(self._endpoint, at(place), COORDINATOR_SECONDS)
         self._check_versions()
 
     def _check_versions(self) -> None:
@@ -161,7 +164,9 @@ class HostsEngine(ProcessHome):
         probe, content = folder / "probe", secrets.token_bytes(16)
         probe.write_bytes(content)
         try:
-            answers = {host: peer.call(Host.sees, str(probe.resolve()), content) for host, peer in self._peers.items()}
+            answers = {
+                host: peer.call(Host.sees, str(probe.resolve()), content) for host, peer in self._keeper_peers.items()
+            }
             for host, answer in answers.items():
                 if not answer.result():
                     raise ConfigurationError(
@@ -185,7 +190,7 @@ class HostsEngine(ProcessHome):
         luggage = pack(prepare, arguments)
         if not self._hosts:
             self.gather()
-        loading = {host: self._bring(luggage, self._peers[host]) for host in self._hosts}
+        loading = {host: self._bring(luggage, self._keeper_peers[host]) for host in self._hosts}
         while any(host in self._hosts and not answers[-1].done() for host, answers in loading.items()):
             self._watch_hosts()
             self.sleep(0.02)
@@ -233,7 +238,7 @@ class HostsEngine(ProcessHome):
         self._order_start(name, incarnation, host, payload)
 
     def _order_start(self, name: str, incarnation: int, host: str, payload: bytes) -> None:
-        answer = self._peers[host].call(Host.start, name, incarnation, payload, name in self._listening)
+        answer = self._keeper_peers[host].call(Host.start, name, incarnation, payload, name in self._listening)
 
         def errand() -> bool:
             if not answer.done():
@@ -257,11 +262,11 @@ class HostsEngine(ProcessHome):
         if name in self._alive:
             _, host = self._alive.pop(name)
             self.processes.pop(name, None)
-            self._peers[host].call(Host.stop, name)
+            self._keeper_peers[host].call(Host.stop, name)
 
     def signal(self, name: str, number: int) -> None:
         """Send a role a signal."""
-        self._peers[self._alive[name][1]].call(Host.signal, name, number)
+        self._keeper_peers[self._alive[name][1]].call(Host.signal, name, number)
 
     def deaths(self) -> list[Death]:
         """Roles that ended since last asked, those of lost hosts among them; also where scripted kills happen."""
@@ -294,7 +299,7 @@ class HostsEngine(ProcessHome):
     def close(self) -> None:
         """End every role, every keeper and close every socket."""
         for host in self._hosts:
-            self._peers[host].call(Host.end)
+            self._keeper_peers[host].call(Host.end)
         self._hosts = {}
         self._keepers.end()
         self.leave()

@@ -137,4 +137,3 @@ class LocalEngine(LocalHome):
         self.leave()
         for listener in self._listeners.values():
             listener.close()
-

@@ -14,6 +14,7 @@ from typing import Any, final
 from distbelief.channel.endpoint import Endpoint
 from distbelief.engine import zygote
 from distbelief.engine.base import Death
+from distbelief.engine.zygote import Forked
 from distbelief.errors import DistbeliefError, TrainingFailed
 
 STOP_SECONDS = 10.0
@@ -31,12 +32,14 @@ class Loaded:
 class Nursery:
     """Starts, signals and buries roles; never waits for the zygote. `endpoint` hears of it when it is polled.
 
-    `changed` is called whenever a role was started or has ended.
+    `changed` is called whenever a role was started or has ended. `first` is a zygote that is there already.
     """
 
-    def __init__(self, endpoint: Endpoint, changed: Callable[[], None] = lambda: None) -> None:
-        self._endpoint, self._changed = endpoint, changed
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(
+        self, endpoint: Endpoint, changed: Callable[[], None] = lambda: None, first: Forked | None = None
+    ) -> None:
+        self._endpoint, self._changed, self._first = endpoint, changed, first
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._control: socket.socket | None = None
         self._main: dict[str, Any] = {}
         self._sizes: list[int] = []
@@ -65,13 +68,17 @@ class Nursery:
     def _boot(self) -> None:
         assert self._arena is not None
         self.close_zygote()
-        ours, theirs = socket.socketpair()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from distbelief.engine.zygote import main; main()", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=environment,
-        )  # fmt: skip
-        theirs.close()
+        first, self._first = self._first, None
+        if first is not None:
+            self._process, ours = first, first.control
+        else:
+            ours, theirs = socket.socketpair()
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from distbelief.engine.zygote import main; main()", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=environment,
+            )  # fmt: skip
+            theirs.close()
         self._control, self.loaded, self._queue = ours, None, []
         self.processes["zygote"] = self._process.pid
         self._endpoint.watch(ours, self._hear)
@@ -170,6 +177,9 @@ class Nursery:
 
     def close(self) -> None:
         """End everything and give back the job's memory."""
+        if self._first is not None:
+            self._first.control.close()
+            self._process, self._first = self._first, None
         self.close_zygote(STOP_SECONDS)
         if self._arena is not None:
             os.close(self._arena)

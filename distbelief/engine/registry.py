@@ -98,6 +98,11 @@ class Registry:
 
     # what the engine asks
 
+    @property
+    def moves(self) -> int:
+        """How many roles have changed their place so far."""
+        return self._moves
+
     def seek(self, role: str, promise: Promise[Place]) -> None:
         """Keep the promise when it is known where the role lives."""
         with self._lock:

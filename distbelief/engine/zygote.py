@@ -21,10 +21,12 @@ import selectors
 import signal
 import socket
 import struct
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 from distbelief.engine.pickles import Unpickler, places
 from distbelief.errors import ChannelError, DistbeliefError, UserCodeError
@@ -157,11 +159,11 @@ class Zygote:
             self._shared, description = prepare(*arguments)
             gc.collect()
             gc.freeze()
-            answer: tuple[str, bytes | None, DistbeliefError | None] = ("loaded", pickle.dumps(description), None)
+            answer: tuple[str, bytes, DistbeliefError | None] = ("loaded", pickle.dumps(description), None)
         except DistbeliefError as error:
-            answer = ("loaded", None, error)
+            answer = ("loaded", b"", error)
         except BaseException as error:
-            answer = ("loaded", None, UserCodeError("".join(traceback.format_exception(error))))
+            answer = ("loaded", b"", UserCodeError("".join(traceback.format_exception(error))))
         for descriptor in descriptors:
             os.close(descriptor)
         _die_with_parent(0)
@@ -204,13 +206,52 @@ class Zygote:
         self._tell("ended", role, incarnation, os.waitstatus_to_exitcode(status), failure)
 
 
-def main() -> None:
-    """Entry point: the control socket's descriptor is the first argument."""
+def serve(control: socket.socket) -> None:
+    """Be the zygote of the owner of `control`, in a process that has one thread."""
     import torch
 
     # A fork copies no threads: nothing here may start any, so that roles can start their own.
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     Zygote(control).serve()
+
+
+def main() -> None:
+    """Entry point: the control socket's descriptor is the first argument."""
+    serve(socket.socket(fileno=int(sys.argv[1])))
+
+
+@final
+class Forked:
+    """A zygote that was forked from this process before it had a thread or a socket of its own: it need not import."""
+
+    def __init__(self) -> None:
+        self.control, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self.control.close()
+            os.setsid()
+            with contextlib.suppress(BaseException):
+                serve(theirs)
+            os._exit(0)
+        theirs.close()
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """As subprocess.Popen.wait."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG if until is not None else 0)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+            elif until is not None and time.monotonic() > until:
+                raise subprocess.TimeoutExpired("zygote", timeout or 0.0)
+            else:
+                time.sleep(0.002)
+        return self.returncode
+
+    def kill(self) -> None:
+        """Kill -9, unless it has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
