@@ -62,6 +62,15 @@ def children() -> list[str]:
     return found
 
 
+def children_of(pid: int) -> list[int]:
+    """The children of a process, their children, and so on."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            found += [child, *children_of(child)]
+    return found
+
+
 def descriptors() -> list[str]:
     """What this process has open, apart from devices, the kernel's own files and installed packages' (fonts)."""
     found = []

@@ -16,9 +16,11 @@ import msgspec
 import pytest
 import torch
 from conftest import Settle
+from keepers import Subprocesses
 
 from distbelief.channel.base import Future, Out, Remote, exported
 from distbelief.engine.base import COORDINATOR, Death, Engine, Faults, Home
+from distbelief.engine.hosts import HostsEngine
 from distbelief.engine.local import LocalEngine
 from distbelief.engine.pickles import SHARED
 from distbelief.engine.simulated import SimulatedEngine
@@ -42,6 +44,10 @@ def kill_process(engine: LocalEngine, role: str) -> None:
     os.kill(engine.processes[role], signal.SIGKILL)
 
 
+def on_two_hosts(**options: Any) -> HostsEngine:
+    return HostsEngine(ROLES, Subprocesses(2), **options)
+
+
 @dataclass(frozen=True)
 class Kind:
     """How to make an engine, and how to end one of its roles from outside."""
@@ -53,6 +59,7 @@ class Kind:
 ENGINES = {
     "local, shared memory": Kind(partial(LocalEngine, ROLES), kill_process),
     "local, TCP": Kind(partial(LocalEngine, ROLES, transport="tcp"), kill_process),
+    "two hosts": Kind(on_two_hosts, lambda engine, role: engine.signal(role, signal.SIGKILL)),
     "simulated": Kind(SimulatedEngine, lambda engine, role: engine.at(engine.clock, lambda: engine._die(role))),
 }
 

@@ -66,7 +66,9 @@ class Endpoint:
         wire: Wire | None = None,
     ) -> None:
         self._key, self._body_limit, self._wire = key, body_limit, wire or Wire()
-        self._desk = Desk(role, lambda connection, *given: self._guarded(connection, lambda: connection.send(*given)))
+        self.permit: Callable[[], None] = lambda: None
+        """Asked before anything goes out; it may end this process, whose time is over."""
+        self._desk = Desk(role, self._speak)
         self._selector = selectors.DefaultSelector()
         self._connections: set[Connection] = set()
         self._pending: dict[tuple[Connection, int], PendingCall] = {}
@@ -198,7 +200,7 @@ class Endpoint:
             pending.connection = connection
             self._pending[connection, self._number] = pending
             frame = frames.encode(Call(self._number, signature.name, fields, references), sum(map(len, body)))
-            self._guarded(connection, lambda: connection.send(frame, body))
+            self._speak(connection, frame, body)
 
     def give_up(self, pending: PendingCall, reason: str) -> None:
         """End a call whose deadline has passed. Its connection is closed: a late answer must not write our memory."""
@@ -208,6 +210,11 @@ class Endpoint:
             pending.settle(error=DeadlineExceeded(reason))
             if pending.connection in self._connections:
                 self._drop(pending.connection, PeerLost("the connection was closed after a missed deadline"))
+
+    def end(self, connection: Connection, reason: str) -> None:
+        """End a connection; calls that wait on it are lost."""
+        with self.lock:
+            self._drop(connection, PeerLost(reason))
 
     # sockets
 
@@ -294,6 +301,10 @@ class Endpoint:
             connection.awaits_room = connection.sending
             wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.awaits_room else 0)
             self._selector.modify(connection.socket, wanted, connection)
+
+    def _speak(self, connection: Connection, frame: bytes, body: Sequence[Part]) -> None:
+        self.permit()
+        self._guarded(connection, lambda: connection.send(frame, body))
 
     def _drop(self, connection: Connection, error: ChannelError) -> None:
         if connection not in self._connections:

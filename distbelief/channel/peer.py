@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A role, as its callers see it, wherever it answers at the moment."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, final
@@ -34,6 +35,7 @@ class Peer(Remote[R]):
     locate: Callable[[], Future[Address]]
     deadline_seconds: float = 60.0
     _connection: Connection | None = None
+    _address: Address | None = None
     _sought: Future[Address] | None = None
     _waiting: list[tuple[PendingCall, bytes]] = field(default_factory=list)
 
@@ -51,6 +53,25 @@ class Peer(Remote[R]):
                     self.endpoint.attend(self._found)
         return pending
 
+    def seek_again(self) -> None:
+        """The role may live elsewhere now; where it does, the connection to its old place ends."""
+        connection = self._connection
+        if connection is None or connection.closed:
+            return
+        sought, before = self.locate(), self._address
+
+        def compare() -> bool:
+            if connection.closed:
+                return True
+            if not sought.done():
+                return False
+            with contextlib.suppress(ChannelError):
+                if sought.result() != before:
+                    self.endpoint.end(connection, "the role lives elsewhere now")
+            return True
+
+        self.endpoint.attend(compare)
+
     def _found(self) -> bool:
         """Whether the search is over: the waiting calls have gone out or failed, or all were given up."""
         assert self._sought is not None
@@ -62,7 +83,8 @@ class Peer(Remote[R]):
         if not waiting:
             return True
         try:
-            self._connection = self.endpoint.connect(sought.result())
+            self._address = sought.result()
+            self._connection = self.endpoint.connect(self._address)
         except ChannelError as error:
             for pending, _ in waiting:
                 pending.settle(error=error)

@@ -33,6 +33,10 @@ class Home(Protocol):
     def incarnation(self) -> int:
         """How many times the role was started before."""
 
+    @property
+    def address(self) -> str:
+        """The address at which other hosts of the job reach this one; loopback where there are none."""
+
     def now(self) -> float:
         """Seconds on a clock that never goes back."""
 

@@ -6,10 +6,17 @@ written once into anonymous memory that all roles then share.
 """
 
 import io
+import itertools
+import os
 import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import spawn
 from typing import Any
 
 import torch
+
+from distbelief.errors import ConfigurationError
 
 
 class Shared:
@@ -55,7 +62,7 @@ class Unpickler(pickle.Unpickler):
     shared: Any = None
 
     @classmethod
-    def loads(cls, text: bytes, buffers: list[memoryview] | None = None, *, shared: Any = None) -> Any:
+    def loads(cls, text: bytes | memoryview, buffers: list[memoryview] | None = None, *, shared: Any = None) -> Any:
         """Unpickle; the buffers become the memory of tensors and arrays, SHARED becomes `shared`."""
         unpickler = cls(io.BytesIO(text), buffers=buffers)
         unpickler.shared = shared
@@ -66,3 +73,59 @@ class Unpickler(pickle.Unpickler):
         if name != _SHARED_NAME:
             raise pickle.UnpicklingError(f"unknown persistent name {name!r}")
         return self.shared
+
+
+def places(sizes: Sequence[int]) -> list[int]:
+    """Where buffers of these sizes begin that lie one after another, 64-byte aligned; last, where all of them end."""
+    return [0, *itertools.accumulate((size + 63) & ~63 for size in sizes)]
+
+
+@dataclass(frozen=True)
+class Luggage:
+    """A job on its way to where roles are born: the pickle first, then the memory of its tensors and arrays."""
+
+    main: dict[str, Any]
+    """How to import the user's script, as multiprocessing does it."""
+    buffers: list[memoryview]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each buffer."""
+        return [buffer.nbytes for buffer in self.buffers]
+
+    def arena(self) -> int:
+        """All buffers in anonymous memory; returns its descriptor."""
+        descriptor = new_arena(self.sizes)
+        for start, buffer in zip(places(self.sizes), self.buffers, strict=False):
+            write(descriptor, start, buffer)
+        return descriptor
+
+
+def pack(prepare: Callable[..., Any], arguments: tuple[Any, ...]) -> Luggage:
+    """Pickle a call. Raises ConfigurationError for what cannot be."""
+    buffers: list[pickle.PickleBuffer] = []
+    try:
+        text = Pickler.dumps((prepare, arguments), buffers=buffers)
+    except Exception as error:
+        raise ConfigurationError(
+            f"the job cannot be handed to other processes: {error}",
+            hint="define model, loss, metrics and step at the top level of a file (no lambda, no inner function), "
+            "and give data as a function that builds the data set",
+        ) from error
+    main = spawn.get_preparation_data("distbelief")
+    del main["authkey"]  # multiprocessing's own, which it refuses to pickle; our roles do not use it
+    return Luggage(main, [memoryview(text), *(buffer.raw() for buffer in buffers)])
+
+
+def new_arena(sizes: Sequence[int]) -> int:
+    """Anonymous memory for buffers of these sizes; returns its descriptor."""
+    descriptor = os.memfd_create("distbelief-job")
+    os.ftruncate(descriptor, places(sizes)[-1])
+    return descriptor
+
+
+def write(arena: int, start: int, part: memoryview) -> None:
+    """Write into an arena."""
+    written = 0
+    while written < part.nbytes:
+        written += os.pwrite(arena, part[written : written + (1 << 30)], start + written)

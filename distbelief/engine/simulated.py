@@ -25,6 +25,7 @@ import torch
 
 from distbelief.channel.base import RAISED_AS_IS, Future, Promise, Remote, Signature, exported_methods
 from distbelief.engine.base import COORDINATOR, Death, Faults
+from distbelief.engine.listener import LOOPBACK
 from distbelief.engine.pickles import SHARED
 from distbelief.engine.virtual import Activity, Answer, Costs, held_lock
 from distbelief.errors import (
@@ -56,6 +57,7 @@ class SimulatedHome:
 
     def __init__(self, name: str, incarnation: int, engine: "SimulatedEngine") -> None:
         self.name, self.incarnation, self._engine = name, incarnation, engine
+        self.address = LOOPBACK
         self.role: Any = None
         self.methods: dict[str, Callable[..., Any]] = {}
         self.alive = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process from which the local engine's processes are forked.
+"""The process from which the roles of one host are forked.
 
 It imports torch and the user's script once, unpickles the job once (so roles share the data set's memory until they
 write to it), and forks a role in milliseconds. It never computes: no thread exists here when it forks. Its roles get a
@@ -7,7 +7,7 @@ SIGKILL from the kernel when it dies, and it ends when the coordinator's end of 
 happened; so nothing outlives the coordinator.
 
 Messages on the control socket are pickles between a parent and the child it started: (tag, ...) with a length prefix,
-descriptors attached. They are the only pickles in the system.
+descriptors attached. Only these, and the job on its way to the hosts of a cluster, are pickled.
 """
 
 import array
@@ -21,12 +21,14 @@ import selectors
 import signal
 import socket
 import struct
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
-from distbelief.engine.pickles import Unpickler
+from distbelief.engine.pickles import Unpickler, places
 from distbelief.errors import ChannelError, DistbeliefError, UserCodeError
 
 LENGTH = struct.Struct("<Q")
@@ -133,15 +135,15 @@ class Zygote:
     def _obey(self, message: tuple[Any, ...], descriptors: list[int]) -> None:
         tag = message[0]
         if tag == "load":
-            self._load(message[1], message[2], message[3], descriptors)
+            self._load(message[1], message[2], descriptors)
         elif tag == "start":
             self._fork(message[1], message[2], message[3], descriptors)
-        elif tag == "kill":
+        elif tag == "signal":
             for role, _, pid, _ in self._children.values():
                 if role == message[1]:
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, message[2])
 
-    def _load(self, main: dict[str, Any], payload: bytes, sizes: list[int], descriptors: list[int]) -> None:
+    def _load(self, main: dict[str, Any], sizes: list[int], descriptors: list[int]) -> None:
         """Import the user's script, unpickle (prepare, arguments) and keep what prepare returns for the forks."""
         # Only the end of the control socket tells that the coordinator is gone, and nobody looks at it meanwhile. The
         # thread that started us waits for the answer, so it cannot end before.
@@ -150,23 +152,18 @@ class Zygote:
             import multiprocessing.spawn
 
             multiprocessing.spawn.prepare(main)
-            buffers: list[memoryview] = []
-            if sizes:
-                # A private mapping: roles share the pages, and a role that writes to its data set changes its own copy.
-                arena = memoryview(mmap.mmap(descriptors[0], 0, access=mmap.ACCESS_COPY))
-                offset = 0
-                for size in sizes:
-                    buffers.append(arena[offset : offset + size])
-                    offset += (size + 63) & ~63
+            # A private mapping: roles share the pages, and a role that writes to its data set changes its own copy.
+            arena = memoryview(mmap.mmap(descriptors[0], 0, access=mmap.ACCESS_COPY))
+            payload, *buffers = (arena[start : start + size] for start, size in zip(places(sizes), sizes, strict=False))
             prepare, arguments = Unpickler.loads(payload, buffers)
             self._shared, description = prepare(*arguments)
             gc.collect()
             gc.freeze()
-            answer: tuple[str, bytes | None, DistbeliefError | None] = ("loaded", pickle.dumps(description), None)
+            answer: tuple[str, bytes, DistbeliefError | None] = ("loaded", pickle.dumps(description), None)
         except DistbeliefError as error:
-            answer = ("loaded", None, error)
+            answer = ("loaded", b"", error)
         except BaseException as error:
-            answer = ("loaded", None, UserCodeError("".join(traceback.format_exception(error))))
+            answer = ("loaded", b"", UserCodeError("".join(traceback.format_exception(error))))
         for descriptor in descriptors:
             os.close(descriptor)
         _die_with_parent(0)
@@ -209,13 +206,52 @@ class Zygote:
         self._tell("ended", role, incarnation, os.waitstatus_to_exitcode(status), failure)
 
 
-def main() -> None:
-    """Entry point: the control socket's descriptor is the first argument."""
+def serve(control: socket.socket) -> None:
+    """Be the zygote of the owner of `control`, in a process that has one thread."""
     import torch
 
     # A fork copies no threads: nothing here may start any, so that roles can start their own.
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     Zygote(control).serve()
+
+
+def main() -> None:
+    """Entry point: the control socket's descriptor is the first argument."""
+    serve(socket.socket(fileno=int(sys.argv[1])))
+
+
+@final
+class Forked:
+    """A zygote that was forked from this process before it had a thread or a socket of its own: it need not import."""
+
+    def __init__(self) -> None:
+        self.control, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self.control.close()
+            os.setsid()
+            with contextlib.suppress(BaseException):
+                serve(theirs)
+            os._exit(0)
+        theirs.close()
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """As subprocess.Popen.wait."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG if until is not None else 0)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+            elif until is not None and time.monotonic() > until:
+                raise subprocess.TimeoutExpired("zygote", timeout or 0.0)
+            else:
+                time.sleep(0.002)
+        return self.returncode
+
+    def kill(self) -> None:
+        """Kill -9, unless it has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of several hosts: the coordinator's process, and one keeper on each host that forks the roles there.
+
+Who starts the keepers, and which role should live where, is the affair of `Keepers`: Ray's, or a test's. A host that is
+silent for a while counts as lost, and with it all roles that lived there; they are started again where hosts are left.
+Calls travel as everywhere: between roles of one host through shared memory, otherwise over TCP.
+"""
+
+import functools
+import pickle
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from distbelief.channel.authenticate import new_key
+from distbelief.channel.base import Future
+from distbelief.channel.endpoint import Endpoint
+from distbelief.channel.futures import Kept
+from distbelief.channel.peer import Peer, at
+from distbelief.channel.place import Place
+from distbelief.channel.wire import Wire
+from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Death, Faults
+from distbelief.engine.home import ProcessHome
+from distbelief.engine.host import Host, HostWiring, Invitation, Prepared, birth, versions
+from distbelief.engine.listener import listen, listen_over_tcp, name_of
+from distbelief.engine.pickles import Luggage, Pickler, pack, places
+from distbelief.engine.registry import Introduction, Nearest, Registry
+from distbelief.engine.script import Script
+from distbelief.errors import ChannelError, ConfigurationError, DeadlineExceeded, NotReady, PeerLost, TrainingFailed
+
+T = TypeVar("T")
+
+LOST_SECONDS = 1.5
+GATHER_SECONDS = 60.0
+PART_BYTES = 16 << 20
+"""The job travels to a host in parts of this size."""
+
+
+class Keepers(Protocol):
+    """Who starts one keeper on each host of the job, and ends them."""
+
+    host: str
+    """The name of the coordinator's own host."""
+    address: str
+    """Its address on the network that the hosts share."""
+
+    def begin(self, invitation: Invitation) -> Sequence[str]:
+        """Start the keepers; returns at once, with the names of their hosts. Raises ConfigurationError."""
+
+    def complaints(self) -> dict[str, str]:
+        """Host -> why its keeper has ended, for those that have."""
+
+    def choose(self, role: str, hosts: Sequence[str]) -> str:
+        """Which of these hosts, which are the living ones, the role should be started on."""
+
+    def end(self) -> None:
+        """End every keeper, however it is; what was never begun is fine."""
+
+
+class HostsEngine(ProcessHome):
+    """Starts, watches and ends the roles of one job on the hosts of `keepers`.
+
+    `listening` names the roles that answer calls. `body_limit` bounds the bytes of one frame. A host that is silent for
+    `lost_seconds` is lost.
+    """
+
+    def __init__(
+        self, listening: Sequence[str], keepers: Keepers, *, body_limit: int = 1 << 40, faults: Faults | None = None,
+        wire: Wire | None = None, lost_seconds: float = LOST_SECONDS,
+    ) -> None:  # fmt: skip
+        key, wire = new_key(), wire or Wire()
+
+        def endpoint(role: str) -> tuple[Endpoint, Place]:
+            listeners = [listen(role), listen_over_tcp(keepers.address)]
+            place = Place(keepers.host, *map(name_of, listeners))
+            return Endpoint(key, listeners=listeners, body_limit=body_limit, wire=wire), place
+
+        own, own_place = endpoint(COORDINATOR)
+        self._desk, registry_place = endpoint("registry")
+        self._registry = registry = Registry(self._desk)
+        super().__init__(
+            COORDINATOR, 0, own, self._locate_role, address=keepers.address, moves=lambda: registry.moves
+        )  # fmt: skip
+        self._registry.settle(COORDINATOR, own_place)
+        self._desk.answer_with(self._registry)
+        self._desk.background()
+        self._keepers, self._listening = keepers, frozenset(listening)
+        self._invitation = Invitation(
+            key=key, registry=registry_place, body_limit=body_limit, wire=wire, lost_seconds=lost_seconds
+        )
+        self._faults, self._script = faults or Faults(), Script(faults or Faults())
+        self._keeper_peers: dict[str, Peer[Host]] = {}
+        self._hosts: dict[str, Introduction] = {}
+        """The living ones."""
+        self._alive: dict[str, tuple[int, str]] = {}
+        """Role -> (incarnation, host)."""
+        self._deaths: list[Death] = []
+        self.processes: dict[str, int] = {}
+        """Process id of each live role, as its host counts them."""
+
+    def _locate_role(self, role: str) -> Callable[[], Nearest]:
+        def locate() -> Nearest:
+            promise: Kept[Place] = Kept(self._endpoint)
+            self._registry.seek(role, promise)
+            return Nearest(promise, self._keepers.host)
+
+        return locate
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The living hosts."""
+        return tuple(self._hosts)
+
+    def host_of(self, role: str) -> str | None:
+        """The host that a living role was started on."""
+        return self._alive[role][1] if role in self._alive else None
+
+    def answer(self, role: object) -> None:
+        """Let `role` answer calls to the coordinator."""
+        self._endpoint.answer_with(role)
+
+    # the hosts
+
+    def gather(self) -> None:
+        """Start the keepers and wait until they are there. Raises ConfigurationError."""
+        expected = self._keepers.begin(self._invitation)
+        until = time.monotonic() + GATHER_SECONDS
+        while missing := [host for host in expected if host not in self._registry.joined()]:
+            complaints = self._keepers.complaints()
+            for host in missing:
+                if host in complaints or time.monotonic() > until:
+                    registry = ":".join(map(str, self._invitation.registry.address))
+                    raise ConfigurationError(
+                        f"host {host} does not take part: "
+                        + complaints.get(host, f"it has not reached the coordinator at {registry} within "
+                                               f"{GATHER_SECONDS:g} s"),
+                        hint="look whether hosts may connect to each other on all TCP ports, see docs/clusters.md",
+                    )  # fmt: skip
+            self.sleep(0.02)
+        joined = self._registry.joined()
+        self._hosts = {host: joined[host] for host in expected}
+        for host, introduction in self._hosts.items():
+            place = introduction.place.nearest(self._keepers.host)
+            self._keeper_peers[host] = Peer(self._endpoint, at(place), COORDINATOR_SECONDS)
+        self._check_versions()
+
+    def _check_versions(self) -> None:
+        own = versions()
+        for host, introduction in self._hosts.items():
+            for name, version in introduction.versions.items():
+                if version != own[name]:
+                    raise ConfigurationError(
+                        f"host {host} has {name} {version}, the coordinator's, {self._keepers.host}, has {own[name]}",
+                        hint="install the same versions on all hosts, for example by the same image",
+                    )
+
+    def check_visible(self, folder: Path) -> None:
+        """Raise ConfigurationError unless every host sees what is written to this folder."""
+        probe, content = folder / "probe", secrets.token_bytes(16)
+        probe.write_bytes(content)
+        try:
+            answers = {
+                host: peer.call(Host.sees, str(probe.resolve()), content) for host, peer in self._keeper_peers.items()
+            }
+            for host, answer in answers.items():
+                if not answer.result():
+                    raise ConfigurationError(
+                        f"host {host} does not see the run folder {folder}, to which shards write checkpoints",
+                        hint="give run=... on storage that all hosts share, or in an object store, as s3://bucket/run",
+                    )
+        finally:
+            probe.unlink()
+
+    def _lose(self, host: str, reason: str) -> None:
+        del self._hosts[host]
+        for role, (incarnation, where) in list(self._alive.items()):
+            if where == host:
+                self._registry.unsettle(role)
+                self._end(role, Death(role, incarnation, reason))
+
+    # the job
+
+    def load(self, prepare: Callable[..., tuple[Any, T]], *arguments: Any) -> T:
+        """Bring the job to every host and prepare it there."""
+        luggage = pack(prepare, arguments)
+        if not self._hosts:
+            self.gather()
+        loading = {host: self._bring(luggage, self._keeper_peers[host]) for host in self._hosts}
+        while any(host in self._hosts and not answers[-1].done() for host, answers in loading.items()):
+            self._watch_hosts()
+            self.sleep(0.02)
+        prepared = [self._prepared(answers) for host, answers in loading.items() if host in self._hosts]
+        if not prepared:
+            raise TrainingFailed("every host was lost while the job was loaded")
+        for each in prepared:
+            if each.failure:
+                self.close()
+                raise pickle.loads(each.failure)
+        result: T = pickle.loads(prepared[0].description)
+        return result
+
+    def _bring(self, luggage: Luggage, peer: Peer[Host]) -> list[Future[Any]]:
+        answers: list[Future[Any]] = [peer.call(Host.announce, luggage.main, luggage.sizes)]
+        answers += [peer.call(Host.take, start, part) for start, part in _parts(luggage)]
+        return [*answers, peer.call(Host.load)]
+
+    def _prepared(self, answers: Sequence[Future[Any]]) -> Prepared:
+        try:
+            for answer in answers:
+                prepared = answer.result()
+        except NotReady as error:
+            self.close()
+            raise ConfigurationError(
+                str(error),
+                hint="keep the script in a folder that all hosts share, or submit it as a Ray job with a working_dir",
+            ) from error
+        assert isinstance(prepared, Prepared)
+        return prepared
+
+    # roles
+
+    def start(self, name: str, incarnation: int, factory: Callable[..., Any], *arguments: Any) -> None:
+        """Have a keeper fork a process for the role."""
+        if not self._hosts:
+            raise TrainingFailed("no host is left to start roles on\nhint: resume the run when there are hosts again")
+        self._script.begin(time.monotonic())
+        host = self._keepers.choose(name, self.hosts)
+        self._alive[name] = incarnation, host
+        wiring = HostWiring(
+            host=host, address=self._hosts[host].place.address[0], invitation=self._invitation, faults=self._faults
+        )
+        payload = Pickler.dumps(functools.partial(birth, name, incarnation, wiring, factory, arguments))
+        self._order_start(name, incarnation, host, payload)
+
+    def _order_start(self, name: str, incarnation: int, host: str, payload: bytes) -> None:
+        answer = self._keeper_peers[host].call(Host.start, name, incarnation, payload, name in self._listening)
+
+        def errand() -> bool:
+            if not answer.done():
+                return False
+            if self._alive.get(name) != (incarnation, host):
+                return True
+            try:
+                place = answer.result()
+                if place is not None:
+                    self._registry.settle(name, place)
+            except (PeerLost, DeadlineExceeded):
+                self._order_start(name, incarnation, host, payload)
+            except ChannelError as error:
+                self._end(name, Death(name, incarnation, f"host {host} could not start it: {error}"))
+            return True
+
+        self._endpoint.attend(errand)
+
+    def stop(self, name: str) -> None:
+        """Kill the role's process; not a death."""
+        if name in self._alive:
+            _, host = self._alive.pop(name)
+            self.processes.pop(name, None)
+            self._keeper_peers[host].call(Host.stop, name)
+
+    def signal(self, name: str, number: int) -> None:
+        """Send a role a signal."""
+        self._keeper_peers[self._alive[name][1]].call(Host.signal, name, number)
+
+    def deaths(self) -> list[Death]:
+        """Roles that ended since last asked, those of lost hosts among them; also where scripted kills happen."""
+        self._watch_hosts()
+        for host, note in self._registry.hear():
+            if self._alive.get(note.role) != (note.incarnation, host):
+                continue
+            if note.pid:
+                self.processes[note.role] = note.pid
+            elif note.reason:
+                self._end(note.role, Death(note.role, note.incarnation, note.reason, note.failure))
+            else:
+                self._end(note.role, None)
+        for role, number in self._script.due(time.monotonic(), self.processes):
+            self.signal(role, number)
+        deaths, self._deaths = self._deaths, []
+        return deaths
+
+    def _end(self, role: str, death: Death | None) -> None:
+        del self._alive[role]
+        self.processes.pop(role, None)
+        if death is not None:
+            self._deaths.append(death)
+
+    def _watch_hosts(self) -> None:
+        seconds = self._invitation.lost_seconds
+        for host in self._registry.give_up_silent(seconds):
+            self._lose(host, f"host {host} was lost: it has been silent for {seconds:g} s")
+
+    def close(self) -> None:
+        """End every role, every keeper and close every socket."""
+        for host in self._hosts:
+            self._keeper_peers[host].call(Host.end)
+        self._hosts = {}
+        self._keepers.end()
+        self.leave()
+        self._desk.close()
+
+
+def _parts(luggage: Luggage) -> Iterator[tuple[int, torch.Tensor]]:
+    """(where it belongs in the arena, uint8 of shape (k,) in the luggage's own memory)."""
+    for start, buffer in zip(places(luggage.sizes), luggage.buffers, strict=False):
+        flat = buffer.cast("B")
+        for offset in range(0, len(flat), PART_BYTES):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch has no read-only tensors; this one is only sent
+                yield start + offset, torch.frombuffer(flat[offset : offset + PART_BYTES], dtype=torch.uint8)

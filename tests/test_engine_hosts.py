@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the engine of several hosts: what is lost with a host, and that nothing of it goes on when it comes back."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import children_of
+from keepers import Subprocesses, wait_for
+
+from distbelief.channel.base import Out, Remote, exported
+from distbelief.engine import hosts
+from distbelief.engine.base import Death, Home
+from distbelief.engine.hosts import HostsEngine
+from distbelief.errors import ChannelError, ConfigurationError, TrainingFailed
+
+NAMES = [f"role/{index}" for index in range(8)]
+
+
+def prepare(number: int) -> tuple[int, int]:
+    return number, number
+
+
+class Clerk:
+    """A role that answers."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self.notes: list[int] = []
+
+    @exported
+    def who(self) -> tuple[str, int, int]:
+        return self.home.name, self.home.incarnation, os.getpid()
+
+    @exported
+    def note(self, number: int) -> None:
+        self.notes.append(number)
+
+    @exported
+    def noted(self) -> list[int]:
+        return self.notes
+
+    @exported
+    def mirror(self, values: torch.Tensor, out: Out) -> None:
+        out.copy_(values)
+
+    @exported
+    def distant(self) -> int:
+        """How many TCP connections this process has accepted or made."""
+        inodes = {line.split()[9] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
+                  if line.split()[3] == "01"}  # fmt: skip
+        links = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
+                 if os.path.islink(f"/proc/self/fd/{name}")]  # fmt: skip
+        return sum(link[len("socket:[") : -1] in inodes for link in links)
+
+
+class Writer:
+    """A role that writes to a clerk as often as it can, and is never content."""
+
+    def __init__(self, home: Home, clerk: str) -> None:
+        self.home, self.clerk = home, clerk
+
+    def run(self) -> None:
+        clerk = self.home.find(self.clerk, Clerk)
+        number = 0
+        while True:
+            with suppress(ChannelError):
+                clerk.call(Clerk.note, number).result()
+                number += 1
+
+
+class Pair:
+    """Two hosts, an engine, and what was reported dead."""
+
+    def __init__(self) -> None:
+        self.keepers = Subprocesses(2)
+        self.engine = HostsEngine(NAMES, self.keepers)
+        self.engine.load(prepare, 21)
+        self.deaths: list[Death] = []
+        self.stopped: list[int] = []
+
+    def find(self, name: str) -> Remote[Clerk]:
+        return self.engine.find(name, Clerk, 20.0)
+
+    def up(self, *names: str, incarnation: int = 0) -> list[int]:
+        """Start clerks; the answer is their process ids."""
+        for name in names:
+            self.engine.start(name, incarnation, Clerk)
+        return [self.find(name).call(Clerk.who).result()[2] for name in names]
+
+    def died(self, count: int) -> Callable[[], bool]:
+        def have() -> bool:
+            self.deaths += self.engine.deaths()
+            return len(self.deaths) >= count
+
+        return have
+
+    def everything_on(self, host: int) -> list[int]:
+        """The processes of a host: its keeper, the zygote and the roles."""
+        keeper = self.keepers.processes[f"host{host}"].pid
+        return [keeper, *children_of(keeper)]
+
+    def stop(self, pids: list[int]) -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        self.stopped += pids
+
+    def go_on(self) -> None:
+        for pid in self.stopped:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        self.stopped = []
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    made = Pair()
+    try:
+        yield made
+    finally:
+        made.go_on()
+        made.engine.close()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_roles_of_one_host_share_memory_and_others_are_called_over_tcp(pair: Pair) -> None:
+    pair.up(*NAMES[:3])
+    before = [pair.find(name).call(Clerk.distant).result() for name in NAMES[:3]]
+    pair.engine.start(NAMES[4], 0, Writer, NAMES[0])
+    wait_for(pair.engine, lambda: pair.find(NAMES[0]).call(Clerk.noted).result())
+    assert pair.find(NAMES[0]).call(Clerk.distant).result() == before[0], "host0 calls host0"
+    pair.engine.start(NAMES[5], 0, Writer, NAMES[2])
+    wait_for(pair.engine, lambda: pair.find(NAMES[2]).call(Clerk.noted).result())
+    assert pair.find(NAMES[2]).call(Clerk.distant).result() == before[2] + 1, "host1 calls host0"
+    values, out = torch.randn(1000), torch.empty(1000)
+    pair.find(NAMES[1]).call(Clerk.mirror, values, out).result()
+    assert torch.equal(values, out)
+
+
+@pytest.mark.slow
+def test_when_a_keeper_is_killed_its_roles_die_within_two_seconds_and_live_on_elsewhere(pair: Pair) -> None:
+    pids = pair.up(*NAMES[:4])
+    pair.keepers.processes["host1"].kill()
+    started = time.monotonic()
+    wait_for(pair.engine, pair.died(2))
+    assert time.monotonic() - started < 2.0
+    assert sorted(death.role for death in pair.deaths) == [NAMES[1], NAMES[3]]
+    assert all("host1 was lost" in death.reason and death.failure is None for death in pair.deaths)
+    assert not is_alive(pids[1])
+    assert not is_alive(pids[3])
+    assert pair.engine.hosts == ("host0",)
+    again = pair.up(NAMES[1], NAMES[3], incarnation=1)
+    assert pair.engine.host_of(NAMES[1]) == "host0"
+    assert not set(again) & set(pids)
+    assert pair.engine.deaths() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keeper_alone", [False, True], ids=["the whole host", "its keeper alone"])
+def test_a_host_that_was_silent_writes_nothing_when_it_goes_on_and_ends(pair: Pair, keeper_alone: bool) -> None:
+    pair.up(NAMES[0])
+    pair.engine.start(NAMES[1], 0, Writer, NAMES[0])
+    clerk = pair.find(NAMES[0])
+    wait_for(pair.engine, lambda: len(clerk.call(Clerk.noted).result()) > 3)
+    everything = pair.everything_on(1)
+    assert len(everything) == 3, "keeper, zygote, role"
+    pair.stop(everything[:1] if keeper_alone else everything)
+    started = time.monotonic()
+    wait_for(pair.engine, pair.died(1))
+    assert time.monotonic() - started < 2.0
+    written = clerk.call(Clerk.noted).result()
+    pair.engine.start(NAMES[2], 1, Clerk)
+    pair.engine.sleep(0.3)
+    pair.go_on()
+    wait_for(pair.engine, lambda: not any(map(is_alive, everything)), 3.0)
+    assert clerk.call(Clerk.noted).result() == written
+
+
+@pytest.mark.slow
+def test_who_calls_a_role_of_a_silent_host_finds_the_next_incarnation_long_before_the_deadline(pair: Pair) -> None:
+    pair.up(NAMES[1])
+    clerk = pair.find(NAMES[1])
+    clerk.call(Clerk.who).result()
+    pair.stop(pair.everything_on(1))
+    started = time.monotonic()
+    lost = clerk.call(Clerk.who)
+    wait_for(pair.engine, pair.died(1))
+    pair.engine.start(NAMES[1], 1, Clerk)
+    with pytest.raises(ChannelError, match="elsewhere now"):
+        lost.result()
+    assert clerk.call(Clerk.who).result()[1] == 1
+    assert time.monotonic() - started < 4.0
+
+
+@pytest.mark.slow
+def test_when_no_host_is_left_nothing_can_be_started(pair: Pair) -> None:
+    for process in pair.keepers.processes.values():
+        process.kill()
+    wait_for(pair.engine, lambda: pair.engine.deaths() or not pair.engine.hosts)
+    with pytest.raises(TrainingFailed, match="no host is left"):
+        pair.engine.start(NAMES[0], 0, Clerk)
+
+
+@pytest.mark.slow
+def test_hosts_of_other_versions_are_refused_and_both_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = hosts.versions()
+    monkeypatch.setattr(hosts, "versions", lambda: {**own, "torch": "1.0"})
+    message = re.escape(f"host host0 has torch {own['torch']}, the coordinator's, driver, has 1.0")
+    with closing(HostsEngine(NAMES, Subprocesses(2))) as engine, pytest.raises(ConfigurationError, match=message):
+        engine.load(prepare, 21)
+
+
+@pytest.mark.slow
+def test_a_host_that_cannot_take_part_is_named_with_the_reason() -> None:
+    keepers = Subprocesses(2, addresses=["127.0.0.1", "192.0.2.1"])
+    with closing(HostsEngine(NAMES, keepers)) as engine, pytest.raises(ConfigurationError, match="host1 does not take"):
+        engine.load(prepare, 21)
+
+
+@pytest.mark.slow
+def test_a_folder_that_a_host_does_not_see_is_refused(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.engine.check_visible(tmp_path)
+    monkeypatch.setattr(Path, "resolve", lambda path: Path("/nowhere") / path.name)
+    with pytest.raises(ConfigurationError, match="host host0 does not see the run folder"):
+        pair.engine.check_visible(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+COORDINATOR_SCRIPT = """
+from keepers import Subprocesses
+from test_engine_hosts import Clerk, HostsEngine, NAMES, prepare
+keepers = Subprocesses(2)
+engine = HostsEngine(NAMES, keepers)
+engine.load(prepare, 21)
+for name in NAMES[:4]:
+    engine.start(name, 0, Clerk)
+pids = [engine.find(name, Clerk).call(Clerk.who).result()[2] for name in NAMES[:4]]
+print(*pids, *(process.pid for process in keepers.processes.values()), flush=True)
+engine.sleep(600.0)
+"""
+
+
+@pytest.mark.slow
+def test_when_the_coordinators_process_is_killed_no_host_keeps_anything() -> None:
+    folders = os.pathsep.join([os.path.dirname(__file__), os.getcwd(), *sys.path])
+    with subprocess.Popen(
+        [sys.executable, "-c", COORDINATOR_SCRIPT], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": folders},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        pids = [int(word) for word in process.stdout.readline().split()]
+        assert len(pids) == 6
+        process.kill()
+    until = time.monotonic() + 5.0
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < until
+        time.sleep(0.02)
