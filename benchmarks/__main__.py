@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.table import document, machine, machine_line
 
-NAMES = ("push_fetch", "throughput", "accuracy", "memory", "partition", "figure_3", "sandblaster")
+NAMES = ("push_fetch", "throughput", "accuracy", "memory", "partition", "figure_3", "sandblaster", "network")
 
 
 def main(arguments: list[str] | None = None) -> None:

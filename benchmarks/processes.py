@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,10 +46,13 @@ class Companion:
     they wait, as TensorPipe's do, takes no time from the others.
     """
 
-    def __init__(self, baseline: Baseline, *, pauses: bool = True, **arguments: int | str) -> None:
+    def __init__(
+        self, baseline: Baseline, *, pauses: bool = True, entering: Sequence[str] = (), **arguments: int | str
+    ) -> None:
         """Start the process; `arguments` go to `baseline`, a function at the top of an importable module.
 
         `pauses=False` is for a baseline that watches its own processes and would take a stopped one for dead.
+        `entering` is a command that runs another one elsewhere, such as in a host.
         """
         ours, theirs = socket.socketpair()
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process and is closed with it
@@ -57,6 +60,7 @@ class Companion:
         with theirs:
             self._process = subprocess.Popen(
                 [
+                    *entering,
                     sys.executable,
                     "-m",
                     __name__,

@@ -60,7 +60,7 @@ def client_gradient(parameters: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def _client(parameters: int) -> tuple[torch.Tensor, torch.Tensor]:
+def client(parameters: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The client's gradient and the buffer it fetches into, kept from one block of calls to the next."""
     return client_gradient(parameters), torch.zeros(parameters)
 
@@ -94,7 +94,7 @@ def gloo() -> Iterator[Measure]:
         _join_gloo(folder, 0)
 
         def measure(parameters: int, calls: int) -> float:
-            gradient, buffer = _client(parameters)
+            gradient, buffer = client(parameters)
             buffer[0] = buffer[-1] = 0.0
 
             def push_fetch() -> None:
@@ -141,7 +141,7 @@ def rpc() -> Iterator[Measure]:
         _join_rpc(folder, "client", 0)
 
         def measure(parameters: int, calls: int) -> float:
-            gradient, buffer = _client(parameters)
+            gradient, buffer = client(parameters)
             buffer[0] = buffer[-1] = 0.0
 
             def push_fetch() -> None:
@@ -202,17 +202,20 @@ def ray(object_store_bytes: int) -> Iterator[Measure]:
                 logging_level="ERROR",
                 _temp_dir=folder,
             )
-            yield functools.partial(_measure_ray, library, {})
+            yield functools.partial(measure_ray, library, {}, {})
         finally:
             library.shutdown()
 
 
-def _measure_ray(library: Any, actors: dict[int, Any], parameters: int, calls: int) -> float:
+def measure_ray(
+    library: Any, actors: dict[int, Any], resources: dict[str, float], parameters: int, calls: int
+) -> float:
+    """Seconds per push+fetch to the one of `actors` for so many parameters, which is started where `resources` are."""
     if parameters not in actors:
         actors.clear()
-        actors[parameters] = library.remote(num_cpus=1)(RayShard).remote(parameters)
+        actors[parameters] = library.remote(num_cpus=1, resources=resources)(RayShard).remote(parameters)
     actor = actors[parameters]
-    gradient, buffer = (tensor.numpy() for tensor in _client(parameters))
+    gradient, buffer = (tensor.numpy() for tensor in client(parameters))
     buffer[0] = buffer[-1] = 0.0
 
     def push_fetch() -> None:
@@ -246,12 +249,12 @@ def bare_socket() -> Iterator[Measure]:
         server.settimeout(TIMEOUT_SECONDS)
         line, _ = server.accept()
         with line:
-            _prepare(line)
+            prepare(line)
 
             def measure(parameters: int, calls: int) -> float:
-                gradient, buffer = _client(parameters)
+                gradient, buffer = client(parameters)
                 buffer[0] = buffer[-1] = 0.0
-                out, into = _bytes_of(gradient), _bytes_of(buffer)
+                out, into = bytes_of(gradient), bytes_of(buffer)
 
                 def echo() -> None:
                     line.sendall(out)
@@ -268,21 +271,23 @@ def bare_socket() -> Iterator[Measure]:
 def _bare_shard(server: socket.socket, orders: Any) -> None:
     with socket.create_connection(server.getsockname()) as line:
         server.close()
-        _prepare(line)
+        prepare(line)
         while (order := orders.recv()) is not None:
             parameters, rounds = order
-            out, into = (_bytes_of(tensor) for tensor in _client(parameters))
+            out, into = (bytes_of(tensor) for tensor in client(parameters))
             for _ in range(rounds):
                 receive_into(line, into)
                 line.sendall(out)
 
 
-def _prepare(line: socket.socket) -> None:
+def prepare(line: socket.socket) -> None:
+    """What both ends of a bare connection are set to."""
     line.settimeout(TIMEOUT_SECONDS)
     line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's memory."""
     return tensor.numpy().data.cast("B")
 
 

@@ -33,29 +33,41 @@ class Echo:
         """Send back what lies in the buffer."""
 
 
+def whole(parameters: int) -> tuple[Span, Layout]:
+    """All parameters in one shard, and their layout."""
+    span = Span(0, parameters)
+    return span, Layout((Piece("all", (parameters,), span),), torch.float32)
+
+
+class Pushes:
+    """Pushes a gradient of all parameters to a shard, and fetches what it has made of it, as a replica does."""
+
+    def __init__(self, home: Home, parameters: int) -> None:
+        """Give the shard its first values."""
+        span, _ = whole(parameters)
+        self._gradient, self._fetched = (home.allocate(parameters, torch.float32) for _ in range(2))
+        self._gradient.normal_()
+        shard = home.find(shard_name(0), ParameterServerShard)
+        shard.call(ParameterServerShard.initialise, 0, self._fetched).result()
+        self._server = ParameterServer(home, [span], span, 0)
+        self._sequence, self._version = 0, 0
+
+    def __call__(self) -> None:
+        """One push and one fetch."""
+        self._sequence += 1
+        stamp = Stamp(0, 0, self._sequence, self._version, 32, ((0, self._sequence),))
+        self._version = self._server.exchange([stamp], self._gradient, self._fetched).result()[0]
+
+
 @contextmanager
 def product(parameters: int, transport: Transport) -> Iterator[Callable[[], None]]:
     """Each call is one push and one fetch of all parameters, answered by the shard."""
     engine = LocalEngine([shard_name(0)], transport=transport)
     try:
         engine.load(_nothing)
-        span = Span(0, parameters)
-        layout = Layout((Piece("all", (parameters,), span),), torch.float32)
+        span, layout = whole(parameters)
         engine.start(shard_name(0), 0, ParameterServerShard, span, layout, adagrad(0.01))
-        shard = engine.find(shard_name(0), ParameterServerShard)
-        gradient, fetched = (engine.allocate(parameters, torch.float32) for _ in range(2))
-        gradient.normal_()
-        shard.call(ParameterServerShard.initialise, 0, fetched).result()
-        server = ParameterServer(engine, [span], span, 0)
-        sequence, version = 0, 0
-
-        def push_and_fetch() -> None:
-            nonlocal sequence, version
-            sequence += 1
-            stamp = Stamp(0, 0, sequence, version, 32, ((0, sequence),))
-            version = server.exchange([stamp], gradient, fetched).result()[0]
-
-        yield push_and_fetch
+        yield Pushes(engine, parameters)
     finally:
         engine.close()
 

@@ -85,7 +85,7 @@ class Hosts:
 
         What is returned is the process outside that waits for the program. It ends as the program ends.
         """
-        process = subprocess.Popen([*self._entering(host), *arguments], **options)
+        process = subprocess.Popen([*self.entering(host), *arguments], **options)
         self._inside.append(process)
         return process
 
@@ -163,15 +163,14 @@ class Hosts:
                     to = ("to", neighbour, "dev", "eth0", "lladdr", _hardware(other), "nud", "permanent")
                     self._run(number, "ip", "neighbour", "replace", *to)
 
-    def _entering(self, host: int) -> list[str]:
+    def entering(self, host: int) -> list[str]:
+        """The beginning of a command whose rest runs in a host."""
         spaces = ["--net"] if host < 0 else ["--net", "--uts", "--pid", "--mount"]
         # A signal that ends the process that enters must end the program inside as well.
         return ["nsenter", f"--target={self._pids[host]}", *spaces, "setpriv", "--pdeathsig", "KILL"]
 
     def _run(self, host: int, *arguments: str) -> None:
-        subprocess.run(
-            [*self._entering(host), *arguments], check=True, capture_output=True, text=True, timeout=_SECONDS
-        )
+        subprocess.run([*self.entering(host), *arguments], check=True, capture_output=True, text=True, timeout=_SECONDS)
 
 
 def _hardware(number: int) -> str:

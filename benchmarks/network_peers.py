@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Push and fetch between two hosts: this product's shard over its own channel, a bare socket, and Ray's object store.
+
+Each way has two sides, one in each host. A side is a baseline of a companion (benchmarks/processes.py); the calling one
+yields `measure(parameters, calls)`, seconds per push+fetch, the serving one a function that says that it still serves.
+"""
+
+import functools
+import importlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.processes import timed
+from benchmarks.push_fetch_peers import (
+    TIMEOUT_SECONDS,
+    bytes_of,
+    check_arrived,
+    client,
+    measure_ray,
+    prepare,
+    receive_into,
+)
+from benchmarks.push_fetch_product import Echo, Pushes, whole
+from distbelief import adagrad
+from distbelief.channel.endpoint import Endpoint
+from distbelief.engine.base import COORDINATOR, Faults
+from distbelief.engine.local import LocalHome, Wiring
+from distbelief.parameter_server import ParameterServerShard, shard_name
+
+Measure = Callable[[int, int], float]
+Serves = Callable[[], float]
+
+BARE_PORT, SHARD_PORT, ECHO_PORT, RAY_PORT = 9000, 9001, 9002, 6379
+BUFFER_BYTES = 1 << 20
+"""Of the bare socket, as the product's channel has it: the kernel's own choice is slower here."""
+KEY = b"of these two hosts alone, secret"
+
+
+def _served() -> float:
+    return 0.0
+
+
+# a bare socket
+
+
+@contextmanager
+def bare_far(address: str, port: int = BARE_PORT) -> Iterator[Serves]:
+    """Receives n floats, and sends n floats back when it has them all, as often as it is told."""
+    server = socket.create_server((address, port))
+    threading.Thread(target=_bare_far, args=(server,), daemon=True).start()
+    yield _served
+
+
+def _prepare(line: socket.socket) -> None:
+    prepare(line)
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        line.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
+
+
+def _bare_far(server: socket.socket) -> None:
+    line, _ = server.accept()
+    _prepare(line)
+    line.settimeout(None)
+    while True:
+        order = bytearray(8)
+        receive_into(line, memoryview(order))
+        floats = client(int.from_bytes(order, "big"))
+        receive_into(line, bytes_of(floats[1]))
+        line.sendall(bytes_of(floats[0]))
+
+
+@contextmanager
+def bare_near(address: str, port: int = BARE_PORT) -> Iterator[Measure]:
+    """One stream, no optimizer."""
+    with socket.create_connection((address, port), TIMEOUT_SECONDS) as line:
+        _prepare(line)
+
+        def measure(parameters: int, calls: int) -> float:
+            gradient, buffer = client(parameters)
+            buffer[0] = buffer[-1] = 0.0
+            order, out, into = parameters.to_bytes(8, "big"), bytes_of(gradient), bytes_of(buffer)
+
+            def there_and_back() -> None:
+                line.sendall(order)
+                line.sendall(out)
+                receive_into(line, into)
+
+            seconds = timed(there_and_back, calls)
+            check_arrived(-buffer)
+            return seconds
+
+        yield measure
+
+
+# the product
+
+
+def _home(name: str, address: str, **options: Any) -> LocalHome:
+    """A role's process that knows where the roles of the other host answer."""
+    addresses = {shard_name(0): (address, SHARD_PORT), "echo": (address, ECHO_PORT), COORDINATOR: (address, 0)}
+    wiring = Wiring(KEY, addresses, 1 << 40, Faults())
+    return LocalHome(name, 0, wiring, Endpoint(KEY, **options))
+
+
+@contextmanager
+def product_far(address: str, parameters: int) -> Iterator[Serves]:
+    """A parameter server shard of so many parameters, and a role that only moves bytes."""
+    span, layout = whole(parameters)
+    for port, name, kind, arguments in (
+        (SHARD_PORT, shard_name(0), ParameterServerShard, (span, layout, adagrad(0.01))),
+        (ECHO_PORT, "echo", Echo, ()),
+    ):
+        server = socket.create_server((address, port))
+        endpoint = Endpoint(KEY, listeners=[server])
+        home = LocalHome(name, 0, Wiring(KEY, {}, 1 << 40, Faults()), endpoint)
+        endpoint.answer_with(kind(home, *arguments))
+        threading.Thread(target=_poll, args=(endpoint,), daemon=True).start()
+    yield _served
+
+
+def _poll(endpoint: Endpoint) -> None:
+    torch.set_num_threads(1)
+    while True:
+        endpoint.poll(60.0)
+
+
+@contextmanager
+def product_near(address: str, parameters: int) -> Iterator[Measure]:
+    """Pushes and fetches as a replica does."""
+    pushes = Pushes(_home("replica/0", address), parameters)
+
+    def measure(parameters: int, calls: int) -> float:
+        return timed(pushes, calls)
+
+    yield measure
+
+
+@contextmanager
+def echo_near(address: str, parameters: int) -> Iterator[Measure]:
+    """The same bytes over the same channel without an optimizer: one tensor there, then one back."""
+    home = _home("replica/0", address)
+    role = home.find("echo", Echo)
+    there, back = (home.allocate(parameters, torch.float32).normal_() for _ in range(2))
+
+    def there_and_back() -> None:
+        role.call(Echo.take, there).result()
+        role.call(Echo.give, back).result()
+
+    def measure(parameters: int, calls: int) -> float:
+        return timed(there_and_back, calls)
+
+    yield measure
+
+
+# Ray
+
+
+def _ray_settings(token: str) -> None:
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_worker_niceness": "0",
+    }
+
+
+@contextmanager
+def ray_node(address: str, head: str, token: str, store_bytes: int) -> Iterator[Serves]:
+    """A Ray node of this host: the head when `head` is its own address, else one that joins it."""
+    _ray_settings(token)
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        where = (
+            ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", f"--temp-dir={folder}"]
+            if address == head
+            else [f"--address={head}:{RAY_PORT}", '--resources={"far": 1}']
+        )
+        started = [
+            str(Path(sys.executable).parent / "ray"), "start", "--block", *where, f"--node-ip-address={address}",
+            "--num-cpus=2", f"--object-store-memory={store_bytes}", "--disable-usage-stats",
+        ]  # fmt: skip
+        node = subprocess.Popen(started, stdin=subprocess.DEVNULL)
+        try:
+            yield lambda: float(node.poll() or 0)
+        finally:
+            node.terminate()
+            node.wait(TIMEOUT_SECONDS)
+
+
+@contextmanager
+def ray_near(address: str, token: str) -> Iterator[Measure]:
+    """A Ray actor in the other host and the object stores of both."""
+    _ray_settings(token)
+    library: Any = importlib.import_module("ray")
+    try:
+        library.init(
+            address=f"{address}:{RAY_PORT}", _node_ip_address=address, log_to_driver=False, logging_level="ERROR"
+        )
+        yield functools.partial(measure_ray, library, {}, {"far": 1.0})
+    finally:
+        library.shutdown()
