@@ -30,7 +30,7 @@ from typing import Any, TypeVar, final
 import torch
 
 from distbelief.batch_section import BatchSection, Extent, Keeping, Mark
-from distbelief.channel.base import Future, Out, exported
+from distbelief.channel.base import Future, Out, exported, rounded
 from distbelief.engine.base import Home
 from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import ProtocolError
@@ -86,6 +86,7 @@ class ParameterServerShard:
         self._sections[partition].initialise(values)
 
     @exported
+    @rounded
     def fetch(self, reader: int, partition: int, parameters: Out) -> int:
         """Copy a section's parameters into the caller's buffer of shape (n,); the answer is their version.
 
@@ -133,11 +134,13 @@ class ParameterServerShard:
     # Downpour
 
     @exported
+    @rounded
     def push(self, stamp: Stamp, gradient: torch.Tensor) -> Applied:
         """Apply a gradient of a section's shape (n,) once, however often it is sent. Raises Fenced, NotReady."""
         return self._section(stamp.partition, Section).push(stamp, gradient)
 
     @exported
+    @rounded
     def exchange(self, stamp: Stamp, gradient: torch.Tensor, parameters: Out) -> int:
         """A `push` and the `fetch` of the same replica behind it; both of the section's shape (n,).
 

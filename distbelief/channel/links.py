@@ -15,7 +15,7 @@ PROBE_SECONDS = 1
 """How long a TCP connection is quiet before its kernel asks the other one whether it is there."""
 _UNDER_WAY = (0, errno.EINPROGRESS)
 _TCP_INFO = struct.Struct("=8B13I")
-_RETRANSMITS, _PROBES, _DATA_RECEIVED, _ACKNOWLEDGED = 2, 3, 19, 20
+_RETRANSMITS, _PROBES, _BACKOFF, _DATA_RECEIVED, _ACKNOWLEDGED = 2, 3, 4, 19, 20
 
 
 def dial(address: Address) -> socket.socket:
@@ -67,6 +67,7 @@ def is_silent(link: socket.socket | SecureLink, seconds: float) -> bool:
     A process there that computes, or is stopped, is not silence: its kernel acknowledges for it. This is why it is not
     left to TCP_USER_TIMEOUT, which also ends connections to a peer that does not read for a while.
     """
-    told = _TCP_INFO.unpack(link.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
-    unanswered = told[_RETRANSMITS] or told[_PROBES]
-    return bool(unanswered) and min(told[_DATA_RECEIVED], told[_ACKNOWLEDGED]) > 1000 * seconds
+    told: tuple[int, ...] = _TCP_INFO.unpack(link.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+    # To a peer that does not read, probes go at growing intervals, and its kernel may leave an early one unanswered.
+    unanswered = told[_RETRANSMITS] > 0 or told[_PROBES] > (1 if told[_BACKOFF] else 0)
+    return unanswered and min(told[_DATA_RECEIVED], told[_ACKNOWLEDGED]) > 1000 * seconds

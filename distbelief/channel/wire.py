@@ -14,7 +14,10 @@ class Wire:
     """What holds for the TCP connections of one process; calls on its own host know none of it."""
 
     dtype: WireDtype = "float32"
-    """How float32 tensors travel in calls made here to methods marked `rounded`; other tensors travel as they are."""
+    """How float32 tensors travel in calls made here to methods marked `rounded`; other tensors travel as they are.
+
+    It is for replicas: who evaluates, or keeps the result, reads what the servers have.
+    """
     certificate: Certificate | None = None
     """Encrypt, and let only those in that hold this certificate."""
     connect_seconds: float = 5.0

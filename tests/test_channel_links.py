@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of links between hosts: found when called, made without waiting, cut anywhere, silent; and of who is refused."""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+import numpy
+import pytest
+import torch
+from conftest import Town
+from fault_proxy import FaultProxy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distbelief import sgd
+from distbelief.channel import door, frames, links, memory
+from distbelief.channel.authenticate import CallingSide
+from distbelief.channel.base import Future, Out, exported
+from distbelief.channel.endpoint import Endpoint
+from distbelief.channel.frames import Call
+from distbelief.channel.futures import Kept
+from distbelief.channel.peer import Peer, at
+from distbelief.channel.place import Address, Place
+from distbelief.channel.wire import Wire
+from distbelief.engine.home import ProcessHome
+from distbelief.engine.insistent import Insistent
+from distbelief.errors import DeadlineExceeded, PeerLost
+from distbelief.parameter_server import ParameterServerShard
+from distbelief.parameters import Layout, Piece, Span
+from distbelief.section import Stamp
+
+
+class Clerk:
+    """A role that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.notes: list[int] = []
+        self.kept: list[torch.Tensor] = []
+
+    @exported
+    def note(self, number: int) -> list[int]:
+        self.notes.append(number)
+        return self.notes
+
+    @exported
+    def keep(self, values: torch.Tensor, out: Out) -> None:
+        out.copy_(values)
+        self.kept = [values]
+
+
+@pytest.fixture
+def town() -> Iterator[Town]:
+    made = Town("tcp")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def clerk() -> Clerk:
+    return Clerk()
+
+
+@contextmanager
+def nobody() -> Iterator[tuple[str, int]]:
+    """An address that says nothing, as a host that is gone: its backlog is full, and the kernel drops more callers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        address: tuple[str, int] = full.getsockname()
+        waiting = [socket.socket() for _ in range(4)]
+        for link in waiting:
+            link.setblocking(False)
+            link.connect_ex(address)
+        yield address
+        for link in waiting:
+            link.close()
+
+
+# where a role answers
+
+
+def test_a_role_shares_memory_with_callers_of_its_host_and_answers_others_over_tcp(town: Town, clerk: Clerk) -> None:
+    here, there = Town("shared_memory").listen(), town.listen()
+    town.endpoint(clerk, here, there)
+    place = Place("a", here.getsockname().decode(), there.getsockname())
+    for own_host, shared in (("a", True), ("b", False)):
+        values, out = (memory.allocate(1000, torch.float32) for _ in range(2))
+        caller = town.peer(place.nearest(own_host))
+        town.answer(caller.call(Clerk.keep, values, out))
+        values.fill_(5.0)
+        assert bool(clerk.kept[0].eq(5.0).all()) == shared
+        assert caller._connection is not None
+        assert caller._connection.shares_memory == shared
+    clerk.kept.clear()
+
+
+def test_calls_wait_in_their_order_until_the_role_is_found(town: Town, clerk: Clerk) -> None:
+    address = town.serve(clerk)
+    caller = town.endpoint()
+    place: Kept[Address] = Kept(caller)
+    asked: list[None] = []
+
+    def locate() -> Future[Address]:
+        asked.append(None)
+        return place
+
+    peer: Peer[Clerk] = Peer(caller, locate, 20.0)
+    futures = [peer.call(Clerk.note, number) for number in range(5)]
+    town.work(10)
+    assert clerk.notes == []
+    place.keep(address)
+    assert town.answer(futures[-1]) == [0, 1, 2, 3, 4]
+    assert len(asked) == 1
+
+
+def test_a_role_that_is_not_found_is_waited_for_until_the_calls_deadline(town: Town, clerk: Clerk) -> None:
+    caller = town.endpoint()
+    peer: Peer[Clerk] = Peer(caller, lambda: Kept(caller), 0.1)
+    for _ in range(2):
+        with pytest.raises(DeadlineExceeded):
+            peer.call(Clerk.note, 1).result()
+    town.work()
+    assert peer._waiting == []
+
+
+def test_a_role_is_looked_for_again_after_it_was_lost(town: Town, clerk: Clerk) -> None:
+    second = Clerk()
+    addresses = [town.serve(clerk), town.serve(second)]
+    found = iter(addresses)
+    peer: Peer[Clerk] = Peer(town.endpoint(), lambda: at(next(found))(), 20.0)
+    town.answer(peer.call(Clerk.note, 1))
+    town.endpoints.pop(0).close()
+    with pytest.raises(PeerLost):
+        town.answer(peer.call(Clerk.note, 2))
+    assert town.answer(peer.call(Clerk.note, 3)) == [3]
+    assert second.notes == [3]
+
+
+# connecting
+
+
+def test_connecting_to_a_silent_host_ends_in_time_and_holds_nobody_up(town: Town, clerk: Clerk) -> None:
+    served = town.peer(town.serve(clerk), wire=Wire(connect_seconds=0.4))
+    with nobody() as address:
+        lost: Peer[Clerk] = Peer(served.endpoint, at(address), 20.0)
+        started = time.monotonic()
+        futures = [lost.call(Clerk.note, number) for number in range(3)]
+        assert town.answer(served.call(Clerk.note, 7)) == [7]
+        assert time.monotonic() - started < 0.3
+        for future in futures:
+            with pytest.raises(PeerLost, match=rf"nothing answers at .*{address[1]}.*within 0\.4 s"):
+                town.answer(future)
+        assert 0.4 <= time.monotonic() - started < 1.0
+
+
+def test_the_error_names_the_address_at_which_nobody_listens_and_why(town: Town) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as once:
+        address: tuple[str, int] = once.getsockname()
+    with pytest.raises(PeerLost, match=rf"nothing answers at .*{address[1]}.*refused"):
+        town.answer(town.peer(address).call(Clerk.note, 1))
+    with pytest.raises(PeerLost, match=r"nothing answers at .*no such host"):
+        town.answer(town.peer(("no such host", 1)).call(Clerk.note, 1))
+
+
+# cuts, delays, silence
+
+
+def shard(town: Town, length: int) -> tuple[ParameterServerShard, ProcessHome]:
+    span = Span(0, length)
+    layout = Layout((Piece("all", (length,), span),), torch.float32)
+    home = ProcessHome("shard/0", 0, town.endpoint(), lambda role: at(("127.0.0.1", 0)), address="127.0.0.1")
+    made = ParameterServerShard(home, span, layout, sgd(0.5))
+    made.initialise(0, torch.zeros(length))
+    return made, home
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pushes_over_a_link_that_is_cut_anywhere_are_applied_exactly_once_each(town: Town, seed: int) -> None:
+    length, pushes = 20_000, 12
+    random = numpy.random.default_rng(seed)
+    served, home = shard(town, length)
+    # Up to two and a half exchanges pass before a cut: in proofs, headers and bodies, of calls and of answers.
+    cuts = [int(cut) for cut in random.integers(1, 2.5 * 2 * 4 * length, size=14)]
+    with closing(FaultProxy(town.serve(served), cuts)) as proxy:
+        peer = town.peer(proxy.address)
+        expected, fetched = torch.zeros(length), torch.zeros(length)
+        for sequence in range(1, 1 + pushes):
+            gradient = torch.from_numpy(random.standard_normal(length, dtype="float32"))
+            stamp = Stamp(0, 0, sequence, sequence - 1, 1, ())
+            again = Insistent(
+                home, lambda s=stamp, g=gradient: peer.call(ParameterServerShard.exchange, s, g, fetched)  # type: ignore[misc]
+            )  # fmt: skip
+            assert town.answer(again) == sequence
+            expected.sub_(gradient, alpha=0.5)
+            assert torch.equal(fetched, expected)
+        assert proxy.cut >= 5
+    assert served.status()[0].version == pushes
+
+
+def test_a_link_that_delays_and_divides_everything_changes_nothing(town: Town, clerk: Clerk) -> None:
+    with closing(FaultProxy(town.serve(clerk), delay_seconds=0.001, piece_bytes=997)) as proxy:
+        peer = town.peer(proxy.address)
+        values, out = torch.randn(20_000), torch.zeros(20_000)
+        futures = [peer.call(Clerk.keep, values, out), *(peer.call(Clerk.note, number) for number in range(3))]
+        assert town.answer(futures[-1]) == [0, 1, 2]
+        assert torch.equal(out, values)
+
+
+def test_a_call_over_a_link_that_swallows_everything_ends_at_its_deadline(town: Town, clerk: Clerk) -> None:
+    with closing(FaultProxy(town.serve(clerk))) as proxy:
+        peer = town.peer(proxy.address, 0.3)
+        town.answer(peer.call(Clerk.note, 1))
+        proxy.swallows = True
+        started = time.monotonic()
+        for _ in range(2):  # the first on a connection, the second on one that cannot prove itself
+            with pytest.raises(DeadlineExceeded):
+                town.answer(peer.call(Clerk.note, 2))
+        assert time.monotonic() - started < 1.5
+        proxy.swallows = False
+        assert town.answer(peer.call(Clerk.note, 3)) == [1, 3]
+
+
+def test_what_a_caller_said_is_worth_nothing_to_somebody_who_says_it_again(town: Town, clerk: Clerk) -> None:
+    address = town.serve(clerk)
+    with closing(FaultProxy(address)) as proxy:
+        town.answer(town.peer(proxy.address).call(Clerk.note, 1))
+        said = bytes(proxy.heard[0])
+        assert b"note" in said
+        with socket.create_connection(proxy.address) as liar:
+            liar.sendall(said)
+            town.until(lambda: town.endpoints[0].refused)
+    assert clerk.notes == [1]
+    assert town.endpoints[0].refused == {door.NO_KEY: 1}
+
+
+# refusals
+
+
+def test_every_kind_of_refusal_is_counted(town: Town, clerk: Clerk, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = town.serve(clerk)
+    endpoint = town.endpoints[0]
+    with pytest.raises(PeerLost):
+        town.answer(town.peer(address, key=b"another").call(Clerk.note, 1))
+    assert endpoint.refused == {door.NO_KEY: 1}
+    with socket.create_connection(address) as half:
+        half.sendall(b"half")
+        town.until(lambda: endpoint._door.has_strangers)
+    town.until(lambda: endpoint.refused[door.TRUNCATED])
+    with socket.create_connection(address):
+        town.until(lambda: endpoint._door.has_strangers)
+        monkeypatch.setattr(door, "STRANGER_SECONDS", 0.0)
+        town.until(lambda: endpoint.refused[door.TOO_SLOW])
+    monkeypatch.undo()
+    monkeypatch.setattr(door, "STRANGERS", 2)
+    many = [socket.create_connection(address) for _ in range(5)]
+    town.until(lambda: endpoint.refused[door.TOO_MANY] == 3)
+    for link in many:
+        link.close()
+    assert sum(endpoint.refused.values()) == 6
+    assert town.answer(town.peer(address).call(Clerk.note, 2)) == [2]
+
+
+def test_an_honest_caller_that_comes_and_goes_is_not_counted_as_refused(town: Town, clerk: Clerk) -> None:
+    address = town.serve(clerk)
+    for _ in range(3):
+        caller = town.peer(address)
+        town.answer(caller.call(Clerk.note, 1))
+        town.endpoints.remove(caller.endpoint)
+        caller.endpoint.close()
+    town.work(10)
+    assert not town.endpoints[0].refused
+
+
+honest = frames.encode(Call(1, "note", b"\x91\x01"))
+oversized = st.builds(
+    lambda header, body: frames.PREFIX.pack(frames.MAGIC, 1, header, body),
+    st.integers(frames.HEADER_LIMIT + 1, 2**32 - 1), st.integers((1 << 20) + 1, 2**64 - 1),
+)  # fmt: skip
+truncated = st.integers(1, len(honest) - 1).map(lambda kept: honest[:kept])
+nonsense = st.one_of(st.binary(min_size=1, max_size=300), oversized, truncated, st.just(honest + b"\0" * 40))
+
+
+@settings(deadline=None, max_examples=150, database=None)
+@given(said=nonsense, knows_the_key=st.booleans())
+def test_whatever_is_said_the_process_lives_takes_no_memory_and_serves_others(said: bytes, knows_the_key: bool) -> None:
+    town, clerk = Town("tcp"), Clerk()
+    with closing(town):
+        address = town.serve(clerk, body_limit=1 << 20)
+        endpoint = town.endpoints[0]
+        assert isinstance(address, tuple)
+        with socket.create_connection(address) as link:
+            if knows_the_key:
+                side = CallingSide(town.key)
+                town.until(lambda: endpoint._connections)
+                link.sendall(side.take(link.recv(32))[0])
+                town.until(lambda: next(iter(endpoint._connections)).proved)
+                link.recv(32)
+            link.sendall(said)
+            town.work(3)
+            held = sum(len(connection._inbox) for connection in endpoint._connections)
+            staged = sum(len(connection.staging) for connection in endpoint._connections)
+            assert held <= len(said)
+            assert staged == 0
+        town.until(lambda: not endpoint._connections)
+        assert sum(endpoint.refused.values()) <= 1
+        assert town.answer(town.peer(address).call(Clerk.note, 5))[-1] == 5
+
+
+def test_tensors_of_ever_other_lengths_do_not_pile_up(town: Town, clerk: Clerk) -> None:
+    address = town.serve(clerk, body_limit=1 << 20)
+    peer = town.peer(address)
+    for length in range(100_000, 200_000, 10_000):
+        values, out = torch.randn(length), torch.zeros(length)
+        town.answer(peer.call(Clerk.keep, values, out))
+        assert torch.equal(out, values)
+    (connection,) = town.endpoints[0]._connections
+    assert sum(tensor.nbytes for tensor in connection.staging.values()) <= 2 << 20
+    clerk.kept.clear()
+
+
+def test_a_stopped_process_is_not_taken_for_a_silent_host(town: Town, clerk: Clerk) -> None:
+    served = town.serve(clerk)
+    caller: Endpoint = town.endpoint(wire=Wire(silence_seconds=0.2))
+    peer: Peer[Clerk] = Peer(caller, at(served), 20.0)
+    town.answer(peer.call(Clerk.note, 1))
+    # Nobody lets the clerk work for a while: its socket's buffers fill up.
+    future = peer.call(Clerk.keep, torch.zeros(8 << 20), torch.zeros(8 << 20))
+    until = time.monotonic() + 1.0
+    while time.monotonic() < until:
+        caller.poll(0.05)
+    assert not future.done()
+    town.answer(future)
+    clerk.kept.clear()
+
+
+def test_connections_are_watched_for_silence_only_where_another_host_may_be(town: Town, clerk: Clerk) -> None:
+    watched: list[Callable[..., bool]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(links, "is_silent", lambda *_: bool(watched.append(links.is_silent)))
+        near = Town("shared_memory")
+        with closing(near):
+            near.answer(near.peer(near.serve(clerk)).call(Clerk.note, 1))
+            time.sleep(0.3)
+            near.work(3)
+        assert not watched
+        town.answer(town.peer(town.serve(clerk)).call(Clerk.note, 2))
+        time.sleep(0.3)
+        town.work(3)
+        assert watched
