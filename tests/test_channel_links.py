@@ -24,9 +24,8 @@ from distbelief.channel.futures import Kept
 from distbelief.channel.peer import Peer, at
 from distbelief.channel.place import Address, Place
 from distbelief.channel.wire import Wire
-from distbelief.engine.base import Faults
+from distbelief.engine.home import ProcessHome
 from distbelief.engine.insistent import Insistent
-from distbelief.engine.local import LocalHome, Wiring
 from distbelief.errors import DeadlineExceeded, PeerLost
 from distbelief.parameter_server import ParameterServerShard
 from distbelief.parameters import Layout, Piece, Span
@@ -166,10 +165,10 @@ def test_the_error_names_the_address_at_which_nobody_listens_and_why(town: Town)
 # cuts, delays, silence
 
 
-def shard(town: Town, length: int) -> tuple[ParameterServerShard, LocalHome]:
+def shard(town: Town, length: int) -> tuple[ParameterServerShard, ProcessHome]:
     span = Span(0, length)
     layout = Layout((Piece("all", (length,), span),), torch.float32)
-    home = LocalHome("shard/0", 0, Wiring(town.key, {}, 1 << 30, Faults()), town.endpoint())
+    home = ProcessHome("shard/0", 0, town.endpoint(), lambda role: at(("127.0.0.1", 0)), address="127.0.0.1")
     made = ParameterServerShard(home, span, layout, sgd(0.5))
     made.initialise(0, torch.zeros(length))
     return made, home

@@ -84,11 +84,14 @@ class Pair:
         self.keepers = Subprocesses(2)
         self.engine = HostsEngine(NAMES, self.keepers)
         self.engine.load(prepare, 21)
+        self.peers: dict[str, Remote[Clerk]] = {}
         self.deaths: list[Death] = []
         self.stopped: list[int] = []
 
     def find(self, name: str) -> Remote[Clerk]:
-        return self.engine.find(name, Clerk, 20.0)
+        if name not in self.peers:
+            self.peers[name] = self.engine.find(name, Clerk, 20.0)
+        return self.peers[name]
 
     def up(self, *names: str, incarnation: int = 0) -> list[int]:
         """Start clerks; the answer is their process ids."""
