@@ -159,7 +159,7 @@ def lay_out_buffers(module: nn.Module, held: Sequence[Sequence[OwnedPiece]] | No
 
 def home(run: Path) -> AnyPath:
     """The folder of a run's checkpoints: `checkpoints` in the run folder, or what the file of that name says."""
-    own = run / HOME
+    own = (run / HOME).absolute()  # other processes have other working directories
     return path_of(own.read_text()) if own.is_file() else own
 
 

@@ -58,6 +58,9 @@ class Keepers(Protocol):
     def choose(self, role: str, hosts: Sequence[str]) -> str:
         """Which of these hosts, which are the living ones, the role should be started on."""
 
+    def devices(self, role: str) -> str | None:
+        """The accelerators that this role, where it was chosen to be, may use, with commas between; None for all."""
+
     def end(self) -> None:
         """End every keeper, however it is; what was never begun is fine."""
 
@@ -170,8 +173,8 @@ class HostsEngine(ProcessHome):
             for host, answer in answers.items():
                 if not answer.result():
                     raise ConfigurationError(
-                        f"host {host} does not see the run folder {folder}, to which shards write checkpoints",
-                        hint="give run=... on storage that all hosts share, or in an object store, as s3://bucket/run",
+                        f"host {host} does not see the folder {folder}, to which shards write checkpoints",
+                        hint="give checkpoints=... on storage that all hosts share: a folder, or a URL such as s3://bucket/run",
                     )
         finally:
             probe.unlink()
@@ -234,8 +237,9 @@ class HostsEngine(ProcessHome):
         host = self._keepers.choose(name, self.hosts)
         self._alive[name] = incarnation, host
         wiring = HostWiring(
-            host=host, address=self._hosts[host].place.address[0], invitation=self._invitation, faults=self._faults
-        )
+            host=host, address=self._hosts[host].place.address[0], invitation=self._invitation, faults=self._faults,
+            devices=self._keepers.devices(name),
+        )  # fmt: skip
         payload = Pickler.dumps(functools.partial(birth, name, incarnation, wiring, factory, arguments))
         self._order_start(name, incarnation, host, payload)
 

@@ -314,7 +314,7 @@ def live(folder: str, size: int, index: int, task: str) -> int:
         staged = task == "trains through host memory"
         form_default_group(
             dist.FileStore(str(Path(folder) / "meeting"), size), index, size, PATIENCE_SECONDS[task],
-            torch.device("cuda") if staged else torch.device("cpu"),
+            device=torch.device("cuda") if staged else torch.device("cpu"),
         )  # fmt: skip
         TASKS[task](index, size)
         dist.destroy_process_group()
