@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distbelief.cli import command
 from distbelief.errors import ConfigurationError
+from distbelief.report.files import read_summary
 from tests import problems
 
 SHARED_TAR = Path(__file__).parents[2] / "shared" / "data" / "fsdd-recordings.tar"
@@ -164,6 +166,21 @@ def test_the_network_is_the_papers_with_the_given_width(speech: ModuleType, fold
     shapes = [tuple(layer.weight.shape) for layer in model if isinstance(layer, nn.Linear)]
     assert shapes == [(24, 440), (24, 24), (24, 24), (24, 24), (10, 24)]
     assert sum(isinstance(layer, nn.Sigmoid) for layer in model) == 4
+
+
+@pytest.mark.slow
+def test_the_example_trains_with_sandblaster_by_option(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = "--cluster.replicas 2 --cluster.engine simulated --algorithm sandblaster --algorithm.max-iterations 4"
+    run, script = tmp_path / "run", problems.EXAMPLES / "speech.py"
+    given = ["train", str(script), "--data", str(folder), "--width", "32", "--run", str(run), *options.split()]
+    monkeypatch.setattr("sys.argv", ["distbelief", *given])
+    command()
+    summary = read_summary(run / "summary.json")
+    assert summary.batch is not None
+    assert summary.batch.iterations == 4
+    assert set(summary.test) >= {"frame_accuracy", "utterance_accuracy"}
 
 
 def test_without_recordings_the_message_says_where_they_are_and_what_to_give(
