@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, final
 
@@ -34,6 +35,7 @@ from distbelief.engine.placement import Group, Resources, check_room, next_host,
 from distbelief.errors import ConfigurationError
 
 CONNECT_SECONDS = 5.0
+FREE_SECONDS = 5.0
 ROOM_SECONDS = 20.0
 """Ray reserves room that is free within a second or two."""
 STOP_SECONDS = 5.0
@@ -117,7 +119,7 @@ class RayKeepers:
         """Reserve room for every role, and start keepers on the hosts where there is some."""
         # Ray's own processes need not import this package, which takes seconds: they get its actors by value.
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        check_room(self._groups, [*self._free().values()])
+        self._check_free()
         whole = [node["Resources"] for node in self._nodes().values()]
         reserved = [
             placement_group([dict(group.each)] * len(group.roles), strategy=group.strategy(whole))
@@ -143,6 +145,18 @@ class RayKeepers:
             text = pickle.dumps((host, self._addresses[host], invitation))
             self._actors[host] = keeper, keeper.run.remote(PROGRAM, [os.getcwd(), *sys.path], text)
         return hosts
+
+    def _check_free(self) -> None:
+        """Raise ConfigurationError when what is there is taken; what was given back a moment ago is not seen at once."""
+        until = time.monotonic() + FREE_SECONDS
+        while True:
+            try:
+                check_room(self._groups, [*self._free().values()])
+                return
+            except ConfigurationError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
 
     def _free(self) -> dict[str, Resources]:
         free = ray._private.state.available_resources_per_node()
