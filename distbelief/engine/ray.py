@@ -147,7 +147,7 @@ class RayKeepers:
         return hosts
 
     def _check_free(self) -> None:
-        """Raise ConfigurationError when what is there is taken; what was given back a moment ago is not seen at once."""
+        """Raise ConfigurationError when what is there is taken; what was given back just now is not seen at once."""
         until = time.monotonic() + FREE_SECONDS
         while True:
             try:
