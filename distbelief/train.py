@@ -21,16 +21,15 @@ from distbelief import checkpoint, events
 from distbelief.appoint import appoint, started
 from distbelief.coordinator import Coordinator
 from distbelief.engine.base import Engine, Faults
-from distbelief.engine.local import LocalEngine
-from distbelief.engine.simulated import SimulatedEngine
+from distbelief.engine.hosts import HostsEngine
 from distbelief.engine.virtual import Costs
+from distbelief.engines import engine_of
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.events import AnyEvent, Listener, Observation
 from distbelief.export import write_template
 from distbelief.job import Facts, Job, prepare
 from distbelief.launch import Launch, of_main
 from distbelief.model_replica import check_device
-from distbelief.parameter_server import shard_name
 from distbelief.parameters import Span, cut
 from distbelief.recut import recut
 from distbelief.report.files import EventFile, read_events, write_summary
@@ -82,12 +81,14 @@ def train(
     Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError.
     """
     check_device(job.cluster.device)
-    engine = _engine(job, faults, costs)
+    engine = engine_of(job, faults, costs)
     with contextlib.closing(engine):
         facts = engine.load(prepare, job)
         spans = _spans(job, facts)
         model = Uncut(job, facts)
         run = _open_run(job, resume)
+        if isinstance(engine, HostsEngine):
+            engine.check_visible(run)
         rejected: list[AnyEvent] = []
         restore = None
         if resume is not None:
@@ -121,13 +122,6 @@ def train(
                 emit(coordinator.finished(reason, *_commands(run, launched, coordinator)))
                 _write_summary(run, record.summary())
     return Result(record.summary(), run, partial(model.trained, run))
-
-
-def _engine(job: Job, faults: Faults | None, costs: Costs | None) -> Engine:
-    if job.cluster.engine == "simulated":
-        return SimulatedEngine(job.seed, costs=costs, faults=faults)
-    shards = [shard_name(index) for index in range(job.cluster.shards)]
-    return LocalEngine(shards, transport=job.cluster.transport, faults=faults)
 
 
 def _spans(job: Job, facts: Facts) -> list[Span]:

@@ -9,6 +9,7 @@ The keeper asks the registry several times a second whether it still counts. Whe
 its lease lasts, it ends its roles and itself: by then the coordinator starts them elsewhere.
 """
 
+import os
 import pickle
 import platform
 import socket
@@ -67,6 +68,8 @@ class HostWiring:
     address: str
     invitation: Invitation
     faults: Faults
+    devices: str | None
+    """The accelerators that the role may use, with commas between; None for all."""
 
     def locator(self, endpoint: Endpoint) -> Callable[[str], Callable[[], Any]]:
         """Finds roles by asking the registry at each connection."""
@@ -81,6 +84,8 @@ def birth(
     descriptors: list[int],
 ) -> Callable[[], None]:  # fmt: skip
     """What a fork does first: build the role on the lease and listeners it was given, and return the role's life."""
+    if wiring.devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = wiring.devices  # CUDA has no other way, and has not begun in this process
     lease = Lease.attach(descriptors[0])
     listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors[1:]]
     invitation = wiring.invitation
