@@ -102,8 +102,8 @@ def _methods(parameters: int, bits_per_second: float | None, *, with_ray: bool) 
             one.wait_until_ready()
         calling = {
             BARE: companion(0, network_peers.bare_near, address=far),
-            PRODUCT: companion(0, network_peers.product_near, address=far, parameters=parameters),
-            ECHO: companion(0, network_peers.echo_near, address=far, parameters=parameters),
+            PRODUCT: companion(0, network_peers.product_near, address=near, far=far, parameters=parameters),
+            ECHO: companion(0, network_peers.echo_near, address=near, far=far, parameters=parameters),
         }
         if with_ray:
             calling[RAY] = companion(0, network_peers.ray_near, address=near, token=token)

@@ -33,8 +33,9 @@ from benchmarks.push_fetch_peers import (
 from benchmarks.push_fetch_product import Echo, Pushes, whole
 from distbelief import adagrad
 from distbelief.channel.endpoint import Endpoint
-from distbelief.engine.base import COORDINATOR, Faults
-from distbelief.engine.local import LocalHome, Wiring
+from distbelief.channel.peer import at
+from distbelief.engine.base import Home
+from distbelief.engine.home import ProcessHome
 from distbelief.parameter_server import ParameterServerShard, shard_name
 
 Measure = Callable[[int, int], float]
@@ -105,25 +106,26 @@ def bare_near(address: str, port: int = BARE_PORT) -> Iterator[Measure]:
 # the product
 
 
-def _home(name: str, address: str, **options: Any) -> LocalHome:
-    """A role's process that knows where the roles of the other host answer."""
-    addresses = {shard_name(0): (address, SHARD_PORT), "echo": (address, ECHO_PORT), COORDINATOR: (address, 0)}
-    wiring = Wiring(KEY, addresses, 1 << 40, Faults())
-    return LocalHome(name, 0, wiring, Endpoint(KEY, **options))
+PORTS = {shard_name(0): SHARD_PORT, "echo": ECHO_PORT}
+
+
+def _home(name: str, address: str, far: str, *listeners: socket.socket) -> tuple[ProcessHome, Endpoint]:
+    """A role's process that knows where the roles of the `far` host answer."""
+    endpoint = Endpoint(KEY, listeners=listeners)
+    return ProcessHome(name, 0, endpoint, lambda role: at((far, PORTS[role])), address=address), endpoint
 
 
 @contextmanager
 def product_far(address: str, parameters: int) -> Iterator[Serves]:
     """A parameter server shard of so many parameters, and a role that only moves bytes."""
     span, layout = whole(parameters)
-    for port, name, kind, arguments in (
-        (SHARD_PORT, shard_name(0), ParameterServerShard, (span, layout, adagrad(0.01))),
-        (ECHO_PORT, "echo", Echo, ()),
-    ):
-        server = socket.create_server((address, port))
-        endpoint = Endpoint(KEY, listeners=[server])
-        home = LocalHome(name, 0, Wiring(KEY, {}, 1 << 40, Faults()), endpoint)
-        endpoint.answer_with(kind(home, *arguments))
+    roles: dict[str, Callable[[Home], object]] = {
+        shard_name(0): lambda home: ParameterServerShard(home, span, layout, adagrad(0.01)),
+        "echo": Echo,
+    }
+    for name, make in roles.items():
+        home, endpoint = _home(name, address, address, socket.create_server((address, PORTS[name])))
+        endpoint.answer_with(make(home))
         threading.Thread(target=_poll, args=(endpoint,), daemon=True).start()
     yield _served
 
@@ -135,9 +137,10 @@ def _poll(endpoint: Endpoint) -> None:
 
 
 @contextmanager
-def product_near(address: str, parameters: int) -> Iterator[Measure]:
+def product_near(address: str, far: str, parameters: int) -> Iterator[Measure]:
     """Pushes and fetches as a replica does."""
-    pushes = Pushes(_home("replica/0", address), parameters)
+    home, _ = _home("replica/0", address, far)
+    pushes = Pushes(home, parameters)
 
     def measure(parameters: int, calls: int) -> float:
         return timed(pushes, calls)
@@ -146,9 +149,9 @@ def product_near(address: str, parameters: int) -> Iterator[Measure]:
 
 
 @contextmanager
-def echo_near(address: str, parameters: int) -> Iterator[Measure]:
+def echo_near(address: str, far: str, parameters: int) -> Iterator[Measure]:
     """The same bytes over the same channel without an optimizer: one tensor there, then one back."""
-    home = _home("replica/0", address)
+    home, _ = _home("replica/0", address, far)
     role = home.find("echo", Echo)
     there, back = (home.allocate(parameters, torch.float32).normal_() for _ in range(2))
 

@@ -14,11 +14,12 @@ processes of that host.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -26,6 +27,7 @@ from typing import Any, final
 _BEGIN = "echo; exec env --ignore-signal=CHLD sleep infinity"
 """A first process that waits for no child: the kernel buries those that it inherits."""
 _SECONDS = 20.0
+_CLONE_NEWNET = 0x40000000
 
 
 @final
@@ -94,6 +96,19 @@ class Hosts:
         path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
         environment = options.pop("env", dict(os.environ)) | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         return self.popen(host, [sys.executable, *arguments], env=environment, **options)
+
+    @contextlib.contextmanager
+    def inside(self, host: int) -> Iterator[None]:
+        """Sockets that this thread makes meanwhile, and those of programs that it starts, are of the host."""
+        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        theirs = os.open(f"/proc/{self._pids[host]}/ns/net", os.O_RDONLY)
+        try:
+            _enter(theirs)
+            yield
+        finally:
+            _enter(own)
+            os.close(own)
+            os.close(theirs)
 
     def pids(self, host: int) -> list[int]:
         """The living processes of a host other than its first, as this process sees them."""
@@ -171,6 +186,12 @@ class Hosts:
 
     def _run(self, host: int, *arguments: str) -> None:
         subprocess.run([*self.entering(host), *arguments], check=True, capture_output=True, text=True, timeout=_SECONDS)
+
+
+def _enter(network: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(network, _CLONE_NEWNET):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _hardware(number: int) -> str:
