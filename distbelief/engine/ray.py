@@ -10,10 +10,10 @@ Ray may take from 12 to 65 seconds to notice that a host is gone; keepers and co
 
 import contextlib
 import functools
+import math
 import os
 import pickle
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -28,6 +28,7 @@ from ray._raylet import Config  # type: ignore[attr-defined, unused-ignore]
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from distbelief.engine import reaper
 from distbelief.engine.host import Invitation
 from distbelief.engine.keeper import PROGRAM
 from distbelief.engine.listener import LOOPBACK
@@ -147,7 +148,7 @@ class RayKeepers:
         return hosts
 
     def _check_free(self) -> None:
-        """Raise ConfigurationError when what is there is taken; what was given back just now is not seen at once."""
+        """Raise ConfigurationError when what is there is taken; what was just given back is not seen at once."""
         until = time.monotonic() + FREE_SECONDS
         while True:
             try:
@@ -227,29 +228,44 @@ def _namespace() -> str:
 def _embedded(asked: Resources) -> Iterator[None]:
     """A Ray of this machine, with as many logical cores as the roles want: they share the real ones."""
     folder = tempfile.mkdtemp(prefix="distbelief-ray-")
-    settings = {
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token(), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"
-    }  # fmt: skip
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    Config.initialize("")  # Ray has read the environment when it was imported
+    reaping = subprocess.Popen([sys.executable, reaper.__file__], stdin=subprocess.PIPE, start_new_session=True)
+    assert reaping.stdin is not None
+    mark = f"DISTBELIEF_RAY={secrets.token_hex(8)}"
+    reaping.stdin.write(f"{mark}\n{folder}\n".encode())
+    reaping.stdin.flush()
     others = {name: amount for name, amount in asked.items() if name not in ("CPU", "GPU")}
     try:
-        ray.init(
-            address="local", namespace=_namespace(), include_dashboard=False, configure_logging=False,
-            num_cpus=max(os.cpu_count() or 1, round(asked.get("CPU", 0.0) + 0.5)), resources=others or None,
-            object_store_memory=STORE_BYTES, _temp_dir=folder,
-        )  # fmt: skip
+        with _environment({
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token(), "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0", **dict([mark.split("=")]),
+        }):  # fmt: skip
+            Config.initialize("")  # Ray has read the environment when it was imported
+            ray.init(
+                address="local", namespace=_namespace(), include_dashboard=False, configure_logging=False,
+                num_cpus=max(os.cpu_count() or 1, math.ceil(asked.get("CPU", 0.0))), resources=others or None,
+                object_store_memory=STORE_BYTES, _temp_dir=folder,
+            )  # fmt: skip
         yield
     finally:
         ray.shutdown()
+        Config.initialize("")
+        reaping.stdin.close()
+        reaping.wait()
+
+
+@contextlib.contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    """Ray has no other way to be told these; the processes that it begins meanwhile keep them."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
         for name, value in before.items():
             if value is None:
-                os.environ.pop(name, None)
+                del os.environ[name]
             else:
                 os.environ[name] = value
-        Config.initialize("")
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_reachable(address: str) -> None:
