@@ -22,6 +22,8 @@ from distbelief.engine.base import Death, Home
 from distbelief.engine.hosts import HostsEngine
 from distbelief.errors import ChannelError, ConfigurationError, TrainingFailed
 
+pytestmark = pytest.mark.alone
+
 NAMES = [f"role/{index}" for index in range(8)]
 
 
@@ -241,7 +243,7 @@ def test_a_folder_that_a_host_does_not_see_is_refused(
 ) -> None:
     pair.engine.check_visible(tmp_path)
     monkeypatch.setattr(Path, "resolve", lambda path: Path("/nowhere") / path.name)
-    with pytest.raises(ConfigurationError, match="host host0 does not see the run folder"):
+    with pytest.raises(ConfigurationError, match="host host0 does not see the folder"):
         pair.engine.check_visible(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -249,6 +251,7 @@ def test_a_folder_that_a_host_does_not_see_is_refused(
 COORDINATOR_SCRIPT = """
 from keepers import Subprocesses
 from test_engine_hosts import Clerk, HostsEngine, NAMES, prepare
+
 keepers = Subprocesses(2)
 engine = HostsEngine(NAMES, keepers)
 engine.load(prepare, 21)

@@ -20,6 +20,8 @@ from distbelief.engines import groups
 from distbelief.errors import ConfigurationError
 from tests import problems
 
+pytestmark = pytest.mark.alone
+
 ray = pytest.mark.skipif(
     __import__("importlib.util").util.find_spec("ray") is None, reason="pip install 'distbelief[ray]'"
 )
@@ -126,6 +128,7 @@ JOB = """
 import functools
 import distbelief as db
 from tests import problems
+
 job = problems.job(data=functools.partial(problems.points, {examples}), cluster=db.Cluster(replicas=2, shards=2))
 """
 

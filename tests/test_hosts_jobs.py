@@ -27,6 +27,9 @@ from tests import problems
 from tests.hosts import Hosts
 from tests.keepers import Subprocesses
 
+pytestmark = pytest.mark.alone
+
+
 HOSTS = 3
 VICTIM = 1
 EXAMPLES, EPOCHS = 640, 60
@@ -110,7 +113,7 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
         pytest.skip(reason)
     with Hosts(HOSTS + 1) as hosts:
         made = Scene(hosts)
-        monkeypatch.setattr(importlib.import_module("distbelief.train"), "_engine", made.make_engine)
+        monkeypatch.setattr(importlib.import_module("distbelief.train"), "engine_of", made.make_engine)
         with hosts.inside(HOSTS):
             yield made
 
