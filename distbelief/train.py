@@ -87,7 +87,8 @@ def train(
         spans = _spans(job, facts)
         model = Uncut(job, facts)
         run = _open_run(job, resume)
-        if isinstance(engine, HostsEngine):
+        if isinstance(engine, HostsEngine) and job.checkpoints is None:
+            run = run.absolute()
             engine.check_visible(run)
         rejected: list[AnyEvent] = []
         restore = None
@@ -153,6 +154,8 @@ def _open_run(job: Job, resume: Path | str | None) -> Path:
         probe = run / "probe"
         probe.write_bytes(b"0" * 4096)
         probe.unlink()
+        if job.checkpoints is not None:
+            checkpoint.keep_in(run, job.checkpoints)
     return run
 
 
