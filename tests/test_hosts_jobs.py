@@ -110,7 +110,7 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
         pytest.skip(reason)
     with Hosts(HOSTS + 1) as hosts:
         made = Scene(hosts)
-        monkeypatch.setattr(importlib.import_module("distbelief.train"), "_engine", made.make_engine)
+        monkeypatch.setattr(importlib.import_module("distbelief.train"), "engine_of", made.make_engine)
         with hosts.inside(HOSTS):
             yield made
 
