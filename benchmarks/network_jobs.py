@@ -61,6 +61,10 @@ class Keepers:
         """As laid down."""
         return f"host{self._places[role]}"
 
+    def devices(self, role: str) -> str | None:
+        """All that its host has."""
+        return None
+
     def end(self) -> None:
         """They end by themselves; the hosts' end would end them otherwise."""
         for process in self._processes.values():
@@ -77,7 +81,7 @@ def _on(hosts: Hosts, places: Mapping[str, int], dtype: WireDtype) -> Iterator[N
         return HostsEngine(shards, Keepers(hosts, places), faults=faults, wire=Wire(dtype=dtype))
 
     train = importlib.import_module("distbelief.train")
-    with mock.patch.object(train, "_engine", engine), hosts.inside(len(hosts.addresses) - 1):
+    with mock.patch.object(train, "engine_of", engine), hosts.inside(len(hosts.addresses) - 1):
         yield
 
 

@@ -13,12 +13,16 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.processes import timed
 from benchmarks.push_fetch_peers import (
@@ -31,6 +35,7 @@ from benchmarks.push_fetch_peers import (
     receive_into,
 )
 from benchmarks.push_fetch_product import Echo, Pushes, whole
+from benchmarks.throughput_peers import Loop, acoustic_model, synthetic_frames
 from distbelief import adagrad
 from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.peer import at
@@ -41,7 +46,7 @@ from distbelief.parameter_server import ParameterServerShard, shard_name
 Measure = Callable[[int, int], float]
 Serves = Callable[[], float]
 
-BARE_PORT, SHARD_PORT, ECHO_PORT, RAY_PORT = 9000, 9001, 9002, 6379
+BARE_PORT, SHARD_PORT, ECHO_PORT, RAY_PORT, DDP_PORT = 9000, 9001, 9002, 6379, 9003
 BUFFER_BYTES = 1 << 20
 """Of the bare socket, as the product's channel has it: the kernel's own choice is slower here."""
 KEY = b"of these two hosts alone, secret"
@@ -211,3 +216,52 @@ def ray_near(address: str, token: str) -> Iterator[Measure]:
         yield functools.partial(measure_ray, library, {}, {"far": 1.0})
     finally:
         library.shutdown()
+
+
+# DistributedDataParallel
+
+
+@contextmanager
+def data_parallel(head: str, rank: int, hosts: int) -> Iterator[Callable[[int, int, str], float]]:
+    """One process of `hosts` that train the acoustic model together.
+
+    Yields `measure(batch_size, steps, hook)` on the first of them, seconds per step with so many examples in each; the
+    others do as it says. `hook` is "float32", or "float16" to send gradients so.
+    """
+    os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
+    dist.init_process_group("gloo", init_method=f"tcp://{head}:{DDP_PORT}", rank=rank, world_size=hosts)
+    frames = synthetic_frames(20_000)
+    loops: dict[str, Loop] = {}
+
+    def measure(batch_size: int, steps: int, hook: str) -> float:
+        dist.broadcast(torch.tensor([batch_size, steps, _HOOKS.index(hook)]), 0)
+        return run(batch_size, steps, hook)
+
+    def run(batch_size: int, steps: int, hook: str) -> float:
+        if hook not in loops:
+            model = DistributedDataParallel(acoustic_model(), gradient_as_bucket_view=True)
+            if hook == "float16":
+                model.register_comm_hook(None, default_hooks.fp16_compress_hook)  # type: ignore[no-untyped-call]
+            loops[hook] = Loop(model, frames)
+            loops[hook].step(batch_size)
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(steps):
+            loops[hook].step(batch_size)
+        dist.barrier()
+        return (time.perf_counter() - start) / steps
+
+    def obey() -> None:
+        torch.set_num_threads(1)
+        order = torch.zeros(3, dtype=torch.int64)
+        while True:
+            dist.broadcast(order, 0)
+            batch_size, steps, hook = order.tolist()
+            run(batch_size, steps, _HOOKS[hook])
+
+    if rank:
+        threading.Thread(target=obey, daemon=True).start()
+    yield measure
+
+
+_HOOKS = ("float32", "float16")

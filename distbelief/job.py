@@ -62,8 +62,9 @@ class Job:
     """Of the initial parameters and of the order of the examples."""
     run: Path | str | None = None
     """Folder for checkpoints, events and the summary; None makes one below runs/."""
-    checkpoints: Path | str | None = None
-    """Where checkpoints go when not all hosts see the run folder: a path, or an fsspec URL such as s3://bucket/run."""
+    checkpoints: str | None = None
+    """Where a new run keeps its checkpoints when not all hosts see the run folder: a folder, or a store such as
+    "s3://bucket/name" that fsspec knows."""
     evaluate_every: int | None = None
     """Examples between evaluations on the test set; None for once an epoch, under Sandblaster once in ten passes."""
     checkpoint_seconds: float = 60.0

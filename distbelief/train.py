@@ -160,7 +160,7 @@ def _open_run(job: Job, resume: Path | str | None) -> Path:
 
 
 def _keep_elsewhere(run: Path, job: Job) -> None:
-    store = str(job.checkpoints)
+    store = job.checkpoints or ""
     try:
         if store.startswith("memory:") and job.cluster.engine != "simulated":
             raise OSError("every process has a memory of its own")
