@@ -44,8 +44,7 @@ def _seat(home: Home, prepared: Prepared, name: str, partition: int, device: tor
     meeting = Meeting(home, coordinator, (Coordinator.keep, Coordinator.look), f"{name}/{home.incarnation}")
     group = Group(
         meeting, partition, job.cluster.plan.partitions, deadline_seconds=job.cluster.silence_seconds, device=device,
-        own_device=device.type == "cuda"
-        and torch.cuda.device_count() >= job.cluster.replicas * job.cluster.plan.partitions,
+        own_device=device.type == "cuda" and job.cluster.own_devices(torch.cuda.device_count()),
         address=home.address,
     )  # fmt: skip
     if isinstance(cut.plan, StagePlan):
