@@ -122,6 +122,12 @@ class Cluster:
             return self.threads_per_replica or max(1, int(self.cpus_per_replica / self.plan.partitions))
         return self.threads_per_replica or max(1, (available_cores() - 1) // (self.replicas * self.plan.partitions))
 
+    def own_devices(self, visible: int) -> bool:
+        """Whether each process of a replica has an accelerator of its own, where so many are visible to it."""
+        if self.engine == "ray":
+            return self.gpus_per_replica >= self.plan.partitions
+        return visible >= self.replicas * self.plan.partitions
+
     @property
     def plan(self) -> Plan:
         """How the model is cut."""

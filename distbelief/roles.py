@@ -42,8 +42,7 @@ def _seat(home: Home, prepared: Prepared, name: str, partition: int, device: tor
         return Seat(whole(module), layout, Span(0, layout.length), Group(None, 0, 1, device=device))
     coordinator = home.find(COORDINATOR, Coordinator, COORDINATOR_SECONDS)
     meeting = Meeting(home, coordinator, (Coordinator.keep, Coordinator.look), f"{name}/{home.incarnation}")
-    processes = job.cluster.replicas * job.cluster.plan.partitions
-    own_device = device.type == "cuda" and torch.cuda.device_count() >= processes
+    own_device = device.type == "cuda" and job.cluster.own_devices(torch.cuda.device_count())
     group = Group(
         meeting, partition, job.cluster.plan.partitions, deadline_seconds=job.cluster.silence_seconds, device=device,
         own_device=own_device, address=home.address,

@@ -81,7 +81,8 @@ def train(
 
     Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError.
     """
-    check_device(job.cluster.device)
+    if job.cluster.engine != "ray":  # this process computes nothing, and other hosts have other devices
+        check_device(job.cluster.device)
     engine = engine_of(job, faults, costs)
     with contextlib.closing(engine):
         facts = engine.load(prepare, job, attempt=attempt)

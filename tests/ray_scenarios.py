@@ -31,7 +31,14 @@ RUN = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 
 
 def cluster(**fields: Any) -> db.Cluster:
-    given: dict[str, Any] = {"engine": "ray", "address": "auto", "replicas": 2, "shards": 2, "device": "cpu"}
+    given: dict[str, Any] = {
+        "engine": "ray",
+        "address": "auto",
+        "replicas": 2,
+        "shards": 2,
+        "device": "cpu",
+        "lost_seconds": 8.0,
+    }
     return db.Cluster(**(given | fields))
 
 
@@ -144,7 +151,7 @@ def lost_host() -> dict[str, Any]:
 
     job = problems.job(
         run=RUN / "lost", data=functools.partial(problems.points, 6400), epochs=4, checkpoint_seconds=0.5,
-        cluster=cluster(replicas=2, shards=2),
+        cluster=cluster(lost_seconds=3.0),
     )  # fmt: skip
     # Slowed, so that the job outlasts the loss.
     result = db.train(

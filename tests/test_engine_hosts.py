@@ -20,6 +20,7 @@ from distbelief.channel.base import Out, Remote, exported
 from distbelief.engine import hosts
 from distbelief.engine.base import Death, Home
 from distbelief.engine.hosts import HostsEngine
+from distbelief.engine.listener import interface_of
 from distbelief.errors import ChannelError, ConfigurationError, TrainingFailed
 
 pytestmark = pytest.mark.alone
@@ -246,6 +247,11 @@ def test_a_folder_that_a_host_does_not_see_is_refused(
     with pytest.raises(ConfigurationError, match="host host0 does not see the folder"):
         pair.engine.check_visible(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interface_is_found_by_its_address() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.1") == ""
 
 
 COORDINATOR_SCRIPT = """

@@ -136,7 +136,8 @@ job = problems.job(data=functools.partial(problems.points, {examples}), cluster=
 def train(tmp_path: Path, examples: int, *options: str) -> "subprocess.Popen[str]":
     script = tmp_path / "job.py"
     script.write_text(JOB.format(examples=examples))
-    arguments = ["train", str(script), "--run", str(tmp_path / "run"), "--cluster.engine", "ray", *options]
+    arguments = ["train", str(script), "--run", str(tmp_path / "run"), "--cluster.engine", "ray"]
+    arguments += ["--cluster.lost-seconds", "8", *options]
     return subprocess.Popen(
         [sys.executable, "-c", "from distbelief.cli import command; command()", *arguments], cwd=ROOT,
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,

@@ -194,8 +194,10 @@ class RayKeepers:
         return self._living[role]
 
     def devices(self, role: str) -> str | None:
-        """The accelerators that the role may use on the host that was planned for it; None for all."""
-        return self._devices.get(role) if self._living.get(role) == self._planned.get(role) else None
+        """The accelerators that Ray has given the role; where it was not planned to be, all of the host."""
+        if role not in self._devices:
+            return ""
+        return self._devices[role] if self._living.get(role) == self._planned.get(role) else None
 
     def end(self) -> None:
         """End keepers, give back the room, and leave the cluster or end it."""
