@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.table import document, machine, machine_line
 
 NAMES = ("push_fetch", "throughput", "accuracy", "memory", "partition", "figure_3", "sandblaster", "network")
+HEAR_RECORDINGS = ("accuracy", "network")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -17,7 +18,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: under a minute, wider spread")
-    parser.add_argument("--data", metavar="PATH", help="accuracy only: the Free Spoken Digit recordings, folder or tar")
+    parser.add_argument(
+        "--data", metavar="PATH", help="accuracy and network only: the Free Spoken Digit recordings, folder or tar"
+    )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="figure_3 only: draw it into this PNG file")
     options = parser.parse_args(arguments)
     for name in ("json", "picture"):
@@ -26,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--{name} {path}: there is no folder {path.absolute().parent}; create it first")
     if options.name == "accuracy" and options.data is None:
         parser.error("accuracy needs --data PATH: the Free Spoken Digit recordings, a folder or a tar")
-    if options.name != "accuracy" and options.data is not None:
+    if options.name not in HEAR_RECORDINGS and options.data is not None:
         parser.error(f"{options.name} uses no recordings; leave --data out")
     if options.name != "figure_3" and options.picture is not None:
         parser.error(f"{options.name} draws nothing; leave --picture out")
@@ -34,7 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     described = machine()
     print(machine_line(described), flush=True)
     benchmark = importlib.import_module(f"benchmarks.{options.name}")
-    rows = benchmark.run(options.data, options.quick) if options.name == "accuracy" else benchmark.run(options.quick)
+    hears = options.name in HEAR_RECORDINGS
+    rows = benchmark.run(options.data, options.quick) if hears else benchmark.run(options.quick)
     if options.json is not None:
         options.json.write_text(json.dumps(document(options.name, options.quick, described, rows), indent=1) + "\n")
         print(f"rows written to {options.json}")

@@ -13,12 +13,16 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.processes import timed
 from benchmarks.push_fetch_peers import (
@@ -31,16 +35,18 @@ from benchmarks.push_fetch_peers import (
     receive_into,
 )
 from benchmarks.push_fetch_product import Echo, Pushes, whole
+from benchmarks.throughput_peers import Loop, acoustic_model, synthetic_frames
 from distbelief import adagrad
 from distbelief.channel.endpoint import Endpoint
-from distbelief.engine.base import COORDINATOR, Faults
-from distbelief.engine.local import LocalHome, Wiring
+from distbelief.channel.peer import at
+from distbelief.engine.base import Home
+from distbelief.engine.home import ProcessHome
 from distbelief.parameter_server import ParameterServerShard, shard_name
 
 Measure = Callable[[int, int], float]
 Serves = Callable[[], float]
 
-BARE_PORT, SHARD_PORT, ECHO_PORT, RAY_PORT = 9000, 9001, 9002, 6379
+BARE_PORT, SHARD_PORT, ECHO_PORT, RAY_PORT, DDP_PORT = 9000, 9001, 9002, 6379, 9003
 BUFFER_BYTES = 1 << 20
 """Of the bare socket, as the product's channel has it: the kernel's own choice is slower here."""
 KEY = b"of these two hosts alone, secret"
@@ -105,25 +111,26 @@ def bare_near(address: str, port: int = BARE_PORT) -> Iterator[Measure]:
 # the product
 
 
-def _home(name: str, address: str, **options: Any) -> LocalHome:
-    """A role's process that knows where the roles of the other host answer."""
-    addresses = {shard_name(0): (address, SHARD_PORT), "echo": (address, ECHO_PORT), COORDINATOR: (address, 0)}
-    wiring = Wiring(KEY, addresses, 1 << 40, Faults())
-    return LocalHome(name, 0, wiring, Endpoint(KEY, **options))
+PORTS = {shard_name(0): SHARD_PORT, "echo": ECHO_PORT}
+
+
+def _home(name: str, address: str, far: str, *listeners: socket.socket) -> tuple[ProcessHome, Endpoint]:
+    """A role's process that knows where the roles of the `far` host answer."""
+    endpoint = Endpoint(KEY, listeners=listeners)
+    return ProcessHome(name, 0, endpoint, lambda role: at((far, PORTS[role])), address=address), endpoint
 
 
 @contextmanager
 def product_far(address: str, parameters: int) -> Iterator[Serves]:
     """A parameter server shard of so many parameters, and a role that only moves bytes."""
     span, layout = whole(parameters)
-    for port, name, kind, arguments in (
-        (SHARD_PORT, shard_name(0), ParameterServerShard, (span, layout, adagrad(0.01))),
-        (ECHO_PORT, "echo", Echo, ()),
-    ):
-        server = socket.create_server((address, port))
-        endpoint = Endpoint(KEY, listeners=[server])
-        home = LocalHome(name, 0, Wiring(KEY, {}, 1 << 40, Faults()), endpoint)
-        endpoint.answer_with(kind(home, *arguments))
+    roles: dict[str, Callable[[Home], object]] = {
+        shard_name(0): lambda home: ParameterServerShard(home, span, layout, adagrad(0.01)),
+        "echo": Echo,
+    }
+    for name, make in roles.items():
+        home, endpoint = _home(name, address, address, socket.create_server((address, PORTS[name])))
+        endpoint.answer_with(make(home))
         threading.Thread(target=_poll, args=(endpoint,), daemon=True).start()
     yield _served
 
@@ -135,9 +142,10 @@ def _poll(endpoint: Endpoint) -> None:
 
 
 @contextmanager
-def product_near(address: str, parameters: int) -> Iterator[Measure]:
+def product_near(address: str, far: str, parameters: int) -> Iterator[Measure]:
     """Pushes and fetches as a replica does."""
-    pushes = Pushes(_home("replica/0", address), parameters)
+    home, _ = _home("replica/0", address, far)
+    pushes = Pushes(home, parameters)
 
     def measure(parameters: int, calls: int) -> float:
         return timed(pushes, calls)
@@ -146,9 +154,9 @@ def product_near(address: str, parameters: int) -> Iterator[Measure]:
 
 
 @contextmanager
-def echo_near(address: str, parameters: int) -> Iterator[Measure]:
+def echo_near(address: str, far: str, parameters: int) -> Iterator[Measure]:
     """The same bytes over the same channel without an optimizer: one tensor there, then one back."""
-    home = _home("replica/0", address)
+    home, _ = _home("replica/0", address, far)
     role = home.find("echo", Echo)
     there, back = (home.allocate(parameters, torch.float32).normal_() for _ in range(2))
 
@@ -208,3 +216,52 @@ def ray_near(address: str, token: str) -> Iterator[Measure]:
         yield functools.partial(measure_ray, library, {}, {"far": 1.0})
     finally:
         library.shutdown()
+
+
+# DistributedDataParallel
+
+
+@contextmanager
+def data_parallel(head: str, rank: int, hosts: int) -> Iterator[Callable[[int, int, str], float]]:
+    """One process of `hosts` that train the acoustic model together.
+
+    Yields `measure(batch_size, steps, hook)` on the first of them, seconds per step with so many examples in each; the
+    others do as it says. `hook` is "float32", or "float16" to send gradients so.
+    """
+    os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
+    dist.init_process_group("gloo", init_method=f"tcp://{head}:{DDP_PORT}", rank=rank, world_size=hosts)
+    frames = synthetic_frames(20_000)
+    loops: dict[str, Loop] = {}
+
+    def measure(batch_size: int, steps: int, hook: str) -> float:
+        dist.broadcast(torch.tensor([batch_size, steps, _HOOKS.index(hook)]), 0)
+        return run(batch_size, steps, hook)
+
+    def run(batch_size: int, steps: int, hook: str) -> float:
+        if hook not in loops:
+            model = DistributedDataParallel(acoustic_model(), gradient_as_bucket_view=True)
+            if hook == "float16":
+                model.register_comm_hook(None, default_hooks.fp16_compress_hook)  # type: ignore[no-untyped-call]
+            loops[hook] = Loop(model, frames)
+            loops[hook].step(batch_size)
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(steps):
+            loops[hook].step(batch_size)
+        dist.barrier()
+        return (time.perf_counter() - start) / steps
+
+    def obey() -> None:
+        torch.set_num_threads(1)
+        order = torch.zeros(3, dtype=torch.int64)
+        while True:
+            dist.broadcast(order, 0)
+            batch_size, steps, hook = order.tolist()
+            run(batch_size, steps, _HOOKS[hook])
+
+    if rank:
+        threading.Thread(target=obey, daemon=True).start()
+    yield measure
+
+
+_HOOKS = ("float32", "float16")

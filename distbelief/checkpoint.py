@@ -13,8 +13,6 @@ files can be read without the model, and be cut again.
 """
 
 import math
-import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,7 +22,7 @@ import msgspec
 import torch
 from torch import nn
 
-from distbelief import shard_file
+from distbelief import shard_file, storage
 from distbelief.errors import CheckpointError
 from distbelief.lbfgs import SolverState
 from distbelief.parameters import Layout, Piece, Span, changed_pieces, trainable
@@ -34,6 +32,7 @@ from distbelief.portions import LeaseState
 from distbelief.shard_file import ShardFile, ShardState
 
 FORMAT = 2
+ELSEWHERE = "checkpoints.txt"
 MANIFEST = "manifest.json"
 BUFFERS = "buffers.safetensors"
 BUFFERS_DTYPE = torch.float64
@@ -157,16 +156,35 @@ def lay_out_buffers(module: nn.Module, held: Sequence[Sequence[OwnedPiece]] | No
 
 
 def folders(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first, complete or not."""
-    found = (run / "checkpoints").glob("*")
-    return sorted((folder for folder in found if folder.name.isdecimal() and folder.is_dir()), reverse=True)
+    """The checkpoint folders of a run, newest first, complete or not. Raises OSError."""
+    return _folders(_home(run))
+
+
+def _folders(home: Path) -> list[Path]:
+    return sorted((folder for folder in storage.listing(home) if folder.name.isdecimal()), reverse=True)
+
+
+def keep_in(run: Path, place: str) -> None:
+    """Keep the checkpoints of a new run in another folder or store. Raises OSError."""
+    (run / ELSEWHERE).write_text(place)
+
+
+def _home(run: Path) -> Path:
+    """Where the checkpoints of a run are: in its folder, or where a file there says."""
+    elsewhere = run / ELSEWHERE
+    return Path(elsewhere.read_text()) if elsewhere.exists() else run / "checkpoints"
 
 
 def next_folder(run: Path) -> Path:
     """A new folder after all that exist. Raises OSError."""
-    existing = folders(run)
-    folder = run / "checkpoints" / f"{int(existing[0].name) + 1 if existing else 0:08d}"
-    folder.mkdir(parents=True)
+    return next_in(_home(run))
+
+
+def next_in(home: Path) -> Path:
+    """A new folder beside other checkpoints of a run, after all of them. Raises OSError."""
+    existing = _folders(home)
+    folder = home / f"{int(existing[0].name) + 1 if existing else 0:08d}"
+    storage.make(folder)
     return folder
 
 
@@ -181,17 +199,7 @@ def commit(folder: Path, manifest: Manifest, buffers: Sequence[torch.Tensor], *,
     shard_file.write(folder / BUFFERS, {"buffers": line}, state)
     manifest = msgspec.structs.replace(manifest, buffers=shard_file.seal(folder / BUFFERS, state, durable=durable))
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-    part = folder / (MANIFEST + ".part")
-    with part.open("wb") as file:
-        file.write(msgspec.json.encode(Sealed(zlib.crc32(text), msgspec.Raw(text))))
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-    part.rename(folder / MANIFEST)
-    for directory in (folder, folder.parent) if durable else ():
-        descriptor = os.open(directory, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    storage.write(folder / MANIFEST, msgspec.json.encode(Sealed(zlib.crc32(text), msgspec.Raw(text))), durable=durable)
     return manifest
 
 
@@ -201,22 +209,19 @@ def share(source: Path, file: ShardFile, folder: Path) -> ShardFile:
     Its name in the new folder tells where it was written first.
     """
     name = file.name if file.name[0].isdecimal() else f"{source.name}-{file.name}"
-    try:
-        os.link(source / file.name, folder / name)
-    except OSError:
-        shutil.copyfile(source / file.name, folder / name)
+    storage.share(source / file.name, folder / name)
     return msgspec.structs.replace(file, name=name)
 
 
 def discard(folder: Path) -> None:
     """Remove a checkpoint or what there is of it; a manifest goes first, so that nothing half removed counts."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    storage.remove(folder / MANIFEST)
+    storage.remove(folder)
 
 
 def complete(run: Path) -> list[Path]:
     """The checkpoints of a run that were completed, newest first, damaged since or not."""
-    return [folder for folder in folders(run) if (folder / MANIFEST).exists()]
+    return [folder for folder in folders(run) if storage.exists(folder / MANIFEST)]
 
 
 def keep_newest(run: Path, count: int) -> None:
@@ -230,7 +235,7 @@ def keep_newest(run: Path, count: int) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest, with every file checked. Raises CheckpointError."""
     try:
-        sealed = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Sealed)
+        sealed = msgspec.json.decode(storage.read(folder / MANIFEST), type=Sealed)
         if zlib.crc32(sealed.manifest) != sealed.crc32:
             raise CheckpointError(f"{folder / MANIFEST} was changed since it was written")
         manifest = msgspec.json.decode(sealed.manifest, type=Manifest)

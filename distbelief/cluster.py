@@ -2,14 +2,16 @@
 """Cluster: how many roles there are and on which engine they live."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from distbelief.errors import ConfigurationError
 from distbelief.plan import Plan
 
-EngineName = Literal["local", "simulated"]
+EngineName = Literal["local", "ray", "simulated"]
 TransportName = Literal["shared_memory", "tcp"]
+WireDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,11 @@ class Cluster:
     shards: int = 1
     """Parameter server shards M; each is one process that stores n/M parameters and updates them."""
     engine: EngineName = "local"
-    """`local`: processes of this machine. `simulated`: everything in this process under a virtual clock."""
+    """`local`: processes of this machine. `ray`: the hosts of a Ray cluster. `simulated`: everything in this process
+    under a virtual clock."""
+    address: str | None = None
+    """Of the Ray cluster: "auto" for the one that this process runs in, "host:port" of its head; None begins a Ray of
+    this machine for the job."""
     transport: TransportName = "shared_memory"
     """How tensors travel on the local engine: memory shared between processes, or TCP over loopback."""
     threads_per_replica: int | None = None
@@ -32,6 +38,18 @@ class Cluster:
     """Where replicas compute: "cpu", "cuda", "cuda:1"; None takes CUDA when there is one."""
     memory_bytes: int | None = None
     """What one partition may hold of parameters, gradients and states; a plan that needs more is refused."""
+    cpus_per_replica: float = 1.0
+    """Cores of a Ray cluster that a replica is given, all its partitions together; a shard is given one."""
+    gpus_per_replica: float = 0.0
+    """Accelerators that a replica is given on a Ray cluster, all its partitions together."""
+    resources: Mapping[str, float] | None = None
+    """Custom resources of a Ray cluster that each process of a replica needs, such as {"fast": 1}."""
+    wire: WireDtype = "float32"
+    """How parameters and gradients travel between hosts: as they are, or rounded to bfloat16 with half the bytes."""
+    tls: bool = False
+    """Encrypt what travels between hosts, with a certificate made for the job."""
+    lost_seconds: float = 1.5
+    """A host of a cluster that is silent for so long is lost: its roles end, and are started on other hosts."""
     silence_seconds: float = 60.0
     """A replica not heard of for so long, and for twenty of its slowest mini-batches, is ended and replaced."""
 
@@ -64,19 +82,51 @@ class Cluster:
                 f"Cluster(memory_bytes={self.memory_bytes}) holds nothing",
                 hint="give the bytes that each process may use, or None",
             )
+        self._check_hosts()
         if not self.silence_seconds > 0:
             raise ConfigurationError(
                 f"Cluster(silence_seconds={self.silence_seconds}) would end every replica at once",
                 hint="use a positive number of seconds",
             )
 
+    def _check_hosts(self) -> None:
+        """Raise ConfigurationError for options of clusters that cannot be."""
+        if self.address is not None and self.engine != "ray":
+            raise ConfigurationError(
+                f"Cluster(address={self.address!r}) is of a Ray cluster, the engine is {self.engine!r}",
+                hint="use engine='ray', or leave address out",
+            )
+        if self.wire not in get_args(WireDtype):
+            raise ConfigurationError(
+                f"Cluster(wire={self.wire!r}) is not known", hint=f"use one of {', '.join(get_args(WireDtype))}"
+            )
+        asked = {"cpus_per_replica": self.cpus_per_replica, "gpus_per_replica": self.gpus_per_replica}
+        asked |= {f"resources[{name!r}]": amount for name, amount in (self.resources or {}).items()}
+        for name, amount in asked.items():
+            if not amount >= 0:
+                raise ConfigurationError(f"Cluster({name}={amount}) is less than nothing", hint="use 0 or more")
+        if not self.lost_seconds >= 0.5:
+            raise ConfigurationError(
+                f"Cluster(lost_seconds={self.lost_seconds}) would lose hosts that are only busy",
+                hint="use 0.5 or more; 1.5 suits most networks",
+            )
+
     @property
     def threads(self) -> int:
         """Torch threads of each process of a replica.
 
-        One core is left to the shards: threads that wait for each other suffer most from a core that is taken away.
+        On a Ray cluster, its share of the replica's cores. On one machine, one core is left to the shards: threads that
+        wait for each other suffer most from a core that is taken away.
         """
+        if self.engine == "ray":
+            return self.threads_per_replica or max(1, int(self.cpus_per_replica / self.plan.partitions))
         return self.threads_per_replica or max(1, (available_cores() - 1) // (self.replicas * self.plan.partitions))
+
+    def own_devices(self, visible: int) -> bool:
+        """Whether each process of a replica has an accelerator of its own, where so many are visible to it."""
+        if self.engine == "ray":
+            return self.gpus_per_replica >= self.plan.partitions
+        return visible >= self.replicas * self.plan.partitions
 
     @property
     def plan(self) -> Plan:

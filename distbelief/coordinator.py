@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast, final
 
 import torch
 
-from distbelief import checkpoint, events
+from distbelief import checkpoint, events, storage
 from distbelief.channel.base import Future, Out, exported
 from distbelief.checkpoint import Manifest
 from distbelief.engine.base import Death, Engine
@@ -372,7 +372,7 @@ class Coordinator(ABC):
 
         def reject(folder: Path, reason: str) -> None:
             if folder != self._writing:
-                damaged.append(events.CheckpointRejected(path=str(folder), reason=reason))
+                damaged.append(events.CheckpointRejected(path=storage.text(folder), reason=reason))
 
         def found(newest: tuple[Path, Manifest]) -> None:
             for event in damaged:
@@ -508,12 +508,10 @@ class Coordinator(ABC):
             if writing.durable:
                 self.checkpoint_at = self.engine.now() + self.settings.checkpoint_seconds
         if writing.durable:
-            seconds = self.engine.now() - writing.started
-            self.emit(
-                events.CheckpointWritten(path=str(folder), examples=writing.examples, checkpoint_seconds=seconds)
-            )  # fmt: skip
+            path, seconds = storage.text(folder), self.engine.now() - writing.started
+            self.emit(events.CheckpointWritten(path=path, examples=writing.examples, checkpoint_seconds=seconds))
         return manifest
 
     def _checkpoint_failed(self, path: Path, error: Exception) -> None:
         self.checkpoint_at = self.engine.now() + self.settings.checkpoint_seconds
-        self.emit(events.CheckpointFailed(path=str(path), reason=str(error).strip().splitlines()[-1]))
+        self.emit(events.CheckpointFailed(path=storage.text(path), reason=str(error).strip().splitlines()[-1]))

@@ -62,6 +62,9 @@ class Job:
     """Of the initial parameters and of the order of the examples."""
     run: Path | str | None = None
     """Folder for checkpoints, events and the summary; None makes one below runs/."""
+    checkpoints: str | None = None
+    """Where a new run keeps its checkpoints: a folder, or a store such as "s3://bucket/name" that fsspec knows; None
+    for the run folder. On several hosts it must be the same place for all of them."""
     evaluate_every: int | None = None
     """Examples between evaluations on the test set; None for once an epoch, under Sandblaster once in ten passes."""
     checkpoint_seconds: float = 60.0

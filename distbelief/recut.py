@@ -21,7 +21,7 @@ import msgspec
 import torch
 
 from distbelief import shard_file
-from distbelief.checkpoint import LayoutRecord, Manifest, commit, discard, next_folder, read_replica_positions
+from distbelief.checkpoint import LayoutRecord, Manifest, commit, discard, next_in, read_replica_positions
 from distbelief.errors import CheckpointError
 from distbelief.parameters import Layout, Piece, Span
 from distbelief.portions import Leases
@@ -52,7 +52,7 @@ def recut(
         # How many epochs there will be makes no difference to what is settled.
         resumed = Leases.resumed(leases, 0, read_replica_positions(folder, manifest))
         leases, examples = resumed.state(), resumed.settled_examples
-    target = next_folder(folder.parents[1])
+    target = next_in(folder.parent)
     with contextlib.ExitStack() as undo:
         undo.callback(discard, target)
         file = _write_line(target / LINE, folder, manifest, layout)

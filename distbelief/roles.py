@@ -44,12 +44,12 @@ def _seat(home: Home, prepared: Prepared, name: str, partition: int, device: tor
     meeting = Meeting(home, coordinator, (Coordinator.keep, Coordinator.look), f"{name}/{home.incarnation}")
     group = Group(
         meeting, partition, job.cluster.plan.partitions, deadline_seconds=job.cluster.silence_seconds, device=device,
-        own_device=device.type == "cuda"
-        and torch.cuda.device_count() >= job.cluster.replicas * job.cluster.plan.partitions,
+        own_device=device.type == "cuda" and job.cluster.own_devices(torch.cuda.device_count()),
+        address=home.address,
     )  # fmt: skip
     if isinstance(cut.plan, StagePlan):
         store = dist.PrefixStore("stages", meeting)  # type: ignore[attr-defined]
-        form_default_group(store, partition, group.size, job.cluster.silence_seconds)
+        form_default_group(store, partition, group.size, job.cluster.silence_seconds, home.address)
     part = cut.part(partition, group, seed)
     torch.manual_seed(seed)
     return Seat(part, cut.layout.of_partition(partition), cut.layout.partitions[partition], group)

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from distbelief import tensor_file
+from distbelief import storage, tensor_file
 from distbelief.errors import CheckpointError
 from distbelief.parameters import Span
 from distbelief.tensor_file import DTYPES, TensorFile
@@ -68,7 +68,9 @@ class ShardFile(msgspec.Struct, frozen=True):
 def write(path: Path, vectors: dict[str, torch.Tensor], state: ShardState) -> None:
     """Write the vectors straight from their memory. Raises OSError."""
     try:
-        save_file({name: vector.contiguous() for name, vector in vectors.items()}, path, _metadata(state))
+        save_file(
+            {name: vector.contiguous() for name, vector in vectors.items()}, storage.spool(path), _metadata(state)
+        )
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
 
@@ -76,7 +78,8 @@ def write(path: Path, vectors: dict[str, torch.Tensor], state: ShardState) -> No
 def create(path: Path, vectors: Mapping[str, torch.dtype], state: ShardState) -> AbstractContextManager[TensorFile]:
     """A file for vectors of the state's span that are not in memory as a whole. Raises OSError."""
     shape = (state.stop - state.start,)
-    return tensor_file.create(path, {name: (dtype, shape) for name, dtype in vectors.items()}, _metadata(state))
+    tensors = {name: (dtype, shape) for name, dtype in vectors.items()}
+    return tensor_file.create(storage.spool(path), tensors, _metadata(state))
 
 
 def _metadata(state: ShardState) -> dict[str, str]:
@@ -84,35 +87,46 @@ def _metadata(state: ShardState) -> dict[str, str]:
 
 
 def seal(path: Path, state: ShardState, *, partial: bool = False, durable: bool = True) -> ShardFile:
-    """Force the file to disk, if it is to be `durable` beyond the machine's life, and describe it. Raises OSError."""
+    """Force the file to disk, if it is to be `durable` beyond the machine's life, and describe it. Raises OSError.
+
+    One that belongs into a store is carried there.
+    """
+    size_bytes, checksum = _measure(storage.spool(path), durable=durable)
+    storage.deliver(path)
+    return ShardFile(path.name, state.start, state.stop, size_bytes, checksum, partial)
+
+
+def _measure(path: Path, *, durable: bool = False) -> tuple[int, int]:
+    """(size in bytes, checksum) of a file on the own disk."""
     with path.open("rb") as file:
         if durable:
             os.fsync(file.fileno())
         checksum = 0
         while chunk := file.read(_READ_BYTES):
             checksum = zlib.crc32(chunk, checksum)
-    return ShardFile(path.name, state.start, state.stop, path.stat().st_size, checksum, partial)
+    return path.stat().st_size, checksum
 
 
 def check(folder: Path, file: ShardFile) -> None:
     """Raise CheckpointError unless the file is there, whole and unchanged."""
     path = folder / file.name
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing")
     try:
-        found = seal(path, ShardState(start=file.start, stop=file.stop), durable=False)
+        if not storage.exists(path):
+            raise CheckpointError(f"{path} is missing")
+        with storage.fetched(path) as here:
+            size_bytes, checksum = _measure(here)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if found.size_bytes != file.size_bytes:
-        raise CheckpointError(f"{path} has {found.size_bytes} bytes, {file.size_bytes} were written")
-    if found.crc32 != file.crc32:
-        raise CheckpointError(f"{path} was changed since it was written (checksum {found.crc32}, was {file.crc32})")
+    if size_bytes != file.size_bytes:
+        raise CheckpointError(f"{path} has {size_bytes} bytes, {file.size_bytes} were written")
+    if checksum != file.crc32:
+        raise CheckpointError(f"{path} was changed since it was written (checksum {checksum}, was {file.crc32})")
 
 
 def read_state(path: Path) -> ShardState:
     """What the file says of itself. Raises CheckpointError."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with storage.fetched(path) as here, safe_open(here, framework="pt") as file:
             return msgspec.json.decode(file.metadata()["shard"], type=ShardState)
     except (SafetensorError, OSError, KeyError, TypeError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
@@ -123,7 +137,7 @@ def vectors(folder: Path, files: Sequence[ShardFile]) -> dict[str, torch.dtype]:
     found: dict[str, torch.dtype] = {}
     for source in files:
         try:
-            with safe_open(folder / source.name, framework="pt") as file:
+            with storage.fetched(folder / source.name) as here, safe_open(here, framework="pt") as file:
                 found |= {name: DTYPES[file.get_slice(name).get_dtype()] for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{folder / source.name} cannot be read: {error}") from error
@@ -148,7 +162,7 @@ def read_span(
         missing -= 0 if source.partial else len(part)
         path = folder / source.name
         try:
-            with safe_open(path, framework="pt") as file:
+            with storage.fetched(path) as here, safe_open(here, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     if wanted is not None and name not in wanted:
                         continue

@@ -21,16 +21,15 @@ from distbelief import checkpoint, events
 from distbelief.appoint import appoint, started
 from distbelief.coordinator import Coordinator
 from distbelief.engine.base import Engine, Faults
-from distbelief.engine.local import LocalEngine
-from distbelief.engine.simulated import SimulatedEngine
+from distbelief.engine.hosts import HostsEngine
 from distbelief.engine.virtual import Costs
+from distbelief.engines import engine_of
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.events import AnyEvent, Listener, Observation
 from distbelief.export import write_template
 from distbelief.job import Facts, Job, prepare
 from distbelief.launch import Launch, of_main
 from distbelief.model_replica import check_device
-from distbelief.parameter_server import shard_name
 from distbelief.parameters import Span, cut
 from distbelief.recut import recut
 from distbelief.report.files import EventFile, read_events, write_summary
@@ -81,13 +80,17 @@ def train(
 
     Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError.
     """
-    check_device(job.cluster.device)
-    engine = _engine(job, faults, costs)
+    if job.cluster.engine != "ray":  # this process computes nothing, and other hosts have other devices
+        check_device(job.cluster.device)
+    engine = engine_of(job, faults, costs)
     with contextlib.closing(engine):
         facts = engine.load(prepare, job)
         spans = _spans(job, facts)
         model = Uncut(job, facts)
         run = _open_run(job, resume)
+        if isinstance(engine, HostsEngine) and job.checkpoints is None:
+            run = run.absolute()
+            engine.check_visible(run)
         rejected: list[AnyEvent] = []
         restore = None
         if resume is not None:
@@ -123,13 +126,6 @@ def train(
     return Result(record.summary(), run, partial(model.trained, run))
 
 
-def _engine(job: Job, faults: Faults | None, costs: Costs | None) -> Engine:
-    if job.cluster.engine == "simulated":
-        return SimulatedEngine(job.seed, costs=costs, faults=faults)
-    shards = [shard_name(index) for index in range(job.cluster.shards)]
-    return LocalEngine(shards, transport=job.cluster.transport, faults=faults)
-
-
 def _spans(job: Job, facts: Facts) -> list[Span]:
     length = facts.layout.length
     if job.cluster.shards > length:
@@ -159,6 +155,8 @@ def _open_run(job: Job, resume: Path | str | None) -> Path:
         probe = run / "probe"
         probe.write_bytes(b"0" * 4096)
         probe.unlink()
+        if job.checkpoints is not None:
+            checkpoint.keep_in(run, job.checkpoints)
     return run
 
 

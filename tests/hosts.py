@@ -14,11 +14,12 @@ processes of that host.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -26,11 +27,15 @@ from typing import Any, final
 _BEGIN = "echo; exec env --ignore-signal=CHLD sleep infinity"
 """A first process that waits for no child: the kernel buries those that it inherits."""
 _SECONDS = 20.0
+_RAY_SECONDS = 60.0
+_CLONE_NEWNET = 0x40000000
 
 
 @final
 class Hosts:
     """So many hosts on one bridge. A context manager; see `missing` for where it cannot work."""
+
+    RAY_PORT = 6379
 
     def __init__(self, count: int) -> None:
         self.addresses = [f"10.77.0.{1 + number}" for number in range(count)]
@@ -94,6 +99,40 @@ class Hosts:
         path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
         environment = options.pop("env", dict(os.environ)) | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         return self.popen(host, [sys.executable, *arguments], env=environment, **options)
+
+    def start_ray(self, host: int, folder: Path, *, cpus: int, store_bytes: int, **options: Any) -> None:
+        """Start a Ray node in a host, the head in host 0, and wait until it is up.
+
+        `folder` is Ray's own on all hosts, its path short: sockets are made in it. `options` as those of
+        subprocess.Popen. Raises OSError.
+        """
+        where = (
+            ["--head", f"--port={self.RAY_PORT}", "--include-dashboard=false", f"--temp-dir={folder}"]
+            if host == 0
+            else [f"--address={self.addresses[0]}:{self.RAY_PORT}", f'--resources={{"host{host}": 1}}']
+        )
+        program = str(Path(sys.executable).parent / "ray")
+        own = [f"--node-ip-address={self.addresses[host]}", f"--num-cpus={cpus}"]
+        starting = self.popen(
+            host, [program, "start", *where, *own, f"--object-store-memory={store_bytes}", "--disable-usage-stats"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
+        )  # fmt: skip
+        said, _ = starting.communicate(timeout=_RAY_SECONDS)
+        if starting.returncode:
+            raise OSError(f"ray start ended with {starting.returncode}: {said}")
+
+    @contextlib.contextmanager
+    def inside(self, host: int) -> Iterator[None]:
+        """Sockets that this thread makes meanwhile, and those of programs that it starts, are of the host."""
+        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        theirs = os.open(f"/proc/{self._pids[host]}/ns/net", os.O_RDONLY)
+        try:
+            _enter(theirs)
+            yield
+        finally:
+            _enter(own)
+            os.close(own)
+            os.close(theirs)
 
     def pids(self, host: int) -> list[int]:
         """The living processes of a host other than its first, as this process sees them."""
@@ -171,6 +210,12 @@ class Hosts:
 
     def _run(self, host: int, *arguments: str) -> None:
         subprocess.run([*self.entering(host), *arguments], check=True, capture_output=True, text=True, timeout=_SECONDS)
+
+
+def _enter(network: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(network, _CLONE_NEWNET):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _hardware(number: int) -> str:

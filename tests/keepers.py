@@ -48,6 +48,9 @@ class Subprocesses:
         number = role.rpartition("/")[2]
         return hosts[int(number) % len(hosts) if number.isdigit() else 0]
 
+    def devices(self, role: str) -> None:
+        """All there are."""
+
     def end(self) -> None:
         for process in self.processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):

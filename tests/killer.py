@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from distbelief.engine.local import LocalEngine
 from distbelief.events import Event, Observation, Progress
-from distbelief.train import LocalEngine
 
 
 class Killer:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of every engine. It names none: a new engine is one line in ENGINES."""
 
+import importlib.util
 import itertools
 import os
 import signal
@@ -23,6 +24,7 @@ from distbelief.engine.base import COORDINATOR, Death, Engine, Faults, Home
 from distbelief.engine.hosts import HostsEngine
 from distbelief.engine.local import LocalEngine
 from distbelief.engine.pickles import SHARED
+from distbelief.engine.placement import Group
 from distbelief.engine.simulated import SimulatedEngine
 from distbelief.errors import (
     ConfigurationError,
@@ -44,8 +46,19 @@ def kill_process(engine: LocalEngine, role: str) -> None:
     os.kill(engine.processes[role], signal.SIGKILL)
 
 
+PATIENT_SECONDS = 10.0
+"""On a machine that is busy with other tests a host may be silent for a while; lost hosts have tests elsewhere."""
+
+
 def on_two_hosts(**options: Any) -> HostsEngine:
-    return HostsEngine(ROLES, Subprocesses(2), **options)
+    return HostsEngine(ROLES, Subprocesses(2), lost_seconds=PATIENT_SECONDS, **options)
+
+
+def on_ray() -> HostsEngine:
+    from distbelief.engine.ray import RayKeepers
+
+    keepers = RayKeepers(None, [Group(tuple(ROLES), {"CPU": 0.01}, spread=True)])
+    return HostsEngine(ROLES, keepers, lost_seconds=PATIENT_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -54,12 +67,15 @@ class Kind:
 
     make: Callable[..., Any]
     kill: Callable[[Any, str], None]
+    quick: bool = True
+    """Whether a test may make an engine of its own, which takes a second or two."""
 
 
 ENGINES = {
     "local, shared memory": Kind(partial(LocalEngine, ROLES), kill_process),
     "local, TCP": Kind(partial(LocalEngine, ROLES, transport="tcp"), kill_process),
     "two hosts": Kind(on_two_hosts, lambda engine, role: engine.signal(role, signal.SIGKILL)),
+    "ray": Kind(on_ray, lambda engine, role: engine.signal(role, signal.SIGKILL), quick=False),
     "simulated": Kind(SimulatedEngine, lambda engine, role: engine.at(engine.clock, lambda: engine._die(role))),
 }
 
@@ -290,9 +306,20 @@ class Stage:
         self.engine.sleep(0.01)
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+without_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="pip install 'distbelief[ray]'")
+SLOW = {"ray": [pytest.mark.slow, without_ray], "two hosts": [pytest.mark.slow]}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=SLOW.get(name, ())) for name in ENGINES])
 def kind(request: pytest.FixtureRequest) -> Kind:
     return ENGINES[request.param]
+
+
+@pytest.fixture
+def quick_kind(kind: Kind) -> Kind:
+    if not kind.quick:
+        pytest.skip("each Ray takes seconds to begin; what runs on it is tried with the other kind of hosts")
+    return kind
 
 
 @pytest.fixture(scope="module")
@@ -315,14 +342,14 @@ def stage(kind: Kind, shared_engine: tuple[Engine, Iterator[str]], settle: list[
 
 
 @pytest.fixture
-def own_stage(kind: Kind) -> Iterator[Callable[..., Stage]]:
+def own_stage(quick_kind: Kind) -> Iterator[Callable[..., Stage]]:
     """A stage whose engine the test may close or trouble by script."""
     engines: list[Any] = []
 
     def make(**options: Any) -> Stage:
-        engines.append(kind.make(**options))
+        engines.append(quick_kind.make(**options))
         engines[-1].load(prepare, 21)
-        return Stage(kind, engines[-1], iter(ROLES))
+        return Stage(quick_kind, engines[-1], iter(ROLES))
 
     yield make
     for engine in engines:
@@ -579,10 +606,13 @@ def test_a_role_can_be_started_and_stopped_at_once_many_times(stage: Stage) -> N
 
 
 @pytest.mark.slow
-def test_what_preparing_raises_is_raised_by_load(kind: Kind) -> None:
-    with closing(kind.make()) as engine, pytest.raises(UserCodeError, match=r"(?s)in prepare_badly.*ValueError: a bug"):
+def test_what_preparing_raises_is_raised_by_load(quick_kind: Kind) -> None:
+    with (
+        closing(quick_kind.make()) as engine,
+        pytest.raises(UserCodeError, match=r"(?s)in prepare_badly.*ValueError: a bug"),
+    ):
         engine.load(prepare_badly, ValueError("a bug"))
-    with closing(kind.make()) as engine, pytest.raises(ConfigurationError) as caught:
+    with closing(quick_kind.make()) as engine, pytest.raises(ConfigurationError) as caught:
         engine.load(prepare_badly, ConfigurationError("40 shards are too many", hint="use 12"))
     assert (caught.value.problem, caught.value.hint) == ("40 shards are too many", "use 12")
 
@@ -604,8 +634,8 @@ def test_closing_ends_roles_whatever_they_do(own_stage: Callable[..., Stage], le
     assert leaks() == []
 
 
-def test_an_engine_can_be_closed_twice_and_before_anything_was_started(kind: Kind) -> None:
-    engine = kind.make()
+def test_an_engine_can_be_closed_twice_and_before_anything_was_started(quick_kind: Kind) -> None:
+    engine = quick_kind.make()
     engine.close()
     engine.close()
 

@@ -20,6 +20,7 @@ from distbelief.channel.base import Out, Remote, exported
 from distbelief.engine import hosts
 from distbelief.engine.base import Death, Home
 from distbelief.engine.hosts import HostsEngine
+from distbelief.engine.listener import interface_of
 from distbelief.errors import ChannelError, ConfigurationError, TrainingFailed
 
 NAMES = [f"role/{index}" for index in range(8)]
@@ -84,11 +85,14 @@ class Pair:
         self.keepers = Subprocesses(2)
         self.engine = HostsEngine(NAMES, self.keepers)
         self.engine.load(prepare, 21)
+        self.peers: dict[str, Remote[Clerk]] = {}
         self.deaths: list[Death] = []
         self.stopped: list[int] = []
 
     def find(self, name: str) -> Remote[Clerk]:
-        return self.engine.find(name, Clerk, 20.0)
+        if name not in self.peers:
+            self.peers[name] = self.engine.find(name, Clerk, 20.0)
+        return self.peers[name]
 
     def up(self, *names: str, incarnation: int = 0) -> list[int]:
         """Start clerks; the answer is their process ids."""
@@ -241,6 +245,11 @@ def test_a_folder_that_a_host_does_not_see_is_refused(
     with pytest.raises(ConfigurationError, match="host host0 does not see the run folder"):
         pair.engine.check_visible(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interface_is_found_by_its_address() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.1") == ""
 
 
 COORDINATOR_SCRIPT = """

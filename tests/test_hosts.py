@@ -132,6 +132,15 @@ def test_hosts_share_no_address_no_socket_name_and_no_process(hosts: Hosts) -> N
     assert both[1].poll() is None
 
 
+def test_a_thread_can_be_inside_of_a_host_for_a_while(hosts: Hosts) -> None:
+    outside = socket.if_nameindex()
+    with hosts.inside(2):
+        assert [name for _, name in socket.if_nameindex()] == ["lo", "eth0"]
+        with socket.create_server((hosts.addresses[2], 9000)) as server, hosts.inside(1):
+            socket.create_connection(server.getsockname()).close()
+    assert socket.if_nameindex() == outside
+
+
 def test_hosts_end_with_the_process_that_made_them_even_when_it_is_killed() -> None:
     if reason := Hosts.missing():
         pytest.skip(reason)

@@ -9,6 +9,7 @@ The keeper asks the registry several times a second whether it still counts. Whe
 its lease lasts, it ends its roles and itself: by then the coordinator starts them elsewhere.
 """
 
+import os
 import pickle
 import platform
 import socket
@@ -33,7 +34,7 @@ from distbelief.channel.wire import Wire
 from distbelief.engine.base import COORDINATOR_SECONDS, Faults
 from distbelief.engine.home import ProcessHome, life_of
 from distbelief.engine.lease import Lease
-from distbelief.engine.listener import listen, listen_over_tcp, name_of
+from distbelief.engine.listener import interface_of, listen, listen_over_tcp, name_of
 from distbelief.engine.nursery import Nursery
 from distbelief.engine.pickles import new_arena, write
 from distbelief.engine.registry import Introduction, Nearest, Note, Registry
@@ -67,6 +68,8 @@ class HostWiring:
     address: str
     invitation: Invitation
     faults: Faults
+    devices: str | None
+    """The accelerators that the role may use, with commas between; None for all."""
 
     def locator(self, endpoint: Endpoint) -> Callable[[str], Callable[[], Any]]:
         """Finds roles by asking the registry at each connection."""
@@ -81,6 +84,11 @@ def birth(
     descriptors: list[int],
 ) -> Callable[[], None]:  # fmt: skip
     """What a fork does first: build the role on the lease and listeners it was given, and return the role's life."""
+    # CUDA and NCCL have no other way to be told, and have not begun in this process.
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if wiring.devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = wiring.devices
+    os.environ["NCCL_SOCKET_IFNAME"] = f"={interface_of(wiring.address)}"
     lease = Lease.attach(descriptors[0])
     listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors[1:]]
     invitation = wiring.invitation

@@ -58,6 +58,9 @@ class Keepers(Protocol):
     def choose(self, role: str, hosts: Sequence[str]) -> str:
         """Which of these hosts, which are the living ones, the role should be started on."""
 
+    def devices(self, role: str) -> str | None:
+        """The accelerators that this role, where it was chosen to be, may use, with commas between; None for all."""
+
     def end(self) -> None:
         """End every keeper, however it is; what was never begun is fine."""
 
@@ -232,8 +235,9 @@ class HostsEngine(ProcessHome):
         host = self._keepers.choose(name, self.hosts)
         self._alive[name] = incarnation, host
         wiring = HostWiring(
-            host=host, address=self._hosts[host].place.address[0], invitation=self._invitation, faults=self._faults
-        )
+            host=host, address=self._hosts[host].place.address[0], invitation=self._invitation, faults=self._faults,
+            devices=self._keepers.devices(name),
+        )  # fmt: skip
         payload = Pickler.dumps(functools.partial(birth, name, incarnation, wiring, factory, arguments))
         self._order_start(name, incarnation, host, payload)
 

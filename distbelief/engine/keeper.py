@@ -3,13 +3,15 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from distbelief.engine.host import Host, Invitation
-from distbelief.engine.zygote import Forked
+from distbelief.engine.zygote import Forked, die_with_parent
 
 PROGRAM = "from distbelief.engine.keeper import main; main()"
 
@@ -29,5 +31,12 @@ def begin(host: str, address: str, invitation: Invitation, spawn: Spawn = subpro
 
 def main() -> None:
     """Entry point: what to take part in comes by standard input, from the process that started this one."""
+    die_with_parent(signal.SIGKILL)
     host, address, invitation = pickle.loads(sys.stdin.buffer.read())
-    Host(host, address, invitation, Forked()).serve()
+    try:
+        Host(host, address, invitation, Forked()).serve()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)  # at once: taking down an interpreter takes as long as a host may be silent

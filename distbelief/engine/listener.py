@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Listening sockets: made before a role is, and handed to it, so that an address outlives who answers there."""
 
+import contextlib
+import fcntl
 import secrets
 import socket
+import struct
 from typing import Any
 
 LOOPBACK = "127.0.0.1"
+_SIOCGIFADDR = 0x8915
 
 
 def listen(role: str) -> socket.socket:
@@ -26,6 +30,17 @@ def listen_over_tcp(address: str = LOOPBACK) -> socket.socket:
         raise
     listener.listen(1024)
     return listener
+
+
+def interface_of(address: str) -> str:
+    """The name of the network interface that has this address; "" when it is none of this host's."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return ""
 
 
 def name_of(listener: socket.socket) -> Any:

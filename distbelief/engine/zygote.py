@@ -63,7 +63,7 @@ def receive(control: socket.socket) -> tuple[Any, list[int]]:
     return pickle.loads(text), descriptors
 
 
-def _die_with_parent(number: int) -> None:
+def die_with_parent(number: int) -> None:
     """Get this signal from the kernel when the thread that started this process ends; 0 for none."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
@@ -147,7 +147,7 @@ class Zygote:
         """Import the user's script, unpickle (prepare, arguments) and keep what prepare returns for the forks."""
         # Only the end of the control socket tells that the coordinator is gone, and nobody looks at it meanwhile. The
         # thread that started us waits for the answer, so it cannot end before.
-        _die_with_parent(signal.SIGKILL)
+        die_with_parent(signal.SIGKILL)
         try:
             import multiprocessing.spawn
 
@@ -166,7 +166,7 @@ class Zygote:
             answer = ("loaded", b"", UserCodeError("".join(traceback.format_exception(error))))
         for descriptor in descriptors:
             os.close(descriptor)
-        _die_with_parent(0)
+        die_with_parent(0)
         send(self._control, answer)
 
     def _fork(self, role: str, incarnation: int, payload: bytes, descriptors: list[int]) -> None:
@@ -176,7 +176,7 @@ class Zygote:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _die_with_parent(signal.SIGKILL)
+            die_with_parent(signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
             self._control.close()

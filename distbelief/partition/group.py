@@ -6,6 +6,7 @@ Whoever finds it broken gets PeerLost or DeadlineExceeded, closes it, and forms 
 """
 
 import datetime
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost
 
 LOOPBACK = "127.0.0.1"
-DEFAULT_BACKEND = "gloo_on_loopback"
+DEFAULT_BACKEND = "gloo_at_address"
 """What torch calls gloo of ours: its own listens where the name of the host leads, or an environment variable."""
 
 
@@ -26,11 +27,13 @@ class Group:
     def __init__(
         self, store: Any, index: int, size: int, *,
         deadline_seconds: float = 60.0, device: torch.device | None = None, own_device: bool = False,
+        address: str = LOOPBACK,
     ) -> None:  # fmt: skip
         """Meet the others over `store`, a torch.distributed.Store; one partition alone needs none.
 
         This takes at most `deadline_seconds`, and so does every later wait. `device` is where this partition computes;
-        with `own_device` no two partitions share one, so that they can talk over nccl. Raises DeadlineExceeded when
+        with `own_device` no two partitions share one, so that they can talk over nccl. `address` is where the others
+        reach this host. Raises DeadlineExceeded when
         not all of them come, PeerLost when one goes at once.
         """
         self.index, self.size = index, size
@@ -45,7 +48,7 @@ class Group:
         if size > 1:
             assert store is not None, "several partitions meet over a store"
             limit = datetime.timedelta(seconds=deadline_seconds)
-            self._backend = self._attempt(lambda: self._form(store, limit))
+            self._backend = self._attempt(lambda: self._form(store, limit, address))
 
     def swap(self, parcels: Mapping[int, torch.Tensor], arrivals: Mapping[int, torch.Tensor]) -> "Swap":
         """Start sending the contiguous `parcels` and filling the contiguous `arrivals`, by partition; then wait.
@@ -92,12 +95,12 @@ class Group:
         if backend is not None:
             backend.abort() if self._direct else backend.shutdown()
 
-    def _form(self, store: Any, limit: datetime.timedelta) -> Any:
+    def _form(self, store: Any, limit: datetime.timedelta, address: str) -> Any:
         if self._direct:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = limit
             return dist.ProcessGroupNCCL(store, self.index, self.size, options)
-        return _gloo(store, self.index, self.size, limit)
+        return _gloo(store, self.index, self.size, limit, address)
 
     def _start(self, parcels: Mapping[int, torch.Tensor], arrivals: Mapping[int, torch.Tensor]) -> Sequence[Any]:
         def start() -> Sequence[Any]:
@@ -132,20 +135,24 @@ class Group:
         return kind(f"a partition of this replica {told}, says partition {self.index} of {self.size}: {error}")
 
 
-def form_default_group(store: Any, index: int, size: int, deadline_seconds: float) -> None:
-    """Make the partitions of a replica this process's default process group, over which torch's pipelining talks."""
+def form_default_group(store: Any, index: int, size: int, deadline_seconds: float, address: str = LOOPBACK) -> None:
+    """Make the partitions of a replica this process's default process group, over which torch's pipelining talks.
+
+    `address` is where the others reach this host.
+    """
     if DEFAULT_BACKEND not in dist.Backend.backend_list:
-        dist.Backend.register_backend(DEFAULT_BACKEND, _gloo, devices=["cpu", "cuda"])
+        form = functools.partial(_gloo, address=address)
+        dist.Backend.register_backend(DEFAULT_BACKEND, form, devices=["cpu", "cuda"])
     limit = datetime.timedelta(seconds=deadline_seconds)
     dist.init_process_group(DEFAULT_BACKEND, store=store, rank=index, world_size=size, timeout=limit)
 
 
-def _gloo(store: Any, index: int, size: int, limit: datetime.timedelta) -> Any:
-    """Nobody else need reach them: the partitions of one replica share a machine."""
+def _gloo(store: Any, index: int, size: int, limit: datetime.timedelta, address: str) -> Any:
+    """Reached there and nowhere else."""
     gloo: Any = dist.ProcessGroupGloo  # its options are not in torch's type stubs
     given = gloo._Options()
     given._timeout = limit
-    given._devices = [gloo.create_device(hostname=LOOPBACK)]
+    given._devices = [gloo.create_device(hostname=address)]
     return gloo(store, index, size, given)
 
 

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training over slow links: one slow link among four, and Downpour beside DistributedDataParallel over four of them.
+
+The hosts share this machine's cores. With one slow link, computing is therefore slowed so far that four replicas fit
+into them, as if every host had cores of its own; the comparison with DistributedDataParallel is of both as they are.
+"""
+
+import time
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+
+import distbelief as db
+from benchmarks import network_jobs, network_peers
+from benchmarks.network_jobs import RATE
+from benchmarks.processes import Companion
+from benchmarks.table import Measured, Row, Spread, interleave, spread, table_text, verdict
+from benchmarks.throughput_peers import Loop, acoustic_model, synthetic_frames
+from distbelief.channel.wire import WireDtype
+from tests.hosts import Hosts
+
+BATCH_SIZE = 32
+REPLICAS = 4
+SLOW_LINK, SLOWDOWN = 20e6, 6.0
+SHARE_TARGET = 0.9
+SPEECH_LINK = 100e6
+ACCURACY, SPEEDUP_TARGET = 0.85, 5.0
+BYTES: dict[WireDtype, int] = {"float32": 4, "bfloat16": 2}
+HOOKS = ("float32", "float16")
+DDP = "DistributedDataParallel"
+
+
+def exchange_seconds(parameters: int, dtype: WireDtype, bits_per_second: float) -> float:
+    """A push and a fetch of all parameters, one after the other."""
+    return 2 * 8 * BYTES[dtype] * parameters / bits_per_second
+
+
+def hiding(parameters: int, mini_batch_seconds: float, bits_per_second: float) -> tuple[int, WireDtype]:
+    """(n_push, numbers on the wire) with which a link is not waited for: numbers as they are if 16 mini-batches do.
+
+    A replica goes on computing while a push is under way, up to `backlog` times n_push mini-batches.
+    """
+    wanted: dict[WireDtype, float] = {
+        dtype: exchange_seconds(parameters, dtype, bits_per_second) / mini_batch_seconds / db.Downpour().backlog
+        for dtype in BYTES
+    }
+    dtype: WireDtype = "float32" if wanted["float32"] <= 16 else "bfloat16"
+    return max(1, 1 << (round(wanted[dtype] + 0.5) - 1).bit_length()), dtype
+
+
+def mini_batch_seconds() -> float:
+    """Of the plain loop on one core."""
+    torch.set_num_threads(1)
+    loop = Loop(acoustic_model(), synthetic_frames(2_000))
+    for _ in range(10):
+        loop.step(BATCH_SIZE)
+    started = time.perf_counter()
+    for _ in range(100):
+        loop.step(BATCH_SIZE)
+    return (time.perf_counter() - started) / 100
+
+
+def parameters_of_the_model() -> int:
+    """How many numbers travel."""
+    return sum(parameter.numel() for parameter in acoustic_model().parameters())
+
+
+# one slow link
+
+
+def one_slow_link(quick: bool) -> list[Row]:
+    """Four replicas, one of them behind a slow link, beside what a replica alone does on either link."""
+    n, dtype = hiding(parameters_of_the_model(), SLOWDOWN * mini_batch_seconds(), SLOW_LINK)
+    algorithm = db.Downpour(
+        update_rule=db.adagrad(RATE), n_push=n, n_fetch=n, fetch="overlapped", warmstart=0, cooldown=0
+    )
+    slow = REPLICAS - 1
+    with Hosts(REPLICAS + 2) as hosts:
+        hosts.shape(slow, SLOW_LINK)
+        rate = partial(
+            network_jobs.examples_per_second, hosts, algorithm=algorithm, dtype=dtype, slowdown=SLOWDOWN,
+            seconds=10.0 if quick else 20.0,
+        )  # fmt: skip
+        open_link, slow_link, together = "alone, open link", f"alone, {_line(SLOW_LINK)}", "all four"
+        measured = interleave(
+            {
+                open_link: partial(rate, [0]),
+                slow_link: partial(rate, [slow]),
+                together: partial(rate, list(range(REPLICAS))),
+            },
+            1 if quick else 3,
+        )
+    share = _share(measured[together], measured[open_link], measured[slow_link])
+    reached = share is not None and share.median >= SHARE_TARGET
+    lines = [
+        [name, f"{one.spread.median:,.0f}" if one.spread else "failed", *(
+            [str(share or "-"), f">= {SHARE_TARGET:g}", verdict(reached)] if name == together else ["-"] * 3
+        )]
+        for name, one in measured.items()
+    ]  # fmt: skip
+    title = (
+        f"one of four links at {_line(SLOW_LINK)}: n_push = n_fetch = {n}, {dtype} on the wire, computing slowed "
+        f"{SLOWDOWN:g} times"
+    )
+    header = ["replicas", "examples/s", "of the sum of what each does alone", "asked", "reached"]
+    print(table_text(title, header, lines), *_failures(measured), sep="\n", flush=True)
+    return [
+        {
+            "measured": "one slow link",
+            "method": name,
+            "n_push": n,
+            "wire": dtype,
+            "median_examples_per_second": one.spread.median if one.spread else None,
+            "share_of_sum": share.median if share and name == together else None,
+            "reached": reached if name == together else None,
+            "failure": one.failure,
+        }
+        for name, one in measured.items()
+    ]
+
+
+def _share(together: Measured, open_link: Measured, slow_link: Measured) -> Spread | None:
+    if together.failure or open_link.failure or slow_link.failure:
+        return None
+    rounds = zip(together.samples, open_link.samples, slow_link.samples, strict=True)
+    return spread([all_of_them / ((REPLICAS - 1) * fast + slow) for all_of_them, fast, slow in rounds])
+
+
+# speech
+
+
+def speech(data: str, quick: bool) -> list[Row]:
+    """The time to an accuracy over four slow links.
+
+    DistributedDataParallel would take a quarter of an hour: what is measured is its step over these links, and how many
+    steps it takes to the accuracy, on one process with the whole mini-batch.
+    """
+    n, dtype = exchanging(parameters_of_the_model(), mini_batch_seconds(), SPEECH_LINK)
+    algorithm = db.Downpour(
+        update_rule=db.adagrad(RATE), n_push=n, n_fetch=n, fetch="awaited", local_rate=LOCAL_RATE,
+        warmstart=WARMSTART, cooldown=WARMSTART,
+    )  # fmt: skip
+    steps_seconds: dict[str, float] = {}
+    with Hosts(REPLICAS) as hosts, ExitStack() as opened:
+        for host in range(REPLICAS):
+            hosts.shape(host, SPEECH_LINK)
+        members = [
+            opened.enter_context(
+                Companion(
+                    network_peers.data_parallel, pauses=False, entering=hosts.entering(host),
+                    head=hosts.addresses[0], rank=host, hosts=REPLICAS,
+                )
+            )
+            for host in range(REPLICAS)
+        ]  # fmt: skip
+        for member in members:
+            member.wait_until_ready()
+        for hook in HOOKS:
+            steps_seconds[hook] = members[0].ask(BATCH_SIZE, 10 if quick else 40, hook)
+    steps = network_jobs.plain_steps(data, ACCURACY, REPLICAS * BATCH_SIZE, epochs=EPOCHS)
+    with Hosts(REPLICAS + 2) as hosts:
+        for host in range(REPLICAS):
+            hosts.shape(host, SPEECH_LINK)
+        finish = network_jobs.speech_seconds(hosts, data, ACCURACY, algorithm, dtype, epochs=EPOCHS)
+    ways: list[tuple[str, str, float | None]] = [
+        (DDP, hook, steps * seconds if steps else None) for hook, seconds in steps_seconds.items()
+    ]
+    ways.append(("Downpour", dtype, finish.seconds))
+    speedups = [time / finish.seconds if time and finish.seconds else None for _, _, time in ways]
+    reached = speedups[0] is not None and speedups[0] >= SPEEDUP_TARGET
+    lines = [
+        [name, wire, f"{seconds:.0f} s" if seconds else "not reached", f"{speedup:.2f}" if speedup else "-",
+         f">= {SPEEDUP_TARGET:g}" if number == 0 else "-", verdict(reached if number == 0 else None)]
+        for number, ((name, wire, seconds), speedup) in enumerate(zip(ways, speedups, strict=True))
+    ]  # fmt: skip
+    title = (
+        f"speech to {ACCURACY:.0%} frame accuracy over four links of {_line(SPEECH_LINK)}, {BATCH_SIZE} a mini-batch"
+    )
+    header = ["method", "numbers on the wire", "time", "times that of Downpour", "asked", "reached"]
+    print(table_text(title, header, lines))
+    print(
+        f"Downpour: n_push = n_fetch = {n}, awaited, local_rate {LOCAL_RATE:g}; {finish.examples:,} examples, best "
+        f"{finish.best:.3f}\n{DDP}: {steps} steps of "
+        + ", ".join(f"{seconds:.3f} s ({hook})" for hook, seconds in steps_seconds.items()),
+        flush=True,
+    )
+    return [
+        {
+            "measured": "speech",
+            "method": name,
+            "wire": wire,
+            "n_push": n if name == "Downpour" else None,
+            "seconds": seconds,
+            "steps": steps if name == DDP else None,
+            "step_seconds": steps_seconds[wire] if name == DDP else None,
+            "examples": finish.examples if name == "Downpour" else None,
+            "times_downpour": speedup,
+            "reached": reached if number == 0 else None,
+            "failure": None,
+        }
+        for number, ((name, wire, seconds), speedup) in enumerate(zip(ways, speedups, strict=True))
+    ]
+
+
+EPOCHS = 5
+LOCAL_RATE = 0.05
+WARMSTART = 6_000
+
+
+def exchanging(parameters: int, mini_batch_seconds: float, bits_per_second: float) -> tuple[int, WireDtype]:
+    """(n_push, numbers on the wire) where exchanges follow each other: computing takes a sixth of each of them."""
+    dtype: WireDtype = "bfloat16"
+    wanted = exchange_seconds(parameters, dtype, bits_per_second) / mini_batch_seconds / 6
+    return max(1, 1 << (round(wanted) - 1).bit_length()), dtype
+
+
+def _line(bits_per_second: float) -> str:
+    return f"{bits_per_second / 1e6:,.0f} Mbit/s"
+
+
+def _failures(measured: dict[str, Measured]) -> list[str]:
+    return [f"{name}: failed: {one.failure}" for name, one in measured.items() if one.failure]

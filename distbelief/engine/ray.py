@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ray as who finds hosts, reserves room on them and starts one keeper on each; nothing else of a job goes through it.
+
+    address=None          a Ray of this machine, begun for the job and ended with it
+    address="auto"        the cluster that this process runs in, such as that of a Ray job
+    address="host:port"   the cluster whose head is there
+
+Ray may take from 12 to 65 seconds to notice that a host is gone; keepers and coordinator notice it themselves.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import pickle
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, final
+
+import ray
+from ray import cloudpickle
+from ray._raylet import Config  # type: ignore[attr-defined]
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from distbelief.engine import reaper
+from distbelief.engine.host import Invitation
+from distbelief.engine.keeper import PROGRAM
+from distbelief.engine.listener import LOOPBACK
+from distbelief.engine.placement import Group, Resources, check_room, next_host, total
+from distbelief.errors import ConfigurationError
+
+CONNECT_SECONDS = 5.0
+FREE_SECONDS = 5.0
+ROOM_SECONDS = 20.0
+"""Ray reserves room that is free within a second or two."""
+STOP_SECONDS = 5.0
+STORE_BYTES = 80 << 20
+"""Of an embedded Ray: its object store is not used, and this is about the least that it takes."""
+
+
+class KeeperActor:
+    """Starts the keeper on its host, in a process that shares nothing with Ray's but its end."""
+
+    def run(self, program: str, folders: Sequence[str], text: bytes) -> int:
+        """Be there as long as the keeper is; returns its exit code."""
+        known = [*folders, *(each for each in sys.path if each not in folders)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, known))}
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, start_new_session=True, env=environment
+        )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(text)
+        return process.wait()
+
+
+class SeatActor:
+    """Holds the accelerators of one role."""
+
+    def devices(self) -> list[str]:
+        """Which they are, on their host."""
+        return [str(each) for each in ray.get_gpu_ids()]
+
+
+@final
+class RayKeepers:
+    """See `Keepers` of engine/hosts.py. `groups` are the roles of the job and what they need."""
+
+    def __init__(self, address: str | None, groups: Sequence[Group]) -> None:
+        self._groups = groups
+        self._stack = contextlib.ExitStack()
+        try:
+            self._connect(address)
+            self.host = _host_name(ray.get_runtime_context().get_node_id())
+            embedded = len(self._nodes()) == 1 and address is None
+            self.address = LOOPBACK if embedded else ray.util.get_node_ip_address()
+            self._addresses = {
+                name: LOOPBACK if embedded else str(node["NodeManagerAddress"]) for name, node in self._nodes().items()
+            }
+            check_room(groups, [node["Resources"] for node in self._nodes().values()])
+        except BaseException:
+            self._stack.close()
+            raise
+        self._planned: dict[str, str] = {}
+        self._living: dict[str, str] = {}
+        self._devices: dict[str, str] = {}
+        self._actors: dict[str, tuple[Any, Any]] = {}
+        """Host -> the actor, and the future of its keeper's exit code."""
+
+    def _connect(self, address: str | None) -> None:
+        if ray.is_initialized():
+            return  # the user's own; it is not ours to end
+        if address is None:
+            self._stack.enter_context(_embedded(total(self._groups)))
+            return
+        if address != "auto":
+            _check_reachable(address)
+        try:
+            ray.init(address=address, namespace=_namespace(), configure_logging=False, log_to_driver=True)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigurationError(
+                f"Cluster(engine='ray', address={address!r}): no cluster there: {error}",
+                hint="start one with `ray start --head`, give the address of its head as host:6379, or leave address "
+                "out for a Ray of this machine",
+            ) from error
+        self._stack.callback(ray.shutdown)
+
+    def _nodes(self) -> dict[str, Any]:
+        return {_host_name(node["NodeID"]): node for node in ray.nodes() if node["Alive"]}
+
+    # room and keepers
+
+    def begin(self, invitation: Invitation) -> Sequence[str]:
+        """Reserve room for every role, and start keepers on the hosts where there is some."""
+        # Ray's own processes need not import this package, which takes seconds: they get its actors by value.
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        self._check_free()
+        whole = [node["Resources"] for node in self._nodes().values()]
+        reserved = [
+            placement_group([dict(group.each)] * len(group.roles), strategy=group.strategy(whole))
+            for group in self._groups
+        ]
+        for each in reserved:
+            self._stack.callback(remove_placement_group, each)
+        for group, each in zip(self._groups, reserved, strict=True):
+            if not each.wait(ROOM_SECONDS):
+                raise ConfigurationError(
+                    f"Ray has found no room for {', '.join(group.roles)} within {ROOM_SECONDS:g} s: each needs "
+                    f"{dict(group.each)}, free are {self._free()}",
+                    hint="use fewer replicas or shards, or end other jobs of the cluster",
+                )
+            nodes = placement_group_table(each)["bundles_to_node_id"]
+            self._planned |= {role: _host_name(nodes[number]) for number, role in enumerate(group.roles)}
+        self._seat(reserved)
+        hosts = list(dict.fromkeys(self._planned.values()))
+        actor = ray.remote(num_cpus=0, max_restarts=0)(KeeperActor)
+        for host in hosts:
+            where = NodeAffinitySchedulingStrategy(self._nodes()[host]["NodeID"], soft=False)
+            keeper = actor.options(scheduling_strategy=where).remote()
+            text = pickle.dumps((host, self._addresses[host], invitation))
+            self._actors[host] = keeper, keeper.run.remote(PROGRAM, [os.getcwd(), *sys.path], text)
+        return hosts
+
+    def _check_free(self) -> None:
+        """Raise ConfigurationError when what is there is taken; what was just given back is not seen at once."""
+        until = time.monotonic() + FREE_SECONDS
+        while True:
+            try:
+                check_room(self._groups, [*self._free().values()])
+                return
+            except ConfigurationError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+
+    def _free(self) -> dict[str, Resources]:
+        free = ray._private.state.available_resources_per_node()
+        return {name: free.get(node["NodeID"], {}) for name, node in self._nodes().items()}
+
+    def _seat(self, reserved: Sequence[PlacementGroup]) -> None:
+        """Learn from Ray which accelerators belong to which role; an actor for each holds them."""
+        asked: dict[str, Any] = {}
+        for group, each in zip(self._groups, reserved, strict=True):
+            for number, role in enumerate(group.roles):
+                if gpus := group.each.get("GPU", 0.0):
+                    where = PlacementGroupSchedulingStrategy(each, placement_group_bundle_index=number)
+                    seat = ray.remote(num_cpus=0, num_gpus=gpus, scheduling_strategy=where)(SeatActor).remote()
+                    self._stack.callback(ray.kill, seat)
+                    asked[role] = seat.devices.remote()
+        self._devices = {role: ",".join(found) for role, found in zip(asked, ray.get([*asked.values()]), strict=True)}
+
+    def complaints(self) -> dict[str, str]:
+        """Host -> why its keeper has ended, for those that have."""
+        found = {}
+        for host, (_, running) in self._actors.items():
+            if ray.wait([running], timeout=0)[0]:
+                try:
+                    code = ray.get(running)
+                    found[host] = f"its keeper ended with exit code {code}; is distbelief installed there?"
+                except ray.exceptions.RayError as error:
+                    found[host] = f"its keeper was not started: {error}"
+        return found
+
+    def choose(self, role: str, hosts: Sequence[str]) -> str:
+        """Where Ray has reserved room for the role, or, when that host is lost, where the fewest roles are."""
+        living = [host for other, host in self._living.items() if other != role]
+        self._living[role] = next_host(role, hosts, self._planned, living)
+        return self._living[role]
+
+    def devices(self, role: str) -> str | None:
+        """The accelerators that Ray has given the role; where it was not planned to be, all of the host."""
+        if role not in self._devices:
+            return ""
+        return self._devices[role] if self._living.get(role) == self._planned.get(role) else None
+
+    def end(self) -> None:
+        """End keepers, give back the room, and leave the cluster or end it."""
+        if self._actors:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.wait([running for _, running in self._actors.values()], num_returns=len(self._actors),
+                         timeout=STOP_SECONDS)  # fmt: skip
+        for actor, _ in self._actors.values():
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(actor)
+        self._actors = {}
+        self._stack.close()
+
+
+def _host_name(node: str) -> str:
+    return f"ray-{node[:12]}"
+
+
+@functools.cache
+def _token() -> str:
+    """Ray reads its token once in the life of a process."""
+    return secrets.token_hex(32)
+
+
+def _namespace() -> str:
+    return f"distbelief-{secrets.token_hex(8)}"
+
+
+@contextlib.contextmanager
+def _embedded(asked: Resources) -> Iterator[None]:
+    """A Ray of this machine, with as many logical cores as the roles want: they share the real ones."""
+    folder = tempfile.mkdtemp(prefix="distbelief-ray-")
+    reaping = subprocess.Popen([sys.executable, reaper.__file__], stdin=subprocess.PIPE, start_new_session=True)
+    assert reaping.stdin is not None
+    mark = f"DISTBELIEF_RAY={secrets.token_hex(8)}"
+    reaping.stdin.write(f"{mark}\n{folder}\n".encode())
+    reaping.stdin.flush()
+    others = {name: amount for name, amount in asked.items() if name not in ("CPU", "GPU")}
+    try:
+        with _environment({
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token(), "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0", **dict([mark.split("=")]),
+        }):  # fmt: skip
+            Config.initialize("")  # Ray has read the environment when it was imported
+            ray.init(
+                address="local", namespace=_namespace(), include_dashboard=False, configure_logging=False,
+                num_cpus=max(os.cpu_count() or 1, math.ceil(asked.get("CPU", 0.0))), resources=others or None,
+                object_store_memory=STORE_BYTES, _temp_dir=folder,
+            )  # fmt: skip
+        yield
+    finally:
+        ray.shutdown()
+        Config.initialize("")
+        reaping.stdin.close()
+        reaping.wait()
+
+
+@contextlib.contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    """Ray has no other way to be told these; the processes that it begins meanwhile keep them."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConfigurationError at once when nothing listens there; Ray would try for a long while."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), CONNECT_SECONDS):
+            return
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"Cluster(engine='ray', address={address!r}): no host reachable there: {error}",
+            hint="give the address of the cluster's head as host:port, for example 10.0.0.1:6379",
+        ) from error

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine that a job asks for, and what its roles ask of a cluster."""
+
+from distbelief.channel.secure import new_certificate
+from distbelief.channel.wire import Wire
+from distbelief.cluster import Cluster
+from distbelief.engine.base import Engine, Faults
+from distbelief.engine.hosts import HostsEngine
+from distbelief.engine.local import LocalEngine
+from distbelief.engine.placement import Group
+from distbelief.engine.simulated import SimulatedEngine
+from distbelief.engine.virtual import Costs
+from distbelief.errors import ConfigurationError
+from distbelief.job import Job
+from distbelief.parameter_server import shard_name
+from distbelief.roster import EVALUATOR, member_name, replica_name
+
+
+def engine_of(job: Job, faults: Faults | None, costs: Costs | None) -> Engine:
+    """An engine with nothing started on it. Raises ConfigurationError when there is no such cluster."""
+    cluster = job.cluster
+    shards = [shard_name(index) for index in range(cluster.shards)]
+    if cluster.engine == "simulated":
+        return SimulatedEngine(job.seed, costs=costs, faults=faults)
+    if cluster.engine == "local":
+        return LocalEngine(shards, transport=cluster.transport, faults=faults)
+    try:
+        from distbelief.engine.ray import RayKeepers
+    except ImportError as error:
+        raise ConfigurationError(
+            f"Cluster(engine='ray') needs Ray, which is not installed: {error}", hint="pip install 'distbelief[ray]'"
+        ) from error
+    wire = Wire(dtype=cluster.wire, certificate=new_certificate() if cluster.tls else None)
+    keepers = RayKeepers(cluster.address, groups(cluster, evaluates=job.test is not None))
+    return HostsEngine(shards, keepers, faults=faults, wire=wire, lost_seconds=cluster.lost_seconds)
+
+
+def groups(cluster: Cluster, *, evaluates: bool) -> list[Group]:
+    """What is placed together: the partitions of each replica, packed; the shards, spread; the evaluator."""
+    partitions = cluster.plan.partitions
+    each = {"CPU": cluster.cpus_per_replica / partitions, "GPU": cluster.gpus_per_replica / partitions}
+    each = {name: amount for name, amount in {**each, **(cluster.resources or {})}.items() if amount}
+
+    def members(name: str) -> tuple[str, ...]:
+        return tuple(member_name(name, partition, partitions) for partition in range(partitions))
+
+    found = [Group(tuple(shard_name(index) for index in range(cluster.shards)), {"CPU": 1.0}, spread=True)]
+    found += [Group(members(replica_name(index)), each) for index in range(cluster.replicas)]
+    if evaluates:
+        found.append(Group(members(EVALUATOR), {"CPU": 1.0 / partitions}))
+    return found

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs on Ray: on two hosts of one cluster (ray_scenarios.py, run once), and on a Ray begun for the job."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import marked_processes
+
+import distbelief as db
+from distbelief.engine.placement import Group, check_room, next_host
+from distbelief.engines import groups
+from distbelief.errors import ConfigurationError
+from tests import problems
+
+ray = pytest.mark.skipif(
+    __import__("importlib.util").util.find_spec("ray") is None, reason="pip install 'distbelief[ray]'"
+)
+ROOT = Path(__file__).parents[1]
+FOLDERS = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": FOLDERS, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What came of every scenario."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.ray_scenarios", str(tmp_path_factory.mktemp("ray"))], cwd=ROOT,
+        env=environment(), capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-5000:]
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+FILES = ["checkpoints", "events.jsonl", "initial.safetensors", "launch.json", "state.json", "summary.json"]
+
+on_two_hosts = [pytest.mark.slow, pytest.mark.timeout(300), ray]
+
+
+def marked(marks: list[Any]) -> Any:
+    def apply(test: Any) -> Any:
+        for mark in marks:
+            test = mark(test)
+        return test
+
+    return apply
+
+
+@marked(on_two_hosts)
+def test_downpour_counts_every_example_once_and_leaves_the_files_of_any_run(told: dict[str, Any]) -> None:
+    came = told["downpour"]
+    assert (came["reason"], came["missing"], came["repeated"], came["lost"]) == ("all epochs finished", 0, 0, [])
+    assert came["test"]["accuracy"] > 0.8
+    assert set(FILES) <= set(came["files"])
+
+
+@marked(on_two_hosts)
+def test_partitions_on_two_hosts_train_what_partitions_of_one_machine_train(
+    told: dict[str, Any], tmp_path: Path
+) -> None:
+    algorithm = db.Downpour(update_rule=db.adagrad(0.1), fetch="awaited")
+    cluster = db.Cluster(replicas=1, partitions=2, shards=1, device="cpu")
+    job = problems.job(run=tmp_path / "run", algorithm=algorithm, cluster=cluster, test=None, epochs=1)
+    model = db.train(job, view=False).model
+    expected = [float(value.double().sum()) for value in model.state_dict().values()]
+    assert told["partitioned"]["parameters"] == pytest.approx(expected, abs=1e-5)
+    assert told["partitioned"]["lost"] == []
+
+
+@marked(on_two_hosts)
+def test_sandblaster_takes_the_steps_that_it_takes_on_one_machine(told: dict[str, Any], tmp_path: Path) -> None:
+    cluster = db.Cluster(replicas=2, shards=2, device="cpu")
+    job = problems.job(run=tmp_path / "run", algorithm=db.Sandblaster(max_iterations=5), cluster=cluster)
+    model = db.train(job, view=False).model
+    expected = [float(value.double().sum()) for value in model.state_dict().values()]
+    assert told["sandblaster"]["parameters"] == pytest.approx(expected, abs=1e-4)
+
+
+@marked(on_two_hosts)
+def test_shards_are_spread_groups_are_packed_and_resources_decide_where_a_role_lives(told: dict[str, Any]) -> None:
+    where = {role: host for role, (host, _) in told["placement"].items()}
+    assert where["shard/0"] != where["shard/1"]
+    assert where["a/0"] == where["a/1"]
+    assert where["fast/0"] != where["gpu/0"] == where["gpu/1"]
+    devices = {role: devices for role, (_, devices) in told["placement"].items()}
+    assert {devices["gpu/0"], devices["gpu/1"]} == {"0", "1"}
+    assert devices["shard/0"] == ""
+
+
+@marked(on_two_hosts)
+def test_what_the_cluster_lacks_is_said_at_once_and_nothing_is_left_of_the_run(told: dict[str, Any]) -> None:
+    refused = told["refusals"]
+    for name, message in (("room", "53 CPU asked, 6 available"), ("gpus", "16 GPU asked, 2 available"),
+                          ("custom", "2 tpu asked, 0 available")):  # fmt: skip
+        assert refused[name]["kind"] == "ConfigurationError"
+        assert message in refused[name]["message"]
+        assert refused[name]["seconds"] < 2.0
+    assert refused["left"] == []
+
+
+@marked(on_two_hosts)
+def test_when_a_host_of_the_cluster_is_lost_its_roles_live_on_elsewhere(told: dict[str, Any]) -> None:
+    came = told["lost_host"]
+    assert came["ended"]
+    roles = [role for role, _ in came["lost"]]
+    assert any(role.startswith("shard/") for role in roles), "shards were spread over both hosts"
+    assert came["hosts"] == 1
+    assert all("was lost: it has been silent" in reason for _, reason in came["lost"])
+    assert set(roles) <= set(came["again"])
+    assert (came["reason"], came["missing"]) == ("all epochs finished", 0)
+    assert came["test"]["accuracy"] > 0.8
+
+
+JOB = """
+import functools
+import distbelief as db
+from tests import problems
+job = problems.job(data=functools.partial(problems.points, {examples}), cluster=db.Cluster(replicas=2, shards=2))
+"""
+
+
+def train(tmp_path: Path, examples: int, *options: str) -> "subprocess.Popen[str]":
+    script = tmp_path / "job.py"
+    script.write_text(JOB.format(examples=examples))
+    arguments = ["train", str(script), "--run", str(tmp_path / "run"), "--cluster.engine", "ray"]
+    arguments += ["--cluster.lost-seconds", "8", *options]
+    return subprocess.Popen(
+        [sys.executable, "-c", "from distbelief.cli import command; command()", *arguments], cwd=ROOT,
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+@marked(on_two_hosts)
+def test_the_command_line_trains_on_a_ray_begun_for_the_job_and_ends_it(tmp_path: Path) -> None:
+    before = set(marked_processes())
+    with train(tmp_path, 320, "--cluster.replicas", "1") as process:
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "all epochs finished" in said
+    assert set(marked_processes()) <= before
+
+
+@marked(on_two_hosts)
+def test_when_the_drivers_process_is_killed_neither_roles_nor_ray_are_left(tmp_path: Path) -> None:
+    before = set(marked_processes())
+    events = tmp_path / "run" / "events.jsonl"
+    with train(tmp_path, 640_000) as process:
+        until = time.monotonic() + 120
+        while not (events.exists() and "Progress" in events.read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        assert len(set(marked_processes()) - before) > 6
+        process.send_signal(signal.SIGKILL)
+    until = time.monotonic() + 20.0
+    while left := set(marked_processes()) - before:
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
+
+
+@marked([ray])
+def test_a_cluster_that_is_not_there_is_refused_with_its_address_and_the_reason(tmp_path: Path) -> None:
+    cluster = db.Cluster(engine="ray", address="127.0.0.1:1")
+    with pytest.raises(ConfigurationError, match=r"(?s)127\.0\.0\.1:1.*no host reachable.*Connection refused"):
+        db.train(problems.job(run=tmp_path / "run", cluster=cluster), view=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_ray_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "distbelief.engine.ray", raising=False)
+    with pytest.raises(ConfigurationError, match=r"pip install 'distbelief\[ray\]'"):
+        db.train(problems.job(run=tmp_path / "run", cluster=db.Cluster(engine="ray")), view=False)
+    with suppress(KeyError):
+        del sys.modules["distbelief.engine.ray"]
+
+
+# decisions
+
+
+def test_a_job_asks_for_one_packed_group_a_replica_spread_shards_and_an_evaluator() -> None:
+    cluster = db.Cluster(
+        engine="ray", replicas=2, partitions=2, shards=3, cpus_per_replica=4.0, gpus_per_replica=1.0,
+        resources={"fast": 1.0},
+    )  # fmt: skip
+    each = {"CPU": 2.0, "GPU": 0.5, "fast": 1.0}
+    assert groups(cluster, evaluates=True) == [
+        Group(("shard/0", "shard/1", "shard/2"), {"CPU": 1.0}, spread=True),
+        Group(("replica/0/0", "replica/0/1"), each),
+        Group(("replica/1/0", "replica/1/1"), each),
+        Group(("evaluator/0", "evaluator/1"), {"CPU": 0.5}),
+    ]
+    assert len(groups(cluster, evaluates=False)) == 3
+
+
+def test_a_group_is_packed_on_one_host_only_where_one_holds_it() -> None:
+    pair = Group(("a", "b"), {"CPU": 2.0})
+    assert pair.strategy([{"CPU": 3.0}, {"CPU": 4.0}]) == "STRICT_PACK"
+    assert pair.strategy([{"CPU": 3.0}, {"CPU": 3.0}]) == "PACK"
+
+
+def test_a_process_that_no_host_can_hold_is_named_though_all_hosts_together_could() -> None:
+    with pytest.raises(ConfigurationError, match="no host of the cluster has what a needs: 4 CPU"):
+        check_room([Group(("a",), {"CPU": 4.0})], [{"CPU": 3.0}, {"CPU": 3.0}])
+
+
+def test_a_role_goes_where_it_was_planned_and_else_where_the_fewest_live() -> None:
+    assert next_host("a", ["x", "y"], {"a": "y"}, ["y", "y", "x"]) == "y"
+    assert next_host("a", ["x", "z"], {"a": "y"}, ["x", "x", "z"]) == "z"
