@@ -124,6 +124,18 @@ def test_when_a_host_of_the_cluster_is_lost_its_roles_live_on_elsewhere(told: di
     assert came["test"]["accuracy"] > 0.8
 
 
+@marked(on_two_hosts)
+def test_the_contract_of_engines_holds_on_ray() -> None:
+    program = "import ray, pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+    chosen = ["tests/test_engine_contract.py", "-k", "[ray", "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [sys.executable, "-c", program, *chosen], cwd=ROOT, env=environment(), capture_output=True, text=True,
+        timeout=200,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-5000:]
+    assert int(run.stdout.split(" passed")[0].split()[-1]) >= 36
+
+
 JOB = """
 import functools
 import distbelief as db

@@ -183,7 +183,6 @@ class HostsEngine(ProcessHome):
         del self._hosts[host]
         for role, (incarnation, where) in list(self._alive.items()):
             if where == host:
-                self._registry.unsettle(role)
                 self._end(role, Death(role, incarnation, reason))
 
     # the job
@@ -266,8 +265,8 @@ class HostsEngine(ProcessHome):
     def stop(self, name: str) -> None:
         """Kill the role's process; not a death."""
         if name in self._alive:
-            _, host = self._alive.pop(name)
-            self.processes.pop(name, None)
+            _, host = self._alive[name]
+            self._end(name, None)
             self._keeper_peers[host].call(Host.stop, name)
 
     def signal(self, name: str, number: int) -> None:
@@ -292,6 +291,7 @@ class HostsEngine(ProcessHome):
         return deaths
 
     def _end(self, role: str, death: Death | None) -> None:
+        self._registry.unsettle(role)
         del self._alive[role]
         self.processes.pop(role, None)
         if death is not None:

@@ -63,6 +63,8 @@ class Registry:
         self._lock = threading.Lock()
         self._hosts: dict[str, HostRecord] = {}
         self._places: dict[str, Place] = {}
+        self._latest: dict[str, Place] = {}
+        """Where each role lives or has lived."""
         self._sought: dict[str, list[Promise[Place]]] = {}
         self._moves = 0
 
@@ -115,8 +117,8 @@ class Registry:
     def settle(self, role: str, place: Place) -> None:
         """A role lives here now."""
         with self._lock:
-            before, self._places[role] = self._places.get(role), place
-            self._moves += before is not None and before != place
+            self._moves += self._latest.get(role, place) != place
+            self._places[role] = self._latest[role] = place
             sought = self._sought.pop(role, [])
         for promise in sought:
             promise.keep(place)
@@ -124,7 +126,7 @@ class Registry:
     def unsettle(self, role: str) -> None:
         """A role lives nowhere until further notice."""
         with self._lock:
-            self._moves += self._places.pop(role, None) is not None
+            self._places.pop(role, None)
 
     def joined(self) -> dict[str, Introduction]:
         """The hosts that are not lost."""
