@@ -13,7 +13,7 @@ import torch
 from distbelief.channel import frames
 from distbelief.channel.frames import TensorReference
 
-PIECE = 1 << 16
+PIECE = 1 << 18
 """Numbers that are converted at a time."""
 
 
@@ -24,6 +24,7 @@ class Narrowed:
     def __init__(self, tensor: torch.Tensor, *, incoming: bool) -> None:
         self._left, self._incoming = tensor.view(-1), incoming
         self._scratch = torch.empty(min(PIECE, tensor.numel()), dtype=torch.bfloat16)
+        self._memory = frames.bytes_of(self._scratch)
         self._piece = memoryview(b"")
         self._left_bytes = 2 * tensor.numel()
 
@@ -34,11 +35,11 @@ class Narrowed:
     def piece(self) -> memoryview:
         """The next bytes to send, or where the next bytes are to be received."""
         if not self._piece:
-            numbers = self._scratch[: len(self._left)]
+            count = min(len(self._scratch), len(self._left))
             if not self._incoming:
-                numbers.copy_(self._left[: len(numbers)])
-                self._left = self._left[len(numbers) :]
-            self._piece = frames.bytes_of(numbers)
+                self._scratch[:count].copy_(self._left[:count])
+                self._left = self._left[count:]
+            self._piece = self._memory[: 2 * count]
         return self._piece
 
     def advance(self, count: int) -> None:

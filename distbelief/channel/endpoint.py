@@ -86,6 +86,8 @@ class Endpoint:
         """Where to, and until when."""
         self._distant: set[Connection] = set()
         """Connections over TCP, whose other end may fall silent."""
+        self._silent: set[Connection] = set()
+        """Those that were when they were last looked at."""
         self._look_again = 0.0
         self._errands: list[Callable[[], bool]] = []
         self._listeners = tuple(listeners)
@@ -281,10 +283,15 @@ class Endpoint:
             if now > until:
                 reason = f"nothing was heard within {self._wire.connect_seconds:g} s"
                 self._drop(connection, links.unreachable(address, reason))
-        for connection in self._distant - self._connecting.keys():
-            if links.is_silent(connection.socket, self._wire.silence_seconds):
-                reason = f"its host has been silent for {self._wire.silence_seconds:g} s"
-                self._drop(connection, PeerLost(f"the peer is out of reach: {reason}"))
+        silent = {
+            connection for connection in self._distant - self._connecting.keys()
+            if links.is_silent(connection.socket, self._wire.silence_seconds)
+        }  # fmt: skip
+        # After this machine itself stood still, the answer to a question of before may be only just arriving.
+        for connection in silent & self._silent:
+            reason = f"its host has been silent for {self._wire.silence_seconds:g} s"
+            self._drop(connection, PeerLost(f"the peer is out of reach: {reason}"))
+        self._silent = silent
         self._door.sweep(now)
 
     def _guarded(self, connection: Connection, action: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, final
 from distbelief.errors import AuthenticationError, ConfigurationError, PeerLost
 
 VALID_DAYS = 3650
-_RECORD_BYTES = 1 << 14
+_RECORD_BYTES = 1 << 18
 
 
 @final
