@@ -44,8 +44,9 @@ def groups(cluster: Cluster, *, evaluates: bool) -> list[Group]:
     def members(name: str) -> tuple[str, ...]:
         return tuple(member_name(name, partition, partitions) for partition in range(partitions))
 
-    found = [Group(tuple(shard_name(index) for index in range(cluster.shards)), {"CPU": 1.0}, spread=True)]
-    found += [Group(members(replica_name(index)), each) for index in range(cluster.replicas)]
+    # In the order in which room is reserved: who needs most, first.
+    found = [Group(members(replica_name(index)), each) for index in range(cluster.replicas)]
+    found.append(Group(tuple(shard_name(index) for index in range(cluster.shards)), {"CPU": 1.0}, spread=True))
     if evaluates:
         found.append(Group(members(EVALUATOR), {"CPU": 1.0 / partitions}))
     return found

@@ -211,9 +211,9 @@ def test_a_job_asks_for_one_packed_group_a_replica_spread_shards_and_an_evaluato
     )  # fmt: skip
     each = {"CPU": 2.0, "GPU": 0.5, "fast": 1.0}
     assert groups(cluster, evaluates=True) == [
-        Group(("shard/0", "shard/1", "shard/2"), {"CPU": 1.0}, spread=True),
         Group(("replica/0/0", "replica/0/1"), each),
         Group(("replica/1/0", "replica/1/1"), each),
+        Group(("shard/0", "shard/1", "shard/2"), {"CPU": 1.0}, spread=True),
         Group(("evaluator/0", "evaluator/1"), {"CPU": 0.5}),
     ]
     assert len(groups(cluster, evaluates=False)) == 3

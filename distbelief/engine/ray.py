@@ -37,7 +37,7 @@ from distbelief.errors import ConfigurationError
 
 CONNECT_SECONDS = 5.0
 FREE_SECONDS = 5.0
-ROOM_SECONDS = 20.0
+ROOM_SECONDS = 10.0
 """Ray reserves room that is free within a second or two."""
 STOP_SECONDS = 5.0
 STORE_BYTES = 80 << 20
@@ -103,7 +103,7 @@ class RayKeepers:
             _check_reachable(address)
         try:
             ray.init(address=address, namespace=_namespace(), configure_logging=False, log_to_driver=True)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ConfigurationError(
                 f"Cluster(engine='ray', address={address!r}): no cluster there: {error}",
                 hint="start one with `ray start --head`, give the address of its head as host:6379, or leave address "
@@ -130,10 +130,11 @@ class RayKeepers:
             self._stack.callback(remove_placement_group, each)
         for group, each in zip(self._groups, reserved, strict=True):
             if not each.wait(ROOM_SECONDS):
+                free = [{name: host.get(name, 0.0) for name in group.each} for host in self._free().values()]
                 raise ConfigurationError(
-                    f"Ray has found no room for {', '.join(group.roles)} within {ROOM_SECONDS:g} s: each needs "
-                    f"{dict(group.each)}, free are {self._free()}",
-                    hint="use fewer replicas or shards, or end other jobs of the cluster",
+                    f"the cluster has no room for {', '.join(group.roles)} beside the rest of the job: each needs "
+                    f"{dict(group.each)} on one host; on its hosts are left {free}",
+                    hint="use fewer replicas or shards, ask less for each, or end other jobs of the cluster",
                 )
             nodes = placement_group_table(each)["bundles_to_node_id"]
             self._planned |= {role: _host_name(nodes[number]) for number, role in enumerate(group.roles)}
