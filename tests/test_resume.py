@@ -142,7 +142,7 @@ def test_a_run_without_a_checkpoint_offers_neither_to_resume_nor_to_export_it(tm
     def block(observation: Observation) -> None:
         heard.append(observation)
         if isinstance(observation.event, JobStarted):
-            (tmp_path / "run" / "checkpoints").write_text("no folder")
+            (tmp_path / "run" / "checkpoints").write_text("/proc/nowhere")
 
     with pytest.raises(db.TrainingFailed, match="first checkpoint could not be written"):
         trained(problems.job(), tmp_path / "run", listeners=[block])
