@@ -18,11 +18,14 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 def together(partitions: int, work: Callable[[Group], T], deadline_seconds: float = 20.0) -> list[T]:
     """What `work` returns on every partition; the first error if one of them raises."""
     store, results, errors = dist.HashStore(), {}, []
+    # Who has nothing to say to the others would be gone before the last of them has finished meeting it.
+    met = threading.Barrier(partitions, timeout=deadline_seconds)
 
     def run(index: int) -> None:
         group = None
         try:
             group = Group(store, index, partitions, deadline_seconds=deadline_seconds)
+            met.wait()
             results[index] = work(group)
         except BaseException as error:
             errors.append(error)
