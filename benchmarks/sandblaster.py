@@ -2,8 +2,8 @@
 """Sandblaster L-BFGS: time to the same loss beside torch.optim.LBFGS, a slow replica, overhead, memory of a shard.
 
 All methods start from the same parameters with the same full batch, and stop when they reach the loss that
-torch.optim.LBFGS has after some iterations. They take turns; what is compared are ratios within a round. Every round has
-another start, for one search may need an evaluation more or less than another from any one of them.
+torch.optim.LBFGS has after some iterations. They take turns; what is compared are ratios within a round. Every round
+has another start, for one search may need an evaluation more or less than another from any one of them.
 """
 
 import statistics
