@@ -21,17 +21,17 @@ import socket, sys, time
 server = socket.create_server((sys.argv[1], 9000))
 print(flush=True)
 line, _ = server.accept()
-began, count, first = time.monotonic(), 0, None
-while time.monotonic() - began < 1.2:
-    received = len(line.recv(1 << 16))
-    if first is None and time.monotonic() - began > 0.2:
-        first, count = time.monotonic(), 0
-    count += received
-print(count / (time.monotonic() - first))
+wanted, left = int(sys.argv[2]), int(sys.argv[2])
+began = time.monotonic()
+line.sendall(b"go")
+while left > 0:
+    left -= len(line.recv(1 << 16))
+print((wanted - left) / (time.monotonic() - began))
 """
 SEND = """
 import socket, sys
 line = socket.create_connection((sys.argv[1], 9000))
+line.recv(2)
 while True:
     line.sendall(bytes(1 << 16))
 """
@@ -71,8 +71,11 @@ def hosts() -> Iterator[Hosts]:
         yield made
 
 
-def payload_bits_per_second(hosts: Hosts, sender: int, receiver: int) -> float:
-    there = hosts.python(receiver, "-S", "-c", RECEIVE, hosts.addresses[receiver], stdout=subprocess.PIPE, text=True)
+def payload_bits_per_second(hosts: Hosts, sender: int, receiver: int, count: int) -> float:
+    """Over the first `count` bytes."""
+    there = hosts.python(
+        receiver, "-S", "-c", RECEIVE, hosts.addresses[receiver], str(count), stdout=subprocess.PIPE, text=True
+    )
     assert there.stdout is not None
     there.stdout.readline()
     hosts.python(sender, "-S", "-c", SEND, hosts.addresses[receiver], stderr=subprocess.DEVNULL)
@@ -86,7 +89,7 @@ def test_a_shaped_link_carries_what_was_asked_in_either_direction(hosts: Hosts, 
     hosts.shape(0, bits_per_second)
     on_the_line = (SEGMENT_BYTES + HEADER_BYTES) / SEGMENT_BYTES
     for sender, receiver in ((0, 1), (1, 0)):
-        payload = payload_bits_per_second(hosts, sender, receiver)
+        payload = payload_bits_per_second(hosts, sender, receiver, round(bits_per_second / 8))  # a second of it
         assert payload * on_the_line == pytest.approx(bits_per_second, rel=0.05)
         hosts.kill(sender)
 
