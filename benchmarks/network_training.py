@@ -94,7 +94,7 @@ def one_slow_link(quick: bool) -> list[Row]:
         hosts.shape(slow, SLOW_LINK)
         rate = partial(
             network_jobs.examples_per_second, hosts, algorithm=algorithm, dtype=dtype, slowdown=SLOWDOWN,
-            seconds=10.0 if quick else 20.0,
+            seconds=15.0 if quick else 25.0,
         )  # fmt: skip
         open_link, slow_link, together = "alone, open link", f"alone, {_line(SLOW_LINK)}", "all four"
         measured = interleave(
