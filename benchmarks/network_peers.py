@@ -9,14 +9,10 @@ import functools
 import importlib
 import os
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +42,7 @@ from distbelief.parameter_server import ParameterServerShard, shard_name
 Measure = Callable[[int, int], float]
 Serves = Callable[[], float]
 
-BARE_PORT, SHARD_PORT, ECHO_PORT, RAY_PORT, DDP_PORT = 9000, 9001, 9002, 6379, 9003
+BARE_PORT, SHARD_PORT, ECHO_PORT, DDP_PORT = 9000, 9001, 9002, 9003
 BUFFER_BYTES = 1 << 20
 """Of the bare socket, as the product's channel has it: the kernel's own choice is slower here."""
 KEY = b"of these two hosts alone, secret"
@@ -173,8 +169,9 @@ def echo_near(address: str, far: str, parameters: int) -> Iterator[Measure]:
 # Ray
 
 
-def _ray_settings(token: str) -> None:
-    os.environ |= {
+def ray_settings(token: str) -> dict[str, str]:
+    """The environment of every process of Ray's."""
+    return {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
@@ -183,37 +180,13 @@ def _ray_settings(token: str) -> None:
 
 
 @contextmanager
-def ray_node(address: str, head: str, token: str, store_bytes: int) -> Iterator[Serves]:
-    """A Ray node of this host: the head when `head` is its own address, else one that joins it."""
-    _ray_settings(token)
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        where = (
-            ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", f"--temp-dir={folder}"]
-            if address == head
-            else [f"--address={head}:{RAY_PORT}", '--resources={"far": 1}']
-        )
-        started = [
-            str(Path(sys.executable).parent / "ray"), "start", "--block", *where, f"--node-ip-address={address}",
-            "--num-cpus=2", f"--object-store-memory={store_bytes}", "--disable-usage-stats",
-        ]  # fmt: skip
-        node = subprocess.Popen(started, stdin=subprocess.DEVNULL)
-        try:
-            yield lambda: float(node.poll() or 0)
-        finally:
-            node.terminate()
-            node.wait(TIMEOUT_SECONDS)
-
-
-@contextmanager
-def ray_near(address: str, token: str) -> Iterator[Measure]:
+def ray_near(address: str, port: int, token: str) -> Iterator[Measure]:
     """A Ray actor in the other host and the object stores of both."""
-    _ray_settings(token)
+    os.environ |= ray_settings(token)
     library: Any = importlib.import_module("ray")
     try:
-        library.init(
-            address=f"{address}:{RAY_PORT}", _node_ip_address=address, log_to_driver=False, logging_level="ERROR"
-        )
-        yield functools.partial(measure_ray, library, {}, {"far": 1.0})
+        library.init(address=f"{address}:{port}", _node_ip_address=address, log_to_driver=False, logging_level="ERROR")
+        yield functools.partial(measure_ray, library, {}, {"host1": 1.0})
     finally:
         library.shutdown()
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Push + fetch between two hosts, over an open link and over shaped ones, beside a bare socket and Ray."""
 
+import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from benchmarks import network_peers
 from benchmarks.processes import Companion
@@ -55,24 +58,25 @@ class Comparison:
 
 def measure(quick: bool) -> list[Row]:
     """Measure every link, print the tables, return a row per link and method."""
-    with _methods(OPEN_PARAMETERS, None, with_ray=True) as methods:
+    with methods(OPEN_PARAMETERS, None, with_ray=True) as found:
         calls, rounds = 2, 5 if quick else 15
-        asked = {name: partial(method, OPEN_PARAMETERS, calls) for name, method in methods.items()}
+        asked = {name: partial(method, OPEN_PARAMETERS, calls) for name, method in found.items()}
         comparisons = [Comparison(None, OPEN_PARAMETERS, interleave(asked, rounds))]
     print(_open_table(comparisons[0]), flush=True)
     for rate, parameters in SHAPED.items():
-        with _methods(parameters, rate, with_ray=False) as methods:
-            asked = {name: partial(method, parameters, 1) for name, method in methods.items()}
+        with methods(parameters, rate, with_ray=False) as found:
+            asked = {name: partial(method, parameters, 1) for name, method in found.items()}
             comparisons.append(Comparison(rate, parameters, interleave(asked, 2 if quick else 5)))
     print(_shaped_table(comparisons[1:]), flush=True)
     return [row for comparison in comparisons for row in _rows(comparison)]
 
 
 @contextmanager
-def _methods(parameters: int, bits_per_second: float | None, *, with_ray: bool) -> Iterator[Methods]:
+def methods(parameters: int, bits_per_second: float | None, *, with_ray: bool) -> Iterator[Methods]:
     """Every way between two fresh hosts, each with a side in either."""
     with ExitStack() as opened:
-        hosts = opened.enter_context(Hosts(2))
+        folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+        hosts = opened.enter_context(Hosts(2))  # whose processes end before their folder does
         if bits_per_second is not None:
             hosts.shape(0, bits_per_second)
         near, far = hosts.addresses
@@ -88,10 +92,8 @@ def _methods(parameters: int, bits_per_second: float | None, *, with_ray: bool) 
         ]
         if with_ray:
             # Both directions of several rounds: Ray frees objects late.
-            store = {"head": near, "token": token, "store_bytes": 16 * 4 * parameters}
-            serving.append(companion(0, network_peers.ray_node, address=near, **store))
-            serving[-1].wait_until_ready()
-            serving.append(companion(1, network_peers.ray_node, address=far, **store))
+            settings = dict(os.environ) | network_peers.ray_settings(token)
+            hosts.start_ray(Path(folder), cpus=2, store_bytes=max(80 << 20, 16 * 4 * parameters), env=settings)
         for one in serving:
             one.wait_until_ready()
         calling = {
@@ -100,7 +102,7 @@ def _methods(parameters: int, bits_per_second: float | None, *, with_ray: bool) 
             ECHO: companion(0, network_peers.echo_near, address=near, far=far, parameters=parameters),
         }
         if with_ray:
-            calling[RAY] = companion(0, network_peers.ray_near, address=near, token=token)
+            calling[RAY] = companion(0, network_peers.ray_near, address=near, port=hosts.RAY_PORT, token=token)
         yield {name: one.ask for name, one in calling.items()}
 
 

@@ -4,6 +4,7 @@
 import os
 import signal
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 from torch import nn
@@ -40,9 +41,13 @@ class Stopwatch:
             os.kill(os.getpid(), signal.SIGINT)
 
     def rate(self) -> float:
-        """Examples per second between the first and last progress event after training has settled."""
-        settled = [moment for moment in self._seen if moment[0] - self._seen[0][0] >= SETTLE_SECONDS]
-        (start, before), (stop, after) = settled[0], settled[-2]
+        """Examples per second between the first and last progress after training has settled.
+
+        Only events that tell of some count: a slow link settles many examples at once and then none for a while.
+        """
+        told = [later for earlier, later in pairwise(self._seen[:-1]) if later[1] > earlier[1]]
+        settled = [moment for moment in told if moment[0] - self._seen[0][0] >= SETTLE_SECONDS]
+        (start, before), (stop, after) = settled[0], settled[-1]
         return (after - before) / (stop - start)
 
 

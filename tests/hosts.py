@@ -100,26 +100,33 @@ class Hosts:
         environment = options.pop("env", dict(os.environ)) | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         return self.popen(host, [sys.executable, *arguments], env=environment, **options)
 
-    def start_ray(self, host: int, folder: Path, *, cpus: int, store_bytes: int, **options: Any) -> None:
-        """Start a Ray node in a host, the head in host 0, and wait until it is up.
+    def start_ray(self, folder: Path, *, cpus: int, store_bytes: int, **options: Any) -> None:
+        """Start a Ray node in each host, the head in the first, and wait until they are up.
 
-        `folder` is Ray's own on all hosts, its path short: sockets are made in it. `options` as those of
-        subprocess.Popen. Raises OSError.
+        `folder` is where Ray makes files and sockets, so its path is short; each host gets one of its own there.
+        `options` as those of subprocess.Popen. Raises OSError.
         """
-        where = (
-            ["--head", f"--port={self.RAY_PORT}", "--include-dashboard=false", f"--temp-dir={folder}"]
-            if host == 0
-            else [f"--address={self.addresses[0]}:{self.RAY_PORT}", f'--resources={{"host{host}": 1}}']
-        )
-        program = str(Path(sys.executable).parent / "ray")
-        own = [f"--node-ip-address={self.addresses[host]}", f"--num-cpus={cpus}"]
-        starting = self.popen(
-            host, [program, "start", *where, *own, f"--object-store-memory={store_bytes}", "--disable-usage-stats"],
+        for host in range(len(self.addresses)):
+            self._run(host, "mount", "-t", "tmpfs", "tmpfs", str(folder))
+        head = ["--head", f"--port={self.RAY_PORT}", "--include-dashboard=false", f"--temp-dir={folder}"]
+        joins = [f"--address={self.addresses[0]}:{self.RAY_PORT}"]
+        for some, where in (((0,), head), (range(1, len(self.addresses)), joins)):
+            starting = [self._begin_ray(host, where, cpus, store_bytes, options) for host in some]
+            for node in starting:
+                said, _ = node.communicate(timeout=_RAY_SECONDS)
+                if node.returncode:
+                    raise OSError(f"ray start ended with {node.returncode}: {said}")
+
+    def _begin_ray(
+        self, host: int, where: Sequence[str], cpus: int, store_bytes: int, options: dict[str, Any]
+    ) -> "subprocess.Popen[Any]":
+        program = [str(Path(sys.executable).parent / "ray"), "start", *where, "--disable-usage-stats"]
+        own = [f"--node-ip-address={self.addresses[host]}", f'--resources={{"host{host}": 1}}']
+        given = [f"--num-cpus={cpus}", f"--object-store-memory={store_bytes}"]
+        return self.popen(
+            host, [*program, *own, *given],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
         )  # fmt: skip
-        said, _ = starting.communicate(timeout=_RAY_SECONDS)
-        if starting.returncode:
-            raise OSError(f"ray start ended with {starting.returncode}: {said}")
 
     @contextlib.contextmanager
     def inside(self, host: int) -> Iterator[None]:

@@ -23,17 +23,17 @@ import socket, sys, time
 server = socket.create_server((sys.argv[1], 9000))
 print(flush=True)
 line, _ = server.accept()
-began, count, first = time.monotonic(), 0, None
-while time.monotonic() - began < 1.2:
-    received = len(line.recv(1 << 16))
-    if first is None and time.monotonic() - began > 0.2:
-        first, count = time.monotonic(), 0
-    count += received
-print(count / (time.monotonic() - first))
+wanted, left = int(sys.argv[2]), int(sys.argv[2])
+began = time.monotonic()
+line.sendall(b"go")
+while left > 0:
+    left -= len(line.recv(1 << 16))
+print((wanted - left) / (time.monotonic() - began))
 """
 SEND = """
 import socket, sys
 line = socket.create_connection((sys.argv[1], 9000))
+line.recv(2)
 while True:
     line.sendall(bytes(1 << 16))
 """
@@ -74,8 +74,11 @@ def hosts() -> Iterator[Hosts]:
         yield made
 
 
-def payload_bits_per_second(hosts: Hosts, sender: int, receiver: int) -> float:
-    there = hosts.python(receiver, "-S", "-c", RECEIVE, hosts.addresses[receiver], stdout=subprocess.PIPE, text=True)
+def payload_bits_per_second(hosts: Hosts, sender: int, receiver: int, count: int) -> float:
+    """Over the first `count` bytes."""
+    there = hosts.python(
+        receiver, "-S", "-c", RECEIVE, hosts.addresses[receiver], str(count), stdout=subprocess.PIPE, text=True
+    )
     assert there.stdout is not None
     there.stdout.readline()
     hosts.python(sender, "-S", "-c", SEND, hosts.addresses[receiver], stderr=subprocess.DEVNULL)
@@ -87,11 +90,11 @@ def payload_bits_per_second(hosts: Hosts, sender: int, receiver: int) -> float:
 @pytest.mark.parametrize("bits_per_second", [20e6, 100e6, 1e9])
 def test_a_shaped_link_carries_what_was_asked_in_either_direction(hosts: Hosts, bits_per_second: float) -> None:
     hosts.shape(0, bits_per_second)
-    on_the_line = (SEGMENT_BYTES + HEADER_BYTES) / SEGMENT_BYTES
+    on_the_line, a_second_of_it = (SEGMENT_BYTES + HEADER_BYTES) / SEGMENT_BYTES, round(bits_per_second / 8)
     for sender, receiver in ((0, 1), (1, 0)):
         measured = []
         while not measured or (measured[-1] != pytest.approx(bits_per_second, rel=0.05) and len(measured) < 4):
-            measured.append(payload_bits_per_second(hosts, sender, receiver) * on_the_line)
+            measured.append(payload_bits_per_second(hosts, sender, receiver, a_second_of_it) * on_the_line)
             hosts.kill(sender)
         assert measured[-1] == pytest.approx(bits_per_second, rel=0.05), measured
 

@@ -45,8 +45,7 @@ def test_a_job_on_ray_outlives_a_host_that_is_cut_off_and_never_comes_back(tmp_p
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     environment = {**os.environ, **token}
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder, Hosts(HOSTS) as hosts:
-        for host in range(HOSTS):
-            hosts.start_ray(host, Path(folder), cpus=4, store_bytes=80 << 20, env=environment)
+        hosts.start_ray(Path(folder), cpus=4, store_bytes=80 << 20, env=environment)
         address = f"{hosts.addresses[0]}:{hosts.RAY_PORT}"
         driver = hosts.python(
             0, "-m", "tests.hosts_job", address, str(tmp_path / "run"), env=environment, stdout=subprocess.PIPE,
