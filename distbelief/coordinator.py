@@ -19,7 +19,7 @@ import torch
 from distbelief import checkpoint, events
 from distbelief.channel.base import Future, Out, exported
 from distbelief.checkpoint import Manifest
-from distbelief.engine.base import Death, Engine
+from distbelief.engine.base import COORDINATOR, Death, Engine
 from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import (
     ChannelError,
@@ -37,7 +37,7 @@ from distbelief.parameters import Span
 from distbelief.portions import Failures
 from distbelief.progress import Counters
 from distbelief.roster import ReplicaRecord, RoleSpec, Settings
-from distbelief.section import SectionStatus
+from distbelief.section import ShardStatus
 from distbelief.shard_file import ShardFile
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class Coordinator(ABC):
         self._incarnations = {spec.name: settings.incarnation for spec in self._specs()}
         self.shards = [engine.find(spec.name, ParameterServerShard) for spec in settings.shards]
         self.counters = Counters()
-        self._asked: All[list[SectionStatus]] | None = None
+        self._asked: All[ShardStatus] | None = None
         self._asked_at = self._progress_at = now
         self._errands: list[Callable[[], bool]] = []
         self.restoring: set[int] = set()
@@ -212,7 +212,7 @@ class Coordinator(ABC):
         failed = 0
         while not self.begun:
             self.tick()
-            if all(section.ready for sections in self.wait(self.status()) for section in sections):
+            if all(section.ready for shard in self.wait(self.status()) for section in shard.sections):
                 self.begun = self.checkpoint()
                 failed += not self.begun
             if failed == FIRST_CHECKPOINT_TRIES:
@@ -287,6 +287,7 @@ class Coordinator(ABC):
                 self.tick()
             self._evaluation_left = True
         self.counters.update(self.wait(self.status()))
+        self.counters.refused(COORDINATOR, self.engine.incarnation, self.engine.strangers)
 
     @final
     def fetch(self, into: torch.Tensor, spans: Sequence[Span]) -> None:
@@ -444,7 +445,7 @@ class Coordinator(ABC):
             self.later(self._asked, self.counters.update)
 
     @final
-    def status(self) -> All[list[SectionStatus]]:
+    def status(self) -> All[ShardStatus]:
         """Every shard's counters."""
         calls = [partial(shard.call, ParameterServerShard.status) for shard in self.shards]
         return All(self.engine, [Insistent(self.engine, call) for call in calls])

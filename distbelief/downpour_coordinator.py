@@ -132,7 +132,7 @@ class DownpourCoordinator(Coordinator):
             reason=reason, seen=seen, repeated=self.leases.repeated, missing=self.leases.total_examples - seen,
             refused=self._refused_examples, lost_updates=self.counters.lost_updates, pushes=self.counters.pushes,
             mini_batches=self.counters.mini_batches, staleness=self.counters.staleness,
-            resume_command=resume, export_command=export,
+            resume_command=resume, export_command=export, strangers=self.counters.strangers,
         )  # fmt: skip
 
     # decisions

@@ -225,6 +225,8 @@ class JobFinished(Event, frozen=True):
     """Of the whole batch at the last accepted point, penalties included; None for Downpour."""
     gradient: float | None = None
     """Its largest entry there, as penalties and bounds reduce it."""
+    strangers: dict[str, int] = {}
+    """Callers that the shards and the coordinator refused since the run was last started, by what they did."""
 
 
 AnyEvent = (

@@ -36,7 +36,7 @@ from distbelief.errors import ProtocolError
 from distbelief.files import path_of
 from distbelief.lbfgs import Sealed, Step
 from distbelief.parameters import Layout, Span
-from distbelief.section import Applied, Section, SectionStatus, Stamp
+from distbelief.section import Applied, Section, ShardStatus, Stamp
 from distbelief.shard_file import ShardFile
 from distbelief.update_rule import UpdateRule
 
@@ -97,9 +97,10 @@ class ParameterServerShard:
         return self._sections[partition].fetch(reader, parameters)
 
     @exported
-    def status(self) -> list[SectionStatus]:
+    def status(self) -> ShardStatus:
         """Counters of every section, for the coordinator."""
-        return [section.status() for section in self._sections.values()]
+        sections = [section.status() for section in self._sections.values()]
+        return ShardStatus(sections, self._home.incarnation, dict(self._home.strangers))
 
     @exported
     def snapshot(self, path: str, slots: tuple[int, ...], durable: bool) -> Future[list[ShardFile]]:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a job gets on: sums since the last progress event, turned into rates. Told what happened; no clock of its own."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import final
 
 from distbelief.events import Progress, staleness_quantile
+from distbelief.parameter_server import shard_name
 from distbelief.portions import Leases
-from distbelief.section import SectionStatus
+from distbelief.section import SectionStatus, ShardStatus
 
 
 @final
@@ -15,12 +17,28 @@ class Counters:
 
     def __init__(self) -> None:
         self._statuses: dict[int, list[SectionStatus]] = {}
+        self._strangers: dict[tuple[str, int], Mapping[str, int]] = {}
+        """(role, incarnation) -> callers that it refused."""
         self._lost: dict[tuple[int, int], int] = {}
         """(shard, section) -> pushes known to have been applied to it that its restarts have lost."""
 
-    def update(self, statuses: Iterable[list[SectionStatus]]) -> None:
+    def update(self, statuses: Iterable[ShardStatus]) -> None:
         """Take in what all shards say, in their order."""
-        self._statuses.update(enumerate(statuses))
+        for shard, status in enumerate(statuses):
+            self._statuses[shard] = status.sections
+            self.refused(shard_name(shard), status.incarnation, status.strangers)
+
+    def refused(self, role: str, incarnation: int, strangers: Mapping[str, int]) -> None:
+        """Take in how many callers an incarnation of a role has refused so far, by what they did."""
+        self._strangers[role, incarnation] = dict(strangers)
+
+    @property
+    def strangers(self) -> dict[str, int]:
+        """Callers refused by the shards and the coordinator, by what they did."""
+        counts: Counter[str] = Counter()
+        for strangers in self._strangers.values():
+            counts.update(strangers)
+        return dict(counts)
 
     def restored(self, shard: int, versions: Sequence[int]) -> None:
         """A shard has gone back to these versions of its sections."""

@@ -318,7 +318,7 @@ class SandblasterCoordinator(Coordinator):
         while not self.stopping:
             self.tick()
             if self.restoring or not all(
-                section.ready for sections in self.wait(self.status()) for section in sections
+                section.ready for shard in self.wait(self.status()) for section in shard.sections
             ):
                 continue
             behind = [one for one in self._restored if not self._stands(one)]
@@ -369,6 +369,7 @@ class SandblasterCoordinator(Coordinator):
             iterations=self.solver.iteration, evaluations=self.solver.evaluations, round_trips=self.round_trips,
             converged=isinstance(self.solver.state.asked, Stop) and self.solver.state.asked.converged,
             loss=_finite(self.solver.loss), gradient=_finite(self.solver.gradient_norm),
+            strangers=self.counters.strangers,
         )  # fmt: skip
 
 

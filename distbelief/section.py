@@ -61,6 +61,15 @@ class SectionStatus(msgspec.Struct, array_like=True, frozen=True):
     staleness: dict[int, int]
 
 
+class ShardStatus(msgspec.Struct, array_like=True, frozen=True):
+    """What a shard says of itself."""
+
+    sections: list[SectionStatus]
+    incarnation: int
+    strangers: dict[str, int]
+    """Callers that this incarnation refused, by what they did."""
+
+
 @final
 class Section:
     """The part of a shard that one partition computes on: a span of the line with its vectors, versions and records.

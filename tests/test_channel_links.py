@@ -194,7 +194,7 @@ def test_pushes_over_a_link_that_is_cut_anywhere_are_applied_exactly_once_each(t
             expected.sub_(gradient, alpha=0.5)
             assert torch.equal(fetched, expected)
         assert proxy.cut >= 5
-    assert served.status()[0].version == pushes
+    assert served.status().sections[0].version == pushes
 
 
 def test_a_link_that_delays_and_divides_everything_changes_nothing(town: Town, clerk: Clerk) -> None:

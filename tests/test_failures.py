@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import distbelief as db
+from distbelief.channel.door import NO_KEY
 from distbelief.events import (
     CheckpointFailed,
     CheckpointRejected,
@@ -445,6 +447,39 @@ def test_when_the_coordinator_is_killed_every_role_ends_within_ten_seconds_and_t
     job = big_local(cluster=db.Cluster(replicas=3, shards=3), epochs=epochs)
     result = db.train(job, resume=run, view=False)
     assert result.summary.examples.seen == 6400 * epochs
+    assert result.summary.examples.missing == 0
+
+
+def own_listeners() -> list[str]:
+    """The Unix sockets at which the coordinator and the shards of a job of this process are called."""
+    links = [Path(entry.path) for entry in os.scandir("/proc/self/fd")]
+    inodes = {os.readlink(link)[8:-1] for link in links if link.is_symlink() and "socket:" in os.readlink(link)}
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    named = {line[7]: line[6] for line in lines if len(line) > 7 and line[7].startswith("@distbelief-")}
+    return [name for name, inode in named.items() if inode in inodes]
+
+
+@pytest.mark.slow
+def test_strangers_are_refused_and_counted_though_a_shard_that_refused_one_was_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knocked: list[str] = []
+
+    def knock(observation: Observation) -> None:
+        if isinstance(observation.event, Progress if not knocked else ShardRestored):
+            for name in own_listeners():
+                stranger = opened.enter_context(socket.socket(socket.AF_UNIX))
+                stranger.connect("\0" + name[1:])
+                stranger.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 4)
+                knocked.append(name.split("-")[2])
+
+    killer = Killer(monkeypatch, "shard/0", settled(20_000))
+    faults = db.Faults(slow={f"replica/{index}": 6.0 for index in range(3)})
+    with contextlib.ExitStack() as opened:
+        result, heard = trained(big_local(), tmp_path, more=[knock, killer], faults=faults)
+    assert sorted(knocked) == sorted(["coordinator", "shard/0", "shard/1"] * 2)
+    assert len(of(ShardRestored, heard)) == 1
+    assert result.summary.strangers == {NO_KEY: 6}
     assert result.summary.examples.missing == 0
 
 

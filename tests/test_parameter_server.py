@@ -69,6 +69,8 @@ class FakeHome:
 
     roles: dict[str, Any] = field(default_factory=dict)
     clock: float = 0.0
+    incarnation: int = 0
+    strangers: dict[str, int] = field(default_factory=dict)
 
     def now(self) -> float:
         return self.clock
@@ -199,7 +201,7 @@ def test_a_push_is_applied_once_however_often_it_is_sent(seed: int) -> None:
         assert versions == [number + 1 - repeats] * 2
         torch.testing.assert_close(found, parameter.detach())
     assert repeats > 5
-    for (status,) in [shard.status() for shard in servers.shards]:
+    for (status,) in [shard.status().sections for shard in servers.shards]:
         assert (status.version, status.examples) == (40 - repeats, 32 * (40 - repeats))
 
 
@@ -224,7 +226,7 @@ def test_staleness_is_the_pushes_applied_since_the_base_version_was_fetched() ->
         staleness = version - base[replica][0]
         counted[staleness] = counted.get(staleness, 0) + 1
         assert servers.push(replica, version + 1, base[replica], gradient(0)) == [Applied(version + 1, staleness)]
-    assert servers.shards[0].status()[0].staleness == counted
+    assert servers.shards[0].status().sections[0].staleness == counted
     assert max(counted) > 5
 
 
@@ -276,7 +278,7 @@ def test_a_shard_without_parameters_answers_that_it_is_not_ready(tmp_path: Path)
     for call in calls:
         with pytest.raises(NotReady, match=r"shard 0\.\.331 waits for its parameters"):
             call()
-    assert shard.status()[0].version == 0
+    assert shard.status().sections[0].version == 0
     shard.initialise(0, START)
     assert torch.equal(servers.fetch()[1], START)
 
@@ -303,7 +305,7 @@ def test_a_restore_on_any_number_of_shards_goes_on_bit_for_bit(
     assert torch.equal(first.fetch()[1], second.fetch()[1])
     assert first.state() == second.state()
     assert first.shards[0]._sections[0]._rule.scalars() == second.shards[0]._sections[0]._rule.scalars()
-    assert [shard.status()[0].examples for shard in second.shards] == [12 * 32] * again
+    assert [shard.status().sections[0].examples for shard in second.shards] == [12 * 32] * again
     # Another cut knows nothing of single pushes, since a span may hold fewer of them than another did.
     for shard in second.shards:
         kept = first.shards[0]._sections[0]._state.replicas if shards == again else {}
@@ -354,7 +356,7 @@ def test_a_restored_shard_counts_exactly_the_acknowledged_pushes_that_it_lost(
         # What had been sent and not acknowledged is sent again, some of it twice, and is not lost.
         for _ in range(draw.randint(1, 2)):
             again.push(replica, sequences.get(replica, 0) + 1, [0], gradient(2), incarnation)
-    assert again.shards[0].status()[0].lost_updates == lost
+    assert again.shards[0].status().sections[0].lost_updates == lost
 
 
 def test_a_restore_that_cannot_give_the_whole_span_or_is_of_another_rule_says_so(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def finished() -> events.JobFinished:
         staleness={0: 10, 1: 10, 2: 9, 9: 1},
         export_command="distbelief export runs/digits digits.safetensors",
         resume_command="distbelief resume runs/digits --epochs 4",
+        strangers={"sent what is no message": 2, "did not prove that they are of this job": 1},
     )
 
 
@@ -152,6 +153,7 @@ def test_a_summary_says_what_the_events_of_a_finished_run_add_up_to() -> None:
         "mini_batches": 60,
         "refused": 10,
         "lost_updates": 3,
+        "strangers": {"sent what is no message": 2, "did not prove that they are of this job": 1},
         "checkpoints": {"written": 1, "failed": 1, "rejected": 1},
         "faults": [
             {"seconds": 1.5, "type": "RoleLost", "text": "replica 1 was lost: killed by signal 9"},
@@ -237,6 +239,7 @@ def test_the_text_of_a_summary_holds_every_number_and_both_commands() -> None:
         "largest / mean 1.001",
         "loss 0.4, accuracy 0.875",
         "1 written, 1 failed, 1 damaged",
+        "2 callers refused that sent what is no message",
         "replica 1 was lost: killed by signal 9",
         "distbelief export runs/digits digits.safetensors",
         "distbelief resume runs/digits --epochs 4",

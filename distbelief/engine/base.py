@@ -37,6 +37,10 @@ class Home(Protocol):
     def address(self) -> str:
         """The address at which other hosts of the job reach this one; loopback where there are none."""
 
+    @property
+    def strangers(self) -> Mapping[str, int]:
+        """How many callers were refused here, by what they did."""
+
     def now(self) -> float:
         """Seconds on a clock that never goes back."""
 

@@ -3,7 +3,7 @@
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -57,6 +57,11 @@ class ProcessHome:
             return False
 
         return follow
+
+    @property
+    def strangers(self) -> Mapping[str, int]:
+        """How many callers were refused here, by what they did."""
+        return self._endpoint.refused
 
     def now(self) -> float:
         """Seconds of the monotonic clock."""

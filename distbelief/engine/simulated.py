@@ -58,6 +58,7 @@ class SimulatedHome:
     def __init__(self, name: str, incarnation: int, engine: "SimulatedEngine") -> None:
         self.name, self.incarnation, self._engine = name, incarnation, engine
         self.address = LOOPBACK
+        self.strangers: dict[str, int] = {}
         self.role: Any = None
         self.methods: dict[str, Callable[..., Any]] = {}
         self.alive = True

@@ -122,6 +122,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     batch: Batch | None = None
     """None for Downpour."""
     checkpoints: Checkpoints = Checkpoints()
+    strangers: dict[str, int] = {}
+    """Callers that were refused, by what they did, since the run was last started."""
     faults: tuple[Fault, ...] = ()
     export_command: str = ""
     """Writes the trained model to a file; empty when nothing has been saved."""
@@ -235,6 +237,7 @@ def _finished(summary: Summary, event: JobFinished) -> Summary:
         pushes=event.pushes,
         mini_batches=event.mini_batches,
         lost_updates=event.lost_updates,
+        strangers=event.strangers,
         loss=summary.loss if event.loss is None else event.loss,
         batch=batch,
         export_command=event.export_command,
@@ -282,6 +285,8 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
         "checkpoints",
         f"{checkpoints.written:,} written, {checkpoints.failed:,} failed, {checkpoints.rejected:,} damaged",
     )
+    for position, (reason, number_of_them) in enumerate(sorted(summary.strangers.items())):
+        yield "" if position else "strangers", f"{count(number_of_them, 'caller')} refused that {reason}"
     yield "faults", _fault_counts(summary.faults)
     for fault in summary.faults[:FAULTS_PRINTED]:
         yield f"{duration(fault.seconds):>12}  ", fault.text if len(fault.text) <= 66 else f"{fault.text[:63]}..."
