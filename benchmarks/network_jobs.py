@@ -24,7 +24,8 @@ from torch.utils.data import TensorDataset
 import distbelief as db
 from benchmarks.throughput_peers import acoustic_model, synthetic_frames
 from benchmarks.throughput_product import Stopwatch
-from distbelief.channel.wire import Wire, WireDtype
+from distbelief.channel.wire import Wire
+from distbelief.cluster import WireDtype
 from distbelief.engine import keeper
 from distbelief.engine.host import Invitation
 from distbelief.engine.hosts import HostsEngine

@@ -18,7 +18,7 @@ from benchmarks.network_jobs import RATE
 from benchmarks.processes import Companion
 from benchmarks.table import Measured, Row, Spread, interleave, spread, table_text, verdict
 from benchmarks.throughput_peers import Loop, acoustic_model, synthetic_frames
-from distbelief.channel.wire import WireDtype
+from distbelief.cluster import WireDtype
 from tests.hosts import Hosts
 
 BATCH_SIZE = 32

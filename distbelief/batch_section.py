@@ -113,7 +113,7 @@ class BatchSection:
             self._parameters.copy_(values)
             self.ready = True
 
-    def fetch(self, reader: int, parameters: torch.Tensor) -> int:
+    def read(self, parameters: torch.Tensor) -> int:
         """Copy the point of the last step into the caller's buffer of shape (len(span),); the answer is its version."""
         self._check_ready()
         parameters.copy_(self._parameters)

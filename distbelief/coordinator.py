@@ -290,9 +290,9 @@ class Coordinator(ABC):
         self.counters.refused(COORDINATOR, self.engine.incarnation, self.engine.strangers)
 
     @final
-    def fetch(self, into: torch.Tensor, spans: Sequence[Span]) -> None:
+    def read(self, into: torch.Tensor, spans: Sequence[Span]) -> None:
         """The parameters after `run`, shape (n,), of a replica of one process, from shards of these spans."""
-        self.wait(ParameterServer(self.engine, spans, Span(0, len(into)), -1).fetch(into))
+        self.wait(ParameterServer(self.engine, spans, Span(0, len(into))).read(into))
 
     # life and death
 

@@ -127,7 +127,7 @@ class Evaluator:
                 self._home.sleep(POLL_SECONDS)
                 continue
             started = self._home.now()
-            self._server.fetch(self._parameters).result()
+            self._server.read(self._parameters).result()
             load_parameters(self._part.parameters, self._layout, self._parameters)
             buffers = flat_buffers(self._part.buffers)
             if len(buffers):

@@ -5,7 +5,7 @@
       push(stamp, gradient[k ∩ m])     ->    once per (replica, incarnation, sequence):
                                                rule.apply(gradient);  version += 1
                                        <-    version, staleness
-      fetch(reader, k, parameters[k ∩ m])->  copy of one version, never a torn one
+      fetch(replica, k, parameters[k ∩ m]) ->  copy of one version, never a torn one
                                        <-    version
     exchange(stamp, gradient, parameters)  a push and the fetch behind it in one call
 
@@ -86,15 +86,14 @@ class ParameterServerShard:
         self._sections[partition].initialise(values)
 
     @exported
-    @rounded
-    def fetch(self, reader: int, partition: int, parameters: Out) -> int:
-        """Copy a section's parameters into the caller's buffer of shape (n,); the answer is their version.
+    def read(self, partition: int, parameters: Out) -> int:
+        """Copy a section's parameters, as they are, into the caller's buffer of shape (n,); answers their version.
 
-        `reader` is the replica's number; a negative one is somebody who will not push. Raises NotReady.
+        For those who will not push: who evaluates or keeps the result. Raises NotReady.
         """
         if partition not in self._sections:
             raise ProtocolError(f"shard {self._span.start}..{self._span.stop} stores nothing for partition {partition}")
-        return self._sections[partition].fetch(reader, parameters)
+        return self._sections[partition].read(parameters)
 
     @exported
     def status(self) -> ShardStatus:
@@ -133,6 +132,12 @@ class ParameterServerShard:
         return versions
 
     # Downpour
+
+    @exported
+    @rounded
+    def fetch(self, replica: int, partition: int, parameters: Out) -> int:
+        """`read` for a replica: the numbers may be rounded on their way. Raises NotReady."""
+        return self._section(partition, Section).fetch(replica, parameters)
 
     @exported
     @rounded
@@ -191,11 +196,14 @@ class ParameterServerShard:
 class ParameterServer:
     """All shards as one partition sees them: fetch and push its whole flat vectors of shape (n,).
 
-    `spans` are those of the shards, `own` that of the partition, on the line of all parameters. `reader` as in `fetch`.
+    `spans` are those of the shards, `own` that of the partition, on the line of all parameters. `replica` is the one
+    that trains with what it fetches; those who only read have no number.
     """
 
-    def __init__(self, home: Home, spans: Sequence[Span], own: Span, reader: int, partition: int = 0) -> None:
-        self._home, self._reader, self._partition = home, reader, partition
+    def __init__(
+        self, home: Home, spans: Sequence[Span], own: Span, replica: int | None = None, partition: int = 0
+    ) -> None:  # fmt: skip
+        self._home, self._replica, self._partition = home, replica, partition
         self.routes = [
             (home.find(shard_name(index), ParameterServerShard), part.within(own))
             for index, span in enumerate(spans)
@@ -209,10 +217,17 @@ class ParameterServer:
             for shard, part in self.routes
         )
 
-    def fetch(self, into: torch.Tensor) -> Future[list[int]]:
-        """Start copying the parameters into `into`; the answer is one version per shard."""
+    def read(self, into: torch.Tensor) -> Future[list[int]]:
+        """Start copying the parameters, as they are, into `into`; the answer is one version per shard."""
         return self._all(
-            partial(shard.call, ParameterServerShard.fetch, self._reader, self._partition, into[part])
+            partial(shard.call, ParameterServerShard.read, self._partition, into[part]) for shard, part in self.routes
+        )
+
+    def fetch(self, into: torch.Tensor) -> Future[list[int]]:
+        """Start copying the parameters into `into` to train with them; the answer is one version per shard."""
+        assert self._replica is not None, "who only reads does not fetch"
+        return self._all(
+            partial(shard.call, ParameterServerShard.fetch, self._replica, self._partition, into[part])
             for shard, part in self.routes
         )
 

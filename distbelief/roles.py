@@ -85,5 +85,5 @@ def evaluator_role(home: Home, prepared: Prepared, partition: int, spans: Sequen
     """Build one partition of the evaluator in its own process."""
     torch.set_num_threads(1)
     seat = _seat(home, prepared, EVALUATOR, partition, torch.device("cpu"), prepared.job.seed)
-    server = ParameterServer(home, spans, seat.own, -1, partition)
+    server = ParameterServer(home, spans, seat.own, partition=partition)
     return Evaluator(home, seat.part, seat.layout, server, seat.group, prepared.test, prepared.job.measures)

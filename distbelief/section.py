@@ -129,16 +129,17 @@ class Section:
         answer = self._answers[stamp.replica] = Applied(state.version, staleness)
         return answer
 
-    def fetch(self, reader: int, parameters: torch.Tensor) -> int:
-        """Copy the parameters into the caller's buffer of shape (len(span),); the answer is their version.
-
-        `reader` is the replica's number; a negative one is somebody who will not push.
-        """
+    def read(self, parameters: torch.Tensor) -> int:
+        """Copy the parameters into the caller's buffer of shape (len(span),); the answer is their version."""
         self._check_ready()
         parameters.copy_(self._parameters)
-        if reader >= 0:
-            self._rule.fetched(reader, self._state.version)
         return self._state.version
+
+    def fetch(self, replica: int, parameters: torch.Tensor) -> int:
+        """`read` for a replica, whose next push will be of a gradient at these parameters."""
+        version = self.read(parameters)
+        self._rule.fetched(replica, version)
+        return version
 
     def exchange(self, stamp: Stamp, gradient: torch.Tensor, parameters: torch.Tensor) -> int:
         """A push and the fetch of the same replica behind it; the answer is the version of what was fetched."""

@@ -36,7 +36,7 @@ class Uncut:
         """Take what was trained into the module, if it is here."""
         if self.values is None:
             flat = engine.allocate(self._facts.layout.length, self._facts.layout.dtype)
-            coordinator.fetch(flat, spans)
+            coordinator.read(flat, spans)
             load_parameters(dict(self.module.named_parameters()), self._facts.layout, flat)
             load_buffers(dict(self.module.named_buffers()), coordinator.buffers()[0])
 

@@ -197,6 +197,21 @@ def test_pushes_over_a_link_that_is_cut_anywhere_are_applied_exactly_once_each(t
     assert served.status().sections[0].version == pushes
 
 
+def test_what_replicas_fetch_may_be_rounded_on_its_way_and_what_others_read_never_is(town: Town) -> None:
+    served, _ = shard(town, 3_000)
+    peer = town.peer(town.serve(served), wire=Wire(dtype="bfloat16"))
+    gradient, fetched, read = torch.arange(3_000) / 3, torch.zeros(3_000), torch.zeros(3_000)
+    town.answer(peer.call(ParameterServerShard.push, Stamp(0, 0, 1, 0, 1, ()), gradient))
+    expected = -0.5 * gradient.bfloat16().float()
+    town.answer(peer.call(ParameterServerShard.push, Stamp(0, 0, 2, 1, 1, ()), torch.full((3_000,), 0.125)))
+    expected.sub_(0.0625)
+    town.answer(peer.call(ParameterServerShard.read, 0, read))
+    town.answer(peer.call(ParameterServerShard.fetch, 0, 0, fetched))
+    assert torch.equal(read, expected)
+    assert torch.equal(fetched, expected.bfloat16().float())
+    assert not torch.equal(fetched, read)
+
+
 def test_a_link_that_delays_and_divides_everything_changes_nothing(town: Town, clerk: Clerk) -> None:
     with closing(FaultProxy(town.serve(clerk), delay_seconds=0.001, piece_bytes=997)) as proxy:
         peer = town.peer(proxy.address)

@@ -105,7 +105,11 @@ class Servers:
             for shard, span in zip(self.shards, self.spans, strict=True):
                 shard.initialise(0, START[span.start : span.stop])
 
-    def fetch(self, replica: int = -1) -> tuple[list[int], Tensor]:
+    def read(self) -> tuple[list[int], Tensor]:
+        into = torch.full((LENGTH,), float("nan"))
+        return ParameterServer(self.home, self.spans, Span(0, LENGTH)).read(into).result(), into
+
+    def fetch(self, replica: int) -> tuple[list[int], Tensor]:
         into = torch.full((LENGTH,), float("nan"))
         return ParameterServer(self.home, self.spans, Span(0, LENGTH), replica).fetch(into).result(), into
 
@@ -197,7 +201,7 @@ def test_a_push_is_applied_once_however_often_it_is_sent(seed: int) -> None:
         parameter.grad = values.clone()
         plain.step()
         sent[replica] = sequence, values, servers.push(replica, sequence, [0, 0], values)
-        versions, found = servers.fetch()
+        versions, found = servers.read()
         assert versions == [number + 1 - repeats] * 2
         torch.testing.assert_close(found, parameter.detach())
     assert repeats > 5
@@ -211,7 +215,7 @@ def test_any_number_of_shards_equals_the_rule_by_hand_bit_for_bit(rule: str, sha
     hand, servers = ByHand(RULES[rule]), Servers(RULES[rule], shards)
     for expected, answers in zip(train(hand, 3, 25, {}), train(servers, 3, 25, {}), strict=True):
         assert answers == expected * shards
-    assert torch.equal(hand.values, servers.fetch()[1])
+    assert torch.equal(hand.values, servers.read()[1])
     assert not torch.equal(hand.values, START)
 
 
@@ -251,11 +255,11 @@ def test_an_incarnation_that_was_fenced_or_replaced_is_refused_and_changes_nothi
     servers.push(7, 2, [1], gradient(2))
     assert shard.fence(7, 0) == [{1: 32, 2: 32}]
     assert shard.fence(3, 0) == [{}]
-    before = servers.fetch()[1]
+    before = servers.read()[1]
     for replica, sequence in ((7, 2), (7, 3), (3, 1)):
         with pytest.raises(Fenced, match=f"replica {replica} incarnation 0 has been replaced"):
             servers.push(replica, sequence, [2], gradient(3))
-    assert torch.equal(servers.fetch()[1], before)
+    assert torch.equal(servers.read()[1], before)
     servers.push(7, 1, [2], gradient(4), incarnation=1)
     assert shard.fence(7, 0) == [{}]
     with pytest.raises(Fenced):
@@ -272,7 +276,7 @@ def test_a_shard_without_parameters_answers_that_it_is_not_ready(tmp_path: Path)
     servers = Servers(rules.adagrad(0.1), 1, ready=False)
     shard = servers.shards[0]
     calls: list[Callable[[], Any]] = [
-        servers.fetch, lambda: servers.push(0, 1, [0], gradient(0)), lambda: shard.fence(0, 0),
+        servers.read, lambda: servers.push(0, 1, [0], gradient(0)), lambda: shard.fence(0, 0),
         lambda: shard.snapshot(str(tmp_path / "shard"), (), True),
     ]  # fmt: skip
     for call in calls:
@@ -280,7 +284,7 @@ def test_a_shard_without_parameters_answers_that_it_is_not_ready(tmp_path: Path)
             call()
     assert shard.status().sections[0].version == 0
     shard.initialise(0, START)
-    assert torch.equal(servers.fetch()[1], START)
+    assert torch.equal(servers.read()[1], START)
 
 
 @pytest.fixture
@@ -302,7 +306,7 @@ def test_a_restore_on_any_number_of_shards_goes_on_bit_for_bit(
     sequences: dict[int, int] = {}
     train(first, 1, 12, sequences)
     second.restore(tmp_path, first.snapshot(tmp_path))
-    assert torch.equal(first.fetch()[1], second.fetch()[1])
+    assert torch.equal(first.read()[1], second.read()[1])
     assert first.state() == second.state()
     assert first.shards[0]._sections[0]._rule.scalars() == second.shards[0]._sections[0]._rule.scalars()
     assert [shard.status().sections[0].examples for shard in second.shards] == [12 * 32] * again
@@ -313,7 +317,7 @@ def test_a_restore_on_any_number_of_shards_goes_on_bit_for_bit(
     ours = train(first, 2, 12, dict(sequences))
     theirs = train(second, 2, 12, dict(sequences))
     assert [answer[0] for answer in ours] == [answer[0] for answer in theirs]
-    assert torch.equal(first.fetch()[1], second.fetch()[1])
+    assert torch.equal(first.read()[1], second.read()[1])
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -328,7 +332,7 @@ def test_a_shard_that_was_never_pushed_to_is_restored_beside_one_that_was(pushed
                          for shard, span in zip(second.shards, second.spans, strict=True)])  # fmt: skip
     assert torch.equal(moments, expected)
     second.push(0, 2, [1, 1, 1], gradient(2))
-    assert second.fetch()[1].isfinite().all()
+    assert second.read()[1].isfinite().all()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -368,7 +372,7 @@ def test_a_restore_that_cannot_give_the_whole_span_or_is_of_another_rule_says_so
         with pytest.raises(CheckpointError, match=message):
             servers.restore(tmp_path, given)
         with pytest.raises(NotReady):
-            servers.fetch()
+            servers.read()
 
 
 @pytest.mark.parametrize(("rule", "vectors"), [(rules.sgd(0.1), 0), (rules.adagrad(0.1), 1), (rules.adam(0.1), 2)])

@@ -2,11 +2,9 @@
 """How calls travel between hosts, as far as a job can choose it."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from distbelief.channel.secure import Certificate
-
-WireDtype = Literal["float32", "bfloat16"]
+from distbelief.cluster import WireDtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +12,7 @@ class Wire:
     """What holds for the TCP connections of one process; calls on its own host know none of it."""
 
     dtype: WireDtype = "float32"
-    """How float32 tensors travel in calls made here to methods marked `rounded`; other tensors travel as they are.
-
-    It is for replicas: who evaluates, or keeps the result, reads what the servers have.
-    """
+    """How float32 tensors travel in calls made here to methods marked `rounded`; other tensors travel as they are."""
     certificate: Certificate | None = None
     """Encrypt, and let only those in that hold this certificate."""
     connect_seconds: float = 5.0

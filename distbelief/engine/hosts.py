@@ -12,7 +12,6 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -78,12 +77,11 @@ class HostsEngine(ProcessHome):
         wire: Wire | None = None, lost_seconds: float = LOST_SECONDS,
     ) -> None:  # fmt: skip
         key, wire = new_key(), wire or Wire()
-        exact = replace(wire, dtype="float32")  # the result is what the servers have
 
         def endpoint(role: str) -> tuple[Endpoint, Place]:
             listeners = [listen(role), listen_over_tcp(keepers.address)]
             place = Place(keepers.host, *map(name_of, listeners))
-            return Endpoint(key, listeners=listeners, body_limit=body_limit, wire=exact), place
+            return Endpoint(key, listeners=listeners, body_limit=body_limit, wire=wire), place
 
         own, own_place = endpoint(COORDINATOR)
         self._desk, registry_place = endpoint("registry")
