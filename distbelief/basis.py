@@ -83,16 +83,18 @@ class Basis:
             self._after += gradient
 
     def seal(
-        self, t: float, examples: int, pairs: Sequence[int], overlap: tuple[int, int] = (0, 0)
+        self, t: float, examples: int, pairs: Sequence[int], overlap: tuple[int, int] = (0, 0), *, whole: bool = False
     ) -> Sealed:  # fmt: skip
         """Every gradient of the evaluation at `t` is in, of `examples` examples together. Repeatable until `step`.
 
-        `overlap`: how many of them the batch shares with the one before and the next one.
+        `overlap`: how many of them the batch shares with the one before and the next one. `whole`: measure the inner
+        products of the pairs, too.
         """
         self._examples = examples
         self._counts = max(1, overlap[0]), max(1, overlap[1])
         tops = 2 * _top(pairs)
-        rows = torch.zeros(3, tops + 3, dtype=torch.float64)
+        first = 0 if whole else tops
+        rows = torch.zeros(tops + 3 - first, tops + 3, dtype=torch.float64)
         slope = decrease = square = absolute = largest_gradient = 0.0
         for block, penalty in self._blocks:
             x_trial = self._trial(t, block, penalty)
@@ -105,12 +107,14 @@ class Basis:
             p, p_old = penalty.reduced(x_trial, g_trial), penalty.reduced(self._x[block], present[block])
             s, y = self._changes(t, x_trial, g_trial, block, penalty)
             basis = self._load(block, pairs, s, y, p)
-            rows += basis[tops:] @ basis.T
+            rows += basis[first:] @ basis.T
             slope += _dot(self._d[block], g_trial)
             decrease += _dot(p_old, basis[tops])
             largest_gradient = max(largest_gradient, float(p.abs().max()))
+        order = _order(pairs, 3)
+        ordered = (rows[order] if whole else rows)[:, order]
         return Sealed(
-            rows=rows[:, _order(pairs, 3)].tolist(), slope=slope, raw_slope=self._raw_slope, decrease=decrease,
+            rows=ordered.tolist(), slope=slope, raw_slope=self._raw_slope, decrease=decrease,
             largest_gradient=largest_gradient, square=square, absolute=absolute,
             finite=bool(rows.isfinite().all()),
         )  # fmt: skip

@@ -21,7 +21,7 @@ from distbelief import shard_file
 from distbelief.basis import Basis
 from distbelief.errors import CheckpointError, NotReady
 from distbelief.files import AnyPath, path_of
-from distbelief.lbfgs import Sealed, Step
+from distbelief.lbfgs import Evaluate, Sealed, Step
 from distbelief.parameters import Layout, Segment, Span
 from distbelief.penalty import Penalty
 from distbelief.section import SectionStatus
@@ -151,14 +151,15 @@ class BatchSection:
             self._early[position] = gradient.clone(), mark.before, mark.after
         return True
 
-    def seal(self, evaluation: int, t: float, extent: Extent, pairs: Sequence[int]) -> Sealed:
+    def seal(self, evaluation: int, trial: Evaluate, extent: Extent) -> Sealed:
         """What the solver needs of a complete evaluation. Raises NotReady naming the bundles that are missing."""
         bundles = extent.bundles
         self._check_ready()
         seen = self._seen if self._evaluation == evaluation else set()
         if missing := sorted(set(range(bundles)) - seen):
             raise NotReady(f"shard {self.span.start}..{self.span.stop} lacks bundles {missing} of {evaluation}")
-        return self._basis.seal(t, extent.examples, pairs, (extent.before, extent.after))
+        shared = extent.before, extent.after
+        return self._basis.seal(trial.t, extent.examples, trial.pairs, shared, whole=trial.whole)
 
     def step(self, version: int, step: Step) -> None:
         """Carry out step number `version`, once."""

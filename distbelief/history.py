@@ -33,13 +33,15 @@ class History(msgspec.Struct, frozen=True):
     def accept(self, rows: list[list[float]], capacity: int, curvature: float) -> tuple[Self, int | None]:
         """After a trial was accepted: the history with its pair and its p, and the slot for the pair.
 
-        rows: s, y and p of the trial against [s.., y.., s, y, p], shape (3, 2k+3). The pair is kept, in place of the
-        oldest one when there are `capacity` of them, if s.y > curvature |s| |y|; otherwise the slot is None.
+        rows: s, y and p of the trial against [s.., y.., s, y, p], shape (3, 2k+3), or those of all of them, shape
+        (2k+3, 2k+3). The pair is kept, in place of the oldest one when there are `capacity` of them, if
+        s.y > curvature |s| |y|; otherwise the slot is None.
         """
         k, measured = len(self.pairs), np.array(rows)
         full = np.zeros((2 * k + 3, 2 * k + 3))
         full[: 2 * k, : 2 * k] = self.gram[: 2 * k, : 2 * k]
-        full[2 * k :, :], full[:, 2 * k :] = measured, measured.T
+        first = len(full) - len(measured)
+        full[first:, :], full[:, first:] = measured, measured.T
         s, y, p = 2 * k, 2 * k + 1, 2 * k + 2
         if not full[s, y] > curvature * math.sqrt(full[s, s] * full[y, y]):
             return self._of(self.pairs, full, [*range(2 * k), p]), None

@@ -35,7 +35,10 @@ class Sealed(msgspec.Struct, frozen=True, array_like=True):
     """What one section answers when an evaluation is complete; s = x(t) - x, y = g(t) - g, p the reduced gradient."""
 
     rows: list[list[float]]
-    """s, y and p of the trial against [s.., y.., s, y, p], in the order of `pairs`: shape (3, 2k+3)."""
+    """s, y and p of the trial against [s.., y.., s, y, p], in the order of `pairs`: shape (3, 2k+3).
+
+    Where all was to be measured, so is every vector before them: shape (2k+3, 2k+3).
+    """
     slope: float
     """d . g(t), the derivative of the loss by t."""
     raw_slope: float
@@ -77,6 +80,8 @@ class Evaluate(msgspec.Struct, frozen=True, array_like=True, tag=True):
     t: float
     pairs: tuple[int, ...]
     """For the seal."""
+    whole: bool = False
+    """Likewise: whether the inner products of the pairs are measured again."""
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -263,7 +268,7 @@ class Solver:
     def _accept(self, t: float, loss: float, sealed: Sealed) -> list[Command]:
         state, options = self.state, self.options
         curvature = 1e-7 if options.single else 1e-12
-        squared_length = sealed.rows[0][-3]
+        squared_length = sealed.rows[-3][-3]
         state.history, slot = state.history.accept(sealed.rows, options.history, curvature)
         small = state.loss - loss <= options.smallest_decrease * max(abs(state.loss), abs(loss), 1.0)
         state.small_decreases = state.small_decreases + 1 if small else 0
@@ -274,7 +279,7 @@ class Solver:
         step = self._turn(Step(True, t, slot, state.history.pairs, ()))
         if stop := self._finished():
             return [step, *stop]
-        if state.iteration % (REFRESH * options.history) == 0 or not self._descends():
+        if not (self._descends() and state.history.curved):
             return [step, self._measure()]
         return [step, *self._search()]
 
@@ -300,7 +305,8 @@ class Solver:
     def _evaluate(self, t: float) -> list[Command]:
         if self.state.evaluations >= self.options.max_evaluations:
             return self._stop(f"the limit of {self.options.max_evaluations} evaluations was reached")
-        self.state.asked = Evaluate(t, self.state.history.pairs)
+        refresh = self.state.iteration > 0 and self.state.iteration % (REFRESH * self.options.history) == 0
+        self.state.asked = Evaluate(t, self.state.history.pairs, refresh)
         return [self.state.asked]
 
     def _measure(self) -> Gram:

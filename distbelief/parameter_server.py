@@ -18,7 +18,7 @@ Sandblaster (section 4.2) keeps other vectors there, and the coordinator orders 
     replica                                 shard                                             coordinator
       trial(version, t, x[k ∩ m])      ->     x + t d
       contribute(evaluation, bundle, g)->     once per (evaluation, bundle): sum += g
-                                              inner products of all vectors              <-     seal(evaluation, t)
+                                              inner products of all vectors             <-      seal(evaluation, trial)
                                               x += t d;  keep the pair;  next d          <-     step(version, step)
 """
 
@@ -34,7 +34,7 @@ from distbelief.engine.base import Home
 from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import ProtocolError
 from distbelief.files import path_of
-from distbelief.lbfgs import Sealed, Step
+from distbelief.lbfgs import Evaluate, Sealed, Step
 from distbelief.parameters import Layout, Span
 from distbelief.section import Applied, Section, ShardStatus, Stamp
 from distbelief.shard_file import ShardFile
@@ -176,9 +176,9 @@ class ParameterServerShard:
         return self._section(partition, BatchSection).contribute(mark, gradient)
 
     @exported
-    def seal(self, evaluation: int, t: float, extent: Extent, pairs: tuple[int, ...]) -> list[Sealed]:
+    def seal(self, evaluation: int, trial: Evaluate, extent: Extent) -> list[Sealed]:
         """The inner products of a complete evaluation, per section. Raises NotReady when bundles are missing."""
-        return [section.seal(evaluation, t, extent, pairs) for section in self._batch_sections()]
+        return [section.seal(evaluation, trial, extent) for section in self._batch_sections()]
 
     @exported
     def step(self, version: int, step: Step) -> None:

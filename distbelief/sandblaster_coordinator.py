@@ -214,7 +214,7 @@ class SandblasterCoordinator(Coordinator):
         self._finish_writing()
         portions, batch = self.portions, self.portions.batch
         extent = Extent(len(batch.bundles), portions.examples, *map(portions.examples_at, (batch.before, batch.after)))
-        sealed: list[Sealed] = self._ask(ParameterServerShard.seal, self._number, trial.t, extent, trial.pairs)
+        sealed: list[Sealed] = self._ask(ParameterServerShard.seal, self._number, trial, extent)
         self._computed += extent.examples
         before = self.solver.iteration
         shared = None

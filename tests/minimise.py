@@ -97,5 +97,5 @@ class Sandblaster:
                 basis.add(gradient[span.start : span.stop])
         examples = sum(self.bundles)
         self.seals += 1
-        sealed = merge([basis.seal(asked.t, examples, asked.pairs) for basis in self.bases])
+        sealed = merge([basis.seal(asked.t, examples, asked.pairs, whole=asked.whole) for basis in self.bases])
         return self.solver.tell(loss / examples, sealed)

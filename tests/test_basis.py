@@ -174,11 +174,11 @@ def test_a_seal_measures_what_the_formulas_say_for_every_group_of_entries(
         Basis(x[span.start : span.stop].clone(), 3, own) for span, own in zip(spans, pieces(shards), strict=True)
     ]
 
-    def seal(t: float, gradient: Tensor, pairs: Sequence[int]) -> Sealed:
+    def seal(t: float, gradient: Tensor, pairs: Sequence[int], *, whole: bool = False) -> Sealed:
         for section, span in zip(sections, spans, strict=True):
             section.open()
             section.add(5 * gradient[span.start : span.stop])
-        return merge([section.seal(t, 5, pairs) for section in sections])
+        return merge([section.seal(t, 5, pairs, whole=whole) for section in sections])
 
     def step(step: Step) -> None:
         for section in sections:
@@ -200,10 +200,14 @@ def test_a_seal_measures_what_the_formulas_say_for_every_group_of_entries(
         assert apart(gather(sections, t), new_x) < 1e-15
         data = torch.randn(N, dtype=torch.float64)
         new_g = data + l2 * new_x
-        sealed = seal(t, data, tuple(range(len(pairs))))
+        kept_pairs = tuple(range(len(pairs)))
+        sealed, whole = seal(t, data, kept_pairs), seal(t, data, kept_pairs, whole=True)
         new_p, s, y = entrywise(reduced, new_x, new_g), new_x - x, new_g - g
         expected = torch.stack([s, y, new_p]) @ torch.stack([*rows, s, y, new_p]).T
         torch.testing.assert_close(torch.tensor(sealed.rows, dtype=torch.float64), expected, rtol=1e-12, atol=1e-12)
+        vectors = torch.stack([*rows, s, y, new_p])
+        everything = torch.tensor(whole.rows, dtype=torch.float64)
+        torch.testing.assert_close(everything, vectors @ vectors.T, rtol=1e-12, atol=1e-12)
         assert sealed.slope == pytest.approx((d @ new_g).item(), abs=1e-12)
         assert sealed.raw_slope == pytest.approx((raw @ p).item(), abs=1e-12)
         assert sealed.decrease == pytest.approx((p @ s).item(), abs=1e-12)

@@ -95,7 +95,7 @@ def test_iterations_and_evaluations_are_within_a_tenth_of_the_nearer_of_scipy_an
     assert run.solver.loss == pytest.approx(best, rel=1e-8, abs=1e-8)
     if problem.minimum is not None:
         assert run.solver.loss == pytest.approx(problem.minimum, rel=1e-4, abs=1e-8)
-    assert run.seals == run.solver.evaluations, "one round trip for each"
+    assert (run.seals, run.grams) == (run.solver.evaluations, 0), "one round trip for each, and no other"
     for own, counts in (
         (run.solver.iteration, [iterations for _, iterations, _ in others]),
         (run.solver.evaluations, [evaluations for _, _, evaluations in others]),

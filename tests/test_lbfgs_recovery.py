@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Literal
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from distbelief.lbfgs import Command, Evaluate, Gram, Options, Solver, SolverState, Step, Stop
+from distbelief.lbfgs import Command, Evaluate, Gram, Options, Solver, SolverState, Step, Stop, add
 from distbelief.penalty import Penalty
 from tests.functions import MINIMA
 from tests.minimise import Sandblaster, one_bundle
@@ -120,6 +121,27 @@ def test_a_section_that_loses_its_direction_every_time_ends_the_run_and_is_named
     assert before == Stop("the direction in the sections is not the one that was ordered", False)
     assert (run.solver.iteration, run.grams) == (20, 1)
     assert run.solver.evaluations <= 30
+
+
+def test_rounding_in_the_inner_products_of_the_pairs_is_gone_after_five_histories_without_a_question_more() -> None:
+    every, began, after = 5 * TIGHT.history, [], []
+
+    def disturb(run: Sandblaster, command: Command) -> None:
+        state = run.solver.state
+        pairs = len(state.history.pairs)
+        if isinstance(command, Evaluate) and state.iteration == every and not began:
+            began.append(command.whole)
+            gram = state.history.gram.copy()
+            gram[: 2 * pairs, : 2 * pairs] *= 1 + 1e-3
+            state.history = type(state.history)(state.history.pairs, gram.tobytes())
+        elif isinstance(command, Evaluate) and state.iteration > every and not after:
+            measured = add([basis.gram(state.history.pairs) for basis in run.bases])
+            after.append(abs(state.history.gram - np.array(measured)).max() / abs(np.array(measured)).max())
+
+    run = wood(TIGHT, disturb)
+    assert run.run().converged
+    assert (began, run.grams) == ([True], 0)
+    assert after[0] < 1e-12
 
 
 @pytest.mark.parametrize(
