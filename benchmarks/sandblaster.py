@@ -2,8 +2,8 @@
 """Sandblaster L-BFGS: time to the same loss beside torch.optim.LBFGS, a slow replica, overhead, memory of a shard.
 
 All methods start from the same parameters with the same full batch, and stop when they reach the loss that
-torch.optim.LBFGS has after some iterations. They take turns, from one start after another: from any one of them a search
-may need an evaluation or two more than another, so what is compared is the time from all starts together.
+torch.optim.LBFGS has after some iterations. They take turns, from one start after another: from any one of them a
+search may need an evaluation or two more than another, so what is compared is the time from all starts together.
 """
 
 import statistics
