@@ -32,8 +32,8 @@ def test_a_link_is_hidden_by_the_least_n_push_and_numbers_are_narrowed_only_when
     assert network_training.hiding(1_000_000, mini_batch_seconds, 20e6) == chosen
 
 
-def test_where_links_are_scarce_computing_takes_about_a_twelfth_of_an_exchange() -> None:
-    assert network_training.exchanging(1_000_000, 0.32 / 12 / 8, 100e6) == (8, "bfloat16")
+def test_where_links_are_scarce_computing_takes_about_a_sixth_of_an_exchange() -> None:
+    assert network_training.exchanging(1_000_000, 0.32 / 6 / 8, 100e6) == (8, "bfloat16")
     assert network_training.exchanging(1_000_000, 10.0, 100e6) == (1, "bfloat16")
 
 
