@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,21 +92,32 @@ def some_frames() -> TensorDataset:
     return TensorDataset(*synthetic_frames(FRAMES))
 
 
+@dataclasses.dataclass(frozen=True)
+class Prolonged:
+    """The loss of a mini-batch, after `seconds` in which neither cores nor channel are used."""
+
+    seconds: float
+
+    def __call__(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Of (inputs, targets)."""
+        time.sleep(self.seconds)
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
 def examples_per_second(
-    hosts: Hosts, replicas: Sequence[int], algorithm: db.Downpour, dtype: WireDtype, slowdown: float, seconds: float
+    hosts: Hosts, replicas: Sequence[int], algorithm: db.Downpour, dtype: WireDtype, pause: float, seconds: float
 ) -> float:
-    """Of replicas on these hosts together, with a shard on the last but one; each computes `slowdown` times longer."""
+    """Of replicas on these hosts together, with a shard on the last but one; each mini-batch takes `pause` s longer."""
     stopwatch = Stopwatch(seconds)
     names = [f"replica/{index}" for index in range(len(replicas))]
     places = {**dict(zip(names, replicas, strict=True)), shard_name(0): len(hosts.addresses) - 2}
     with tempfile.TemporaryDirectory() as folder, _on(hosts, places, dtype):
         job = db.Job(
-            model=acoustic_model, loss=nn.functional.cross_entropy, data=some_frames, algorithm=algorithm,
+            model=acoustic_model, step=Prolonged(pause), data=some_frames, algorithm=algorithm,
             cluster=db.Cluster(replicas=len(replicas), shards=1, threads_per_replica=1),
             epochs=1000, batch_size=32, checkpoint_seconds=1e6, run=Path(folder) / "run",
         )  # fmt: skip
-        faults = db.Faults(slow=dict.fromkeys(names, slowdown))
-        db.train(job, faults=faults, listeners=[stopwatch], view=False)
+        db.train(job, listeners=[stopwatch], view=False)
     return stopwatch.rate()
 
 

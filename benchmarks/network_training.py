@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training over slow links: one slow link among four, and Downpour beside DistributedDataParallel over four of them.
 
-The hosts share this machine's cores. With one slow link, computing is therefore slowed so far that four replicas fit
-into them, as if every host had cores of its own; the comparison with DistributedDataParallel is of both as they are.
+The hosts share this machine's cores. With one slow link, every mini-batch is therefore prolonged by a pause, so that
+four replicas fit into them as if every host had cores of its own; the comparison with DistributedDataParallel is of
+both as they are.
 """
 
 import math
@@ -86,7 +87,8 @@ def parameters_of_the_model() -> int:
 
 def one_slow_link(quick: bool) -> list[Row]:
     """Four replicas, one of them behind a slow link, beside what a replica alone does on either link."""
-    n, dtype = hiding(parameters_of_the_model(), SLOWDOWN * mini_batch_seconds(), SLOW_LINK)
+    alone = mini_batch_seconds()
+    n, dtype = hiding(parameters_of_the_model(), SLOWDOWN * alone, SLOW_LINK)
     algorithm = db.Downpour(
         update_rule=db.adagrad(RATE), n_push=n, n_fetch=n, fetch="overlapped", warmstart=0, cooldown=0
     )
@@ -94,7 +96,7 @@ def one_slow_link(quick: bool) -> list[Row]:
     with Hosts(REPLICAS + 2) as hosts:
         hosts.shape(slow, SLOW_LINK)
         rate = partial(
-            network_jobs.examples_per_second, hosts, algorithm=algorithm, dtype=dtype, slowdown=SLOWDOWN,
+            network_jobs.examples_per_second, hosts, algorithm=algorithm, dtype=dtype, pause=(SLOWDOWN - 1) * alone,
             seconds=15.0 if quick else 25.0,
         )  # fmt: skip
         open_link, slow_link, together = "alone, open link", f"alone, {_line(SLOW_LINK)}", "all four"
@@ -115,8 +117,8 @@ def one_slow_link(quick: bool) -> list[Row]:
         for name, one in measured.items()
     ]  # fmt: skip
     title = (
-        f"one of four links at {_line(SLOW_LINK)}: n_push = n_fetch = {n}, {dtype} on the wire, computing slowed "
-        f"{SLOWDOWN:g} times"
+        f"one of four links at {_line(SLOW_LINK)}: n_push = n_fetch = {n}, {dtype} on the wire, mini-batches "
+        f"prolonged {SLOWDOWN:g} times"
     )
     header = ["replicas", "examples/s", "of the sum of what each does alone", "asked", "reached"]
     print(table_text(title, header, lines), *_failures(measured), sep="\n", flush=True)

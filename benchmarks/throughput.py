@@ -66,7 +66,7 @@ class Plan:
     budget_seconds: float
 
 
-FULL = Plan((32, 128), 7, 4.0, 900.0)
+FULL = Plan((32, 128), 7, 4.0, 360.0)
 QUICK = Plan((32,), 3, 1.0, 25.0)
 
 
