@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import distbelief as db
+from benchmarks.__main__ import NAMES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -50,8 +51,8 @@ def test_the_commands_exist() -> None:
     assert named
     assert all((ROOT / name).is_file() for name in named)
     measured = {words[3] for words in found if words[:3] == ["python", "-m", "benchmarks"]}
-    assert len(measured) == 6
-    assert all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in measured)
+    # The prediction of figure 3 is no measurement: docs/partitioning.md has it.
+    assert measured == set(NAMES) - {"figure_3"}
     assert ["scripts/test"] in found
 
 
