@@ -10,33 +10,25 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, cast, final
+from typing import Any, TypeVar, final
 
 import torch
 
 from distbelief import checkpoint, events
 from distbelief.channel.base import Future, Out, exported
 from distbelief.checkpoint import Manifest
-from distbelief.engine.base import COORDINATOR, Death, Engine
+from distbelief.checkpoint_writer import CheckpointWriter, Writing
+from distbelief.engine.base import COORDINATOR, Engine
 from distbelief.engine.insistent import All, Insistent
-from distbelief.errors import (
-    ChannelError,
-    DeadlineExceeded,
-    DistbeliefError,
-    Fenced,
-    NotReady,
-    PeerLost,
-    TrainingFailed,
-    UserCodeError,
-)
+from distbelief.errors import DeadlineExceeded, DistbeliefError, Fenced, PeerLost, TrainingFailed
+from distbelief.evaluations import Evaluations
 from distbelief.files import AnyPath
+from distbelief.incarnations import Incarnations
 from distbelief.parameter_server import ParameterServer, ParameterServerShard
 from distbelief.parameters import Span
-from distbelief.portions import Failures
 from distbelief.progress import Counters
-from distbelief.roster import ReplicaRecord, RoleSpec, Settings
+from distbelief.roster import PATIENCE, ReplicaRecord, RoleSpec, Settings, mean_buffers
 from distbelief.section import ShardStatus
 from distbelief.shard_file import ShardFile
 
@@ -45,23 +37,8 @@ T = TypeVar("T")
 TICK_SECONDS = 0.05
 PROGRESS_SECONDS = 0.5
 LEAVE_SECONDS = 30.0
-FIRST_WORD_SECONDS = 600.0
 FIRST_CHECKPOINT_TRIES = 3
 """A shard may die while it is written; a full disk stays full."""
-EVALUATION_SECONDS = 600.0
-"""The last evaluation is given up when it takes longer than this and than twenty times the slowest before it."""
-
-
-@dataclass(frozen=True)
-class Writing:
-    """A checkpoint that the shards are writing."""
-
-    folder: AnyPath
-    answers: Future[list[list[ShardFile]]]
-    work: dict[str, Any]
-    examples: int
-    started: float
-    durable: bool
 
 
 class Coordinator(ABC):
@@ -74,7 +51,6 @@ class Coordinator(ABC):
         self.engine, self.settings, self.emit = engine, settings, emit
         self.interrupted: str | None = None
         """Set from outside (a signal handler) to make the job stop cleanly with this reason."""
-        self._manifest = manifest
         self._initial_buffers = list(buffers)
         """Per partition."""
         self._meetings: dict[str, bytes] = {}
@@ -83,31 +59,19 @@ class Coordinator(ABC):
         """Whether there is a checkpoint that a shard can come back from; no example is handed out before."""
         now = engine.now()
         self.replicas = [ReplicaRecord(settings.incarnation, now) for _ in settings.replicas]
-        self._incarnations = {spec.name: settings.incarnation for spec in self._specs()}
+        self.incarnations = Incarnations(engine, settings.roles, settings.incarnation, emit)
         self.shards = [engine.find(spec.name, ParameterServerShard) for spec in settings.shards]
+        self.writer = CheckpointWriter(engine, settings, self.shards, manifest, emit)
         self.counters = Counters()
         self._asked: All[ShardStatus] | None = None
         self._asked_at = self._progress_at = now
         self._errands: list[Callable[[], bool]] = []
         self.restoring: set[int] = set()
         """Shards that are being given a checkpoint; until they have it, none is begun and none is removed."""
-        self._writing: AnyPath | None = None
-        """The checkpoint under way."""
-        self._failures = Failures(limit=max(8, 3 * len(self._specs())))
         self.failure: DistbeliefError | None = None
         """What ends the job at the next tick."""
-        self._dead: list[Death] = []
-        self._evaluation_due = settings.evaluate_examples
-        self._evaluation: int | None = None
-        self._evaluated: int | None = None
-        self._slowest_evaluation = 0.0
-        self._evaluation_left = not settings.evaluator
+        self._evaluations = Evaluations(settings.evaluate_examples, wanted=bool(settings.evaluator))
         self.stopping = False
-        self.checkpoint_at = now + settings.checkpoint_seconds
-
-    def _specs(self) -> list[RoleSpec]:
-        own = self.settings
-        return [*own.shards, *(member for replica in own.replicas for member in replica), *own.evaluator]
 
     # what an algorithm answers
 
@@ -180,21 +144,12 @@ class Coordinator(ABC):
     @exported
     def next_evaluation(self) -> tuple[int | None, bool]:
         """(examples at which to evaluate now, or None; whether there will be no more)."""
-        if self._evaluation is None and self._evaluation_due <= self.examples:
-            self._evaluation = self.examples
-        return self._evaluation, self._evaluation_left
+        return self._evaluations.next(self.examples)
 
     @exported
     def evaluated(self, examples: int, loss: float | None, metrics: dict[str, float], seconds: float) -> None:
         """What the evaluator measured."""
-        self._evaluation, self._evaluated = None, examples
-        self._slowest_evaluation = max(self._slowest_evaluation, seconds)
-        self._evaluation_due = max(self._evaluation_due, self.examples) + (
-            self.settings.evaluate_examples - self.examples % self.settings.evaluate_examples
-        )
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        loss = loss if loss is not None and math.isfinite(loss) else None
-        self.emit(events.Evaluated(examples=examples, loss=loss, metrics=finite, evaluation_seconds=seconds))
+        self.emit(self._evaluations.finished(examples, loss, metrics, seconds, self.examples))
 
     # the activity
 
@@ -202,9 +157,8 @@ class Coordinator(ABC):
     def start(self, restore: tuple[AnyPath, Manifest] | None) -> None:
         """Start every role; the shards take the first replica's initial parameters, or a checkpoint's."""
         self.begun = restore is not None
-        self._evaluation_due += self.examples
-        for spec in self._specs():
-            self._start(spec)
+        self._evaluations.begin(self.examples)
+        self.incarnations.start_all()
         if restore is not None:
             folder, manifest = restore
             self.wait(self.restore(folder, manifest))
@@ -271,21 +225,18 @@ class Coordinator(ABC):
         if self.interrupted:
             self.emit(events.JobStopping(reason=self.interrupted))
         self.stopping = True
-        until = self.engine.now() + max(LEAVE_SECONDS, *(20 * record.slowest_seconds for record in self.replicas))
+        until = self.engine.now() + max(LEAVE_SECONDS, *(PATIENCE * record.slowest_seconds for record in self.replicas))
         while not all(record.left for record in self.replicas):
             self.tick()
             if self.engine.now() > until:
                 for index, record in enumerate(self.replicas):
                     if not record.left:
-                        self._end(self.leader(index), record.incarnation, "did not leave in time")
+                        self.incarnations.end(self.settings.leaders[index], record.incarnation, "did not leave in time")
                 until = math.inf
-        if not self._evaluation_left:
-            if self._evaluation is None and self._evaluated != self.examples:
-                self._evaluation = self.examples
-            until = self.engine.now() + max(EVALUATION_SECONDS, 20 * self._slowest_evaluation)
-            while self._evaluation is not None and self.engine.now() < until:
-                self.tick()
-            self._evaluation_left = True
+        until = self.engine.now() + self._evaluations.begin_last(self.examples)
+        while self._evaluations.under_way and self.engine.now() < until:
+            self.tick()
+        self._evaluations.end()
         self.counters.update(self.wait(self.status()))
         self.counters.refused(COORDINATOR, self.engine.incarnation, self.engine.strangers)
 
@@ -296,30 +247,8 @@ class Coordinator(ABC):
 
     # life and death
 
-    def _start(self, spec: RoleSpec) -> None:
-        incarnation = self._incarnations[spec.name]
-        self.engine.start(spec.name, incarnation, spec.factory, *spec.arguments)
-        self.emit(events.RoleStarted(role=spec.name, incarnation=incarnation))
-
-    def _end(self, role: str, incarnation: int, reason: str) -> None:
-        """End a role that is given up, and treat it as dead."""
-        self.engine.stop(role)
-        self._dead.append(Death(role, incarnation, reason))
-
     def _bury_the_dead(self) -> None:
-        self._dead.extend(self.engine.deaths())
-        while self._dead:
-            death = self._dead.pop(0)
-            if death.incarnation != self._incarnations[death.role]:
-                continue
-            if death.failure is not None:
-                raise UserCodeError(f"{death.failure}\n{death.role} raised the exception above; the job was stopped")
-            self.emit(events.RoleLost(role=death.role, incarnation=death.incarnation, reason=death.reason))
-            if self._failures.died(self.examples):
-                raise TrainingFailed(
-                    f"{self._failures.limit + 1} roles died without an example being finished in between; the last was "
-                    f"{death.role} ({death.reason}).\nhint: look for lack of memory (dmesg), then resume the run"
-                )
+        for death in self.incarnations.deaths(self.examples):
             kind, *index = death.role.split("/")
             if kind == "replica":
                 self._give_up(self.settings.replicas[int(index[0])])
@@ -327,44 +256,37 @@ class Coordinator(ABC):
                 record.buffers, record.alive = {}, False
                 self.lose_replica(int(index[0]), death.incarnation)
             elif kind == "shard":
-                self._incarnations[death.role] += 1
+                self.incarnations.give_up([self.settings.shards[int(index[0])]])
                 self._restore_shard(int(index[0]))
             else:
                 self._give_up(self.settings.evaluator)
                 for member in self.settings.evaluator:
-                    self._start(member)
+                    self.incarnations.start(member)
 
     def _give_up(self, members: Sequence[RoleSpec]) -> None:
         """End what is left of a replica that lost a partition; those that saw it go are ending already."""
-        for member in members:
-            self.engine.stop(member.name)
-            self._incarnations[member.name] += 1
+        self.incarnations.give_up(members)
         if len(members) > 1:
             gone = members[0].name.removesuffix("0")
             self._meetings = {key: value for key, value in self._meetings.items() if not key.startswith(gone)}
 
     @final
-    def leader(self, replica: int) -> str:
-        """The partition that speaks for a replica."""
-        return self.settings.replicas[replica][-1].name
-
-    @final
     def replace_replica(self, index: int) -> None:
         """Start the next incarnation of a lost replica, unless the job is about to end."""
         record = self.replicas[index]
-        record.incarnation, record.heard = self._incarnations[self.leader(index)], self.engine.now()
+        record.incarnation, record.heard = self.incarnations.of(self.settings.leaders[index]), self.engine.now()
         record.left, record.slowest_seconds = self.stopping, 0.0
         if not record.left:
             record.alive = True
             for member in self.settings.replicas[index]:
-                self._start(member)
+                self.incarnations.start(member)
 
     def _restore_shard(self, index: int) -> None:
         """Start the shard again and give it the newest checkpoint; replicas wait for it and push again.
 
         Which one is the newest that is whole shows when all of it has been read; that happens beside the coordinator.
         """
-        self._start(self.settings.shards[index])
+        self.incarnations.start(self.settings.shards[index])
         if not self.begun:
             return  # the first replica gives it the initial parameters
         shard = self.shards[index]
@@ -372,7 +294,7 @@ class Coordinator(ABC):
         damaged: list[events.CheckpointRejected] = []
 
         def reject(folder: AnyPath, reason: str) -> None:
-            if folder != self._writing:
+            if folder != self.writer.folder:
                 damaged.append(events.CheckpointRejected(path=str(folder), reason=reason))
 
         def found(newest: tuple[AnyPath, Manifest]) -> None:
@@ -382,7 +304,8 @@ class Coordinator(ABC):
 
             def restore() -> Future[list[int]]:
                 own = self.is_own(manifest)
-                return shard.call(ParameterServerShard.restore, folder, manifest.shards, self._replaced(), own)
+                replaced = self.incarnations.replaced(self.settings.leaders)
+                return shard.call(ParameterServerShard.restore, folder, manifest.shards, replaced, own)
 
             def restored(versions: list[int]) -> None:
                 self.restoring.discard(index)
@@ -395,27 +318,23 @@ class Coordinator(ABC):
 
         self.later(self.engine.background(partial(checkpoint.newest, self.settings.run, reject)), found)
 
-    def _replaced(self) -> dict[int, int]:
-        """Replica -> its newest incarnation that is given up, for those that died at least once."""
-        newest = {index: self._incarnations[self.leader(index)] - 1 for index in range(len(self.replicas))}
-        return {index: incarnation for index, incarnation in newest.items() if incarnation >= self.settings.incarnation}
-
     def _end_the_silent(self, now: float) -> None:
         """Give up roles that hang: a shard first, since replicas that wait for it are silent too."""
-        if self._asked is not None and not self._asked.done() and now - self._asked_at > self.settings.silence_seconds:
+        limit = self.settings.silence_seconds
+        if self._asked is not None and not self._asked.done() and now - self._asked_at > limit:
             self._asked_at = now
             for index in self._asked.outstanding():
                 name = self.settings.shards[index].name
-                self._end(name, self._incarnations[name], f"not heard of for {self.settings.silence_seconds:.0f} s")
+                self.incarnations.end(name, self.incarnations.of(name), f"not heard of for {limit:.0f} s")
             for record in self.replicas:
                 record.heard = now
         for index, record in enumerate(self.replicas):
-            # Before its first word a replica builds its model, which may take longer than any mini-batch.
-            patience = 20 * record.slowest_seconds if record.slowest_seconds else FIRST_WORD_SECONDS
-            limit = max(self.settings.silence_seconds, patience)
+            limit = record.patience_seconds(self.settings.silence_seconds)
             if not record.left and now - record.heard > limit:
                 record.heard = now
-                self._end(self.leader(index), record.incarnation, f"not heard of for {limit:.0f} s")
+                self.incarnations.end(
+                    self.settings.leaders[index], record.incarnation, f"not heard of for {limit:.0f} s"
+                )
 
     @final
     def hear(self, replica: int, incarnation: int) -> ReplicaRecord:
@@ -453,12 +372,7 @@ class Coordinator(ABC):
     @final
     def buffers(self) -> list[torch.Tensor]:
         """Per partition, the mean of the live replicas' buffers; before any has reported, the initial ones."""
-        reported = [
-            [record.buffers[partition] for record in self.replicas if partition in record.buffers]
-            for partition in range(len(self._initial_buffers))
-        ]
-        means = [torch.stack(some).mean(0) if some else None for some in reported]
-        return [first if mean is None else mean for mean, first in zip(means, self._initial_buffers, strict=True)]
+        return mean_buffers(self.replicas, self._initial_buffers)
 
     # checkpoints
 
@@ -475,46 +389,11 @@ class Coordinator(ABC):
     @final
     def begin_checkpoint(self, slots: Sequence[int] = (), *, durable: bool = True) -> Writing | None:
         """Have the shards write; None when there is no place for it. `slots` and `durable` as in their `snapshot`."""
-        started, work = self.engine.now(), self.work()
-        try:
-            self._writing = folder = checkpoint.next_folder(checkpoint.home(self.settings.run))
-        except OSError as error:
-            self._checkpoint_failed(self.settings.run / "checkpoints", error)
-            return None
-        answers = [
-            shard.call(ParameterServerShard.snapshot, str(folder / f"shard-{index}"), tuple(slots), durable)
-            for index, shard in enumerate(self.shards)
-        ]
-        return Writing(folder, All(self.engine, cast(Any, answers)), work, self.examples, started, durable)
+        return self.writer.begin(self.work(), self.examples, slots, durable=durable)
 
     @final
     def complete_checkpoint(self, writing: Writing, kept: Sequence[tuple[AnyPath, ShardFile]] = ()) -> Manifest | None:
-        """Make a checkpoint of what the shards wrote and of these files of earlier ones; None when that fails."""
-        folder = writing.folder
-        try:
-            written = [file for section in self.wait(writing.answers) for file in section]
-            # Of a vector that several files hold the last one counts.
-            files = [*sorted((checkpoint.share(*one, folder) for one in kept), key=lambda file: file.name), *written]
-            incarnation = max(self._incarnations.values()) + 1
-            manifest = self._manifest(
-                shards=files, examples=writing.examples, incarnation=incarnation, **writing.work
-            )  # fmt: skip
-            manifest = checkpoint.commit(folder, manifest, self.buffers(), durable=writing.durable)
-        except (OSError, ChannelError, NotReady) as error:
-            checkpoint.discard(folder)
-            self._checkpoint_failed(folder, error)
-            return None
-        finally:
-            self._writing = None
-            if writing.durable:
-                self.checkpoint_at = self.engine.now() + self.settings.checkpoint_seconds
-        if writing.durable:
-            seconds = self.engine.now() - writing.started
-            self.emit(
-                events.CheckpointWritten(path=str(folder), examples=writing.examples, checkpoint_seconds=seconds)
-            )  # fmt: skip
-        return manifest
-
-    def _checkpoint_failed(self, path: AnyPath, error: Exception) -> None:
-        self.checkpoint_at = self.engine.now() + self.settings.checkpoint_seconds
-        self.emit(events.CheckpointFailed(path=str(path), reason=str(error).strip().splitlines()[-1]))
+        """When the shards have written, make a checkpoint of it and of these files of earlier ones; None on failure."""
+        while not writing.answers.done():
+            self.tick(writing.answers)
+        return self.writer.complete(writing, kept, self.incarnations.next, self.buffers())

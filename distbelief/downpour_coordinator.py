@@ -84,7 +84,7 @@ class DownpourCoordinator(Coordinator):
         """Watch over the job until every example is settled."""
         while not (self.leases.finished or self.stopping):
             self.tick()
-            if self.engine.now() >= self.checkpoint_at and not self.restoring:
+            if self.engine.now() >= self.writer.due and not self.restoring:
                 self.checkpoint()
         self.wind_down()
         self.checkpoint()

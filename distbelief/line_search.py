@@ -13,6 +13,7 @@ import msgspec
 
 MAX_TRIALS = 20
 EXTRAPOLATE_LEAST, EXTRAPOLATE_MOST = 1.1, 4.0
+"""A step that is too short grows by at least and at most so many times what was added to it last."""
 SHRINK = 0.66
 """The bracket must shrink at least to this fraction in two trials."""
 ROUNDINGS = 10
@@ -59,6 +60,8 @@ class MoreThuente(msgspec.Struct, tag=True):
     c2: float = 0.9
     eps: float = 1e-6
     """0.0 turns the approximate conditions off."""
+    growth: float = EXTRAPOLATE_MOST
+    """In place of EXTRAPOLATE_MOST."""
     resolution: float = 1e-14
     """Relative difference of steps below which they are the same; losses may be off by some times as much."""
     trials: int = 0
@@ -77,12 +80,12 @@ class MoreThuente(msgspec.Struct, tag=True):
     @classmethod
     def begin(
         cls, loss: float, slope: float, t: float, *, c1: float = 1e-4, c2: float = 0.9, eps: float = 1e-6,
-        resolution: float = 1e-14,
+        resolution: float = 1e-14, growth: float = EXTRAPOLATE_MOST,
     ) -> Self:  # fmt: skip
         """A search from a point with this loss and slope (negative), whose first trial is `t` (positive)."""
         start = Point(0.0, loss, slope)
-        high = (1 + EXTRAPOLATE_MOST) * t
-        return cls(start, start, start, t, 0.0, high, c1=c1, c2=c2, eps=eps, resolution=resolution)
+        high = (1 + growth) * t
+        return cls(start, start, start, t, 0.0, high, c1=c1, c2=c2, eps=eps, resolution=resolution, growth=growth)
 
     def next(self, loss: float, slope: float) -> Outcome:
         """Told the loss and the slope at `t`."""
@@ -116,7 +119,7 @@ class MoreThuente(msgspec.Struct, tag=True):
             self.low, self.high = sorted((self.best.t, self.other.t))
         else:
             self.low = t + EXTRAPOLATE_LEAST * (t - self.best.t)
-            self.high = t + EXTRAPOLATE_MOST * (t - self.best.t)
+            self.high = t + self.growth * (t - self.best.t)
         t = max(0.0, t)
         self.t = self.best.t if self._exhausted(t) else t
         return self._again()

@@ -12,6 +12,10 @@ import torch
 from distbelief.portions import Lease
 
 EVALUATOR = "evaluator"
+PATIENCE = 20.0
+"""A replica is waited for as long as this many of its slowest mini-batches."""
+FIRST_WORD_SECONDS = 600.0
+"""Before its first word a replica builds its model, which may take longer than any mini-batch."""
 
 
 def replica_name(index: int) -> str:
@@ -81,6 +85,16 @@ class Settings:
     incarnation: int
     """First incarnation of every role; higher than any that an earlier run of the job used."""
 
+    @property
+    def roles(self) -> list[RoleSpec]:
+        """Every role but the coordinator."""
+        return [*self.shards, *(member for replica in self.replicas for member in replica), *self.evaluator]
+
+    @property
+    def leaders(self) -> list[str]:
+        """By replica, the partition that speaks for it."""
+        return [members[-1].name for members in self.replicas]
+
 
 @dataclass
 class ReplicaRecord:
@@ -93,3 +107,17 @@ class ReplicaRecord:
     alive: bool = True
     buffers: dict[int, torch.Tensor] = field(default_factory=dict)
     """By partition."""
+
+    def patience_seconds(self, least: float) -> float:
+        """How long it may say nothing: `least`, or longer if its mini-batches are slow."""
+        slow = PATIENCE * self.slowest_seconds if self.slowest_seconds else FIRST_WORD_SECONDS
+        return max(least, slow)
+
+
+def mean_buffers(replicas: Sequence[ReplicaRecord], initial: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Per partition, the mean of the buffers that replicas reported; the `initial` ones where none has."""
+    reported = [
+        [record.buffers[partition] for record in replicas if partition in record.buffers]
+        for partition in range(len(initial))
+    ]
+    return [torch.stack(some).mean(0) if some else first for some, first in zip(reported, initial, strict=True)]

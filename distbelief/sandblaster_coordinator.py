@@ -23,7 +23,8 @@ from distbelief.batch_section import Extent, Mark
 from distbelief.bundles import Bundle
 from distbelief.channel.base import Promise, exported
 from distbelief.checkpoint import Manifest, Search
-from distbelief.coordinator import Coordinator, Writing
+from distbelief.checkpoint_writer import Writing
+from distbelief.coordinator import Coordinator
 from distbelief.engine.base import Engine
 from distbelief.engine.insistent import All
 from distbelief.errors import DeadlineExceeded, NotReady, PeerLost, TrainingFailed
@@ -235,7 +236,7 @@ class SandblasterCoordinator(Coordinator):
         if step.commit:
             self._moved = self._version
             self._unsaved |= set() if step.slot is None else {step.slot}
-            self._write_down(durable=self.engine.now() >= self.checkpoint_at)
+            self._write_down(durable=self.engine.now() >= self.writer.due)
 
     def _ask(self, method: Any, *arguments: Any) -> list[Any]:
         """One round trip: every section's answer. Raises Setback."""

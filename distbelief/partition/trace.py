@@ -140,7 +140,7 @@ def _symbolic(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Grap
     with _traced_factories():
         try:
             return _Tracer(is_leaf).trace(model)
-        except (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+        except (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError) as error:
             raise ConfigurationError(
                 f"the forward pass of {type(model).__name__} cannot be followed by units: {error}",
                 hint="let it depend on no values of its input, or cut the model by layers with Plan.stages",

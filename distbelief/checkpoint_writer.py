@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Has the shards write a checkpoint, and makes it one when all have; one at a time, beside whatever else goes on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from distbelief import checkpoint, events
+from distbelief.channel.base import Future, Remote
+from distbelief.checkpoint import Manifest
+from distbelief.engine.base import Engine
+from distbelief.engine.insistent import All
+from distbelief.errors import ChannelError, NotReady
+from distbelief.files import AnyPath
+from distbelief.parameter_server import ParameterServerShard
+from distbelief.roster import Settings
+from distbelief.shard_file import ShardFile
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A checkpoint that the shards are writing."""
+
+    folder: AnyPath
+    answers: Future[list[list[ShardFile]]]
+    work: dict[str, Any]
+    examples: int
+    started: float
+    durable: bool
+
+
+class CheckpointWriter:
+    """Begins checkpoints and completes them. What goes wrong is reported, and the previous checkpoint stays."""
+
+    def __init__(
+        self, engine: Engine, settings: Settings, shards: Sequence[Remote[ParameterServerShard]],
+        manifest: Callable[..., Manifest], emit: Callable[[events.AnyEvent], None],
+    ) -> None:  # fmt: skip
+        self._engine, self._run, self._seconds = engine, settings.run, settings.checkpoint_seconds
+        self._shards, self._manifest, self._emit = shards, manifest, emit
+        self.due = engine.now() + settings.checkpoint_seconds
+        """The engine's time at which the next durable one should begin."""
+        self.folder: AnyPath | None = None
+        """Of the checkpoint under way."""
+
+    def begin(
+        self, work: dict[str, Any], examples: int, slots: Sequence[int] = (), *, durable: bool = True
+    ) -> Writing | None:
+        """Have the shards write; None when there is no place for it. `slots` and `durable` as in their `snapshot`."""
+        started = self._engine.now()
+        try:
+            self.folder = folder = checkpoint.next_folder(checkpoint.home(self._run))
+        except OSError as error:
+            self._failed(self._run / "checkpoints", error)
+            return None
+        answers = [
+            shard.call(ParameterServerShard.snapshot, str(folder / f"shard-{index}"), tuple(slots), durable)
+            for index, shard in enumerate(self._shards)
+        ]
+        return Writing(folder, All(self._engine, cast(Any, answers)), work, examples, started, durable)
+
+    def complete(
+        self, writing: Writing, kept: Sequence[tuple[AnyPath, ShardFile]], incarnation: int,
+        buffers: Sequence[torch.Tensor],
+    ) -> Manifest | None:  # fmt: skip
+        """Make a checkpoint of what the shards have written and of these files of earlier ones; None when that fails.
+
+        Roles that push after a restore have this `incarnation` or a higher one.
+        """
+        folder = writing.folder
+        try:
+            # Of a vector that several files hold the last one counts.
+            files = [
+                *sorted((checkpoint.share(*one, folder) for one in kept), key=lambda file: file.name),
+                *(file for section in writing.answers.result() for file in section),
+            ]
+            manifest = self._manifest(
+                shards=files, examples=writing.examples, incarnation=incarnation, **writing.work
+            )  # fmt: skip
+            manifest = checkpoint.commit(folder, manifest, buffers, durable=writing.durable)
+        except (OSError, ChannelError, NotReady) as error:
+            checkpoint.discard(folder)
+            self._failed(folder, error)
+            return None
+        finally:
+            self.folder = None
+        if writing.durable:
+            self.due = self._engine.now() + self._seconds
+            self._emit(
+                events.CheckpointWritten(
+                    path=str(folder), examples=writing.examples,
+                    checkpoint_seconds=self._engine.now() - writing.started,
+                )
+            )  # fmt: skip
+        return manifest
+
+    def _failed(self, path: AnyPath, error: Exception) -> None:
+        self.due = self._engine.now() + self._seconds
+        self._emit(events.CheckpointFailed(path=str(path), reason=str(error).strip().splitlines()[-1]))

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the model is evaluated during a job: every so many examples, once at the end, one at a time."""
+
+import math
+
+from distbelief import events
+
+LAST_SECONDS = 600.0
+"""The last evaluation is given up when it takes longer than this and than twenty times the slowest before it."""
+
+
+class Evaluations:
+    """Decides at which count of applied examples the evaluator evaluates next."""
+
+    def __init__(self, every: int, *, wanted: bool) -> None:
+        """One each `every` examples; without an evaluator, `wanted=False`, none is awaited."""
+        self._every, self._wanted = every, wanted
+        self._due = every
+        self._current: int | None = None
+        self._newest: int | None = None
+        """Examples at the last one that is finished."""
+        self._slowest_seconds = 0.0
+
+    def begin(self, examples: int) -> None:
+        """The job goes on from so many examples."""
+        self._due += examples
+
+    def next(self, examples: int) -> tuple[int | None, bool]:
+        """(examples at which to evaluate now, or None; whether there will be no more)."""
+        if self._current is None and self._due <= examples:
+            self._current = examples
+        return self._current, not self._wanted
+
+    def finished(
+        self, at: int, loss: float | None, metrics: dict[str, float], seconds: float, examples: int
+    ) -> events.Evaluated:
+        """What was measured of the parameters `at` so many examples, when by now there are `examples`."""
+        self._current, self._newest = None, at
+        self._slowest_seconds = max(self._slowest_seconds, seconds)
+        self._due = max(self._due, examples) + self._every - examples % self._every
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        loss = loss if loss is not None and math.isfinite(loss) else None
+        return events.Evaluated(examples=at, loss=loss, metrics=finite, evaluation_seconds=seconds)
+
+    def begin_last(self, examples: int) -> float:
+        """Training is over: evaluate what it led to, unless that is done. Returns seconds to wait for it at most."""
+        if self._wanted and self._current is None and self._newest != examples:
+            self._current = examples
+        return max(LAST_SECONDS, 20 * self._slowest_seconds)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether one has been asked for that is not finished."""
+        return self._current is not None
+
+    def end(self) -> None:
+        """The evaluator may leave."""
+        self._wanted = False

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a job evaluates: at each so many examples, one at a time, and at its end what it led to."""
+
+import math
+
+from distbelief.evaluations import Evaluations
+
+
+def finish(evaluations: Evaluations, at: int, examples: int) -> None:
+    assert evaluations.finished(at, 0.5, {}, 1.0, examples).examples == at
+
+
+def test_it_is_due_at_the_next_multiple_and_one_at_a_time() -> None:
+    evaluations = Evaluations(100, wanted=True)
+    assert evaluations.next(99) == (None, False)
+    assert evaluations.next(130) == (130, False)
+    assert evaluations.next(250) == (130, False), "the one under way is not begun anew"
+    finish(evaluations, 130, 250)
+    assert evaluations.next(299) == (None, False)
+    assert evaluations.next(300) == (300, False)
+
+
+def test_a_job_that_goes_on_evaluates_as_many_examples_later() -> None:
+    evaluations = Evaluations(100, wanted=True)
+    evaluations.begin(1000)
+    assert evaluations.next(1099) == (None, False)
+    assert evaluations.next(1100) == (1100, False)
+
+
+def test_the_end_is_evaluated_once() -> None:
+    evaluations = Evaluations(100, wanted=True)
+    evaluations.begin_last(80)
+    assert evaluations.under_way
+    assert evaluations.next(80) == (80, False)
+    finish(evaluations, 80, 80)
+    evaluations.begin_last(80)
+    assert not evaluations.under_way, "it has been evaluated there"
+    evaluations.end()
+    assert evaluations.next(80) == (None, True)
+
+
+def test_the_last_one_is_waited_for_twenty_times_as_long_as_the_slowest() -> None:
+    evaluations = Evaluations(100, wanted=True)
+    assert evaluations.begin_last(1) == 600.0
+    evaluations.finished(1, None, {}, 45.0, 1)
+    assert evaluations.begin_last(1) == 900.0
+
+
+def test_without_an_evaluator_nothing_is_awaited() -> None:
+    evaluations = Evaluations(100, wanted=False)
+    evaluations.begin_last(500)
+    assert not evaluations.under_way
+    assert evaluations.next(0) == (None, True)
+
+
+def test_what_is_not_finite_is_told_as_not_known() -> None:
+    told = Evaluations(100, wanted=True).finished(7, math.inf, {"accuracy": math.nan, "top5": 0.5}, 1.0, 7)
+    assert told.loss is None
+    assert told.metrics == {"accuracy": None, "top5": 0.5}
