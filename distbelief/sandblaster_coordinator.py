@@ -201,6 +201,7 @@ class SandblasterCoordinator(Coordinator):
         self._task = Task(None, Mark(self._number, 0), self._version, trial.t)
         self._offer()
         try:
+            self._finish_writing()  # while replicas compute
             while not self._moment.done():
                 self._watch(self._moment)
         finally:
@@ -212,7 +213,6 @@ class SandblasterCoordinator(Coordinator):
                     "infinite at the starting point\nhint: check these examples and the initial parameters"
                 )
             return self.solver.tell_not_finite()
-        self._finish_writing()
         portions, batch = self.portions, self.portions.batch
         extent = Extent(len(batch.bundles), portions.examples, *map(portions.examples_at, (batch.before, batch.after)))
         sealed: list[Sealed] = self._ask(ParameterServerShard.seal, self._number, trial, extent)
