@@ -264,7 +264,7 @@ def in_one_process() -> float:
                         version += 1
                         section.step(version, command)
                         slots = () if command.slot is None else (command.slot,)
-                        section.write(Path(folder) / f"{version}.safetensors", slots, durable=False)()
+                        section.write(Path(folder) / "shard.safetensors", slots, durable=False)()
                     case Evaluate():
                         section.trial(version, command.t, x)
                         nn.utils.vector_to_parameters(x, parameters)

@@ -13,6 +13,7 @@ checkpoint never claims an example whose gradient it does not hold. What lies wh
 files can be read without the model, and be cut again.
 """
 
+import contextlib
 import math
 import os
 import zlib
@@ -26,7 +27,7 @@ from torch import nn
 
 from distbelief import shard_file
 from distbelief.errors import CheckpointError
-from distbelief.files import AnyPath, children, copy, path_of, remove
+from distbelief.files import AnyPath, children, copy, open_over, path_of, remove
 from distbelief.lbfgs import SolverState
 from distbelief.parameters import Layout, Piece, Span, changed_pieces, trainable
 from distbelief.partition.box import count, sizes, whole
@@ -35,9 +36,10 @@ from distbelief.portions import LeaseState
 from distbelief.shard_file import ShardFile, ShardState
 
 FORMAT = 2
-HOME, MANIFEST = "checkpoints", "manifest.json"
+HOME, MANIFEST, PART = "checkpoints", "manifest.json", "manifest.json.part"
 BUFFERS = "buffers.safetensors"
 BUFFERS_DTYPE = torch.float64
+SPARE_BYTES = 1 << 20
 
 
 class Place(msgspec.Struct, array_like=True, frozen=True):
@@ -184,12 +186,34 @@ def _folders(home: AnyPath) -> list[AnyPath]:
     return sorted(found, key=lambda folder: folder.name, reverse=True)
 
 
-def next_folder(home: AnyPath) -> AnyPath:
-    """A new folder after all checkpoints that exist there. Raises OSError."""
+def next_folder(home: AnyPath, spare: AnyPath | None = None) -> AnyPath:
+    """A new folder after all checkpoints that exist there, perhaps made of a `spare` one. Raises OSError."""
     existing = _folders(home)
     folder = home / f"{int(existing[0].name) + 1 if existing else 0:08d}"
+    if isinstance(spare, Path) and isinstance(folder, Path):
+        with contextlib.suppress(OSError):  # somebody may have removed it
+            return spare.rename(folder)
     folder.mkdir(parents=True)
     return folder
+
+
+def spare(folder: AnyPath, manifest: Manifest) -> bool:
+    """Make of a small checkpoint a folder whose files are written over; the answer is whether it was done.
+
+    A new file can take the disk a millisecond, which is long beside an iteration of a small model. Large ones are not
+    written over: somebody may be in the middle of reading them.
+    """
+    whole = {file.name: file.size_bytes for file in manifest.shards if not file.partial} | {BUFFERS: 0}
+    if not isinstance(folder, Path) or sum(whole.values()) > SPARE_BYTES:
+        return False
+    try:
+        (folder / MANIFEST).rename(folder / PART)
+        for child in folder.iterdir():
+            if (child.name not in whole and child.name != PART) or child.stat().st_nlink > 1:
+                child.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def commit(folder: AnyPath, manifest: Manifest, buffers: Sequence[torch.Tensor], *, durable: bool = True) -> Manifest:
@@ -212,9 +236,10 @@ def commit(folder: AnyPath, manifest: Manifest, buffers: Sequence[torch.Tensor],
 
 
 def _write_at_once(folder: Path, sealed: bytes, durable: bool) -> None:
-    part = folder / (MANIFEST + ".part")
-    with part.open("wb") as file:
+    part = folder / PART
+    with open_over(part) as file:
         file.write(sealed)
+        file.truncate()
         file.flush()
         if durable:
             os.fsync(file.fileno())

@@ -44,6 +44,7 @@ class CheckpointWriter:
         """The engine's time at which the next durable one should begin."""
         self.folder: AnyPath | None = None
         """Of the checkpoint under way."""
+        self._spare: AnyPath | None = None
 
     def begin(
         self, work: dict[str, Any], examples: int, slots: Sequence[int] = (), *, durable: bool = True
@@ -51,10 +52,11 @@ class CheckpointWriter:
         """Have the shards write; None when there is no place for it. `slots` and `durable` as in their `snapshot`."""
         started = self._engine.now()
         try:
-            self.folder = folder = checkpoint.next_folder(checkpoint.home(self._run))
+            self.folder = folder = checkpoint.next_folder(checkpoint.home(self._run), self._spare)
         except OSError as error:
             self._failed(self._run / "checkpoints", error)
             return None
+        self._spare = None
         answers = [
             shard.call(ParameterServerShard.snapshot, str(folder / f"shard-{index}"), tuple(slots), durable)
             for index, shard in enumerate(self._shards)
@@ -95,6 +97,13 @@ class CheckpointWriter:
                 )
             )  # fmt: skip
         return manifest
+
+    def discard(self, folder: AnyPath, manifest: Manifest) -> None:
+        """Remove a checkpoint of which nothing is needed any more, or keep its files to be written over."""
+        if self._spare is None and checkpoint.spare(folder, manifest):
+            self._spare = folder
+        else:
+            checkpoint.discard(folder)
 
     def _failed(self, path: AnyPath, error: Exception) -> None:
         self.due = self._engine.now() + self._seconds

@@ -73,7 +73,7 @@ class SandblasterCoordinator(Coordinator):
         """Slots of the history that no checkpoint holds as they are."""
         self._files: dict[int, list[tuple[AnyPath, ShardFile]]] = {}
         """Slot -> where the newest checkpoint has its pairs."""
-        self._passing: list[AnyPath] = []
+        self._passing: list[tuple[AnyPath, Manifest]] = []
         """Checkpoints that are not durable, oldest first; the newest of them is kept."""
         self._restored: list[Manifest] = []
         self._computed = 0
@@ -301,12 +301,13 @@ class SandblasterCoordinator(Coordinator):
                 fresh if slot in self._unsaved else [(writing.folder, _shared(*one)) for one in self._files[slot]]
             )
         self._unsaved.clear()
-        before = list(self._passing)
-        self._passing += [] if writing.durable else [writing.folder]
-        if not self.restoring:
-            for folder in before:
-                checkpoint.discard(folder)
-                self._passing.remove(folder)
+        before, now = self._passing, [] if writing.durable else [(writing.folder, manifest)]
+        if self.restoring:
+            self._passing = [*before, *now]
+        else:
+            self._passing = now
+            for passed in before:
+                self.writer.discard(*passed)
             if writing.durable:
                 checkpoint.keep_newest(self.settings.run, self.settings.keep_checkpoints)
 

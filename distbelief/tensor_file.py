@@ -17,6 +17,7 @@ from typing import BinaryIO, final
 import torch
 
 from distbelief.errors import ConfigurationError
+from distbelief.files import open_over
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
@@ -35,7 +36,7 @@ _ALIGNMENT = 8
 
 @final
 class TensorFile:
-    """A new file, all zeros; made by `create`."""
+    """A file that is being written; made by `create`."""
 
     def __init__(self, file: BinaryIO, places: Mapping[str, tuple[torch.dtype, int]]) -> None:
         self._file, self._places = file, places
@@ -52,8 +53,9 @@ class TensorFile:
 def create(
     path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
 ) -> Iterator[TensorFile]:
-    """A file of tensors of these dtypes and shapes, complete when the context is left; what is not written is zero.
+    """A file of tensors of these dtypes and shapes, complete when the context is left.
 
+    What is not written is zero, or where a file was there already, anything.
     Raises OSError, and ConfigurationError for a dtype that the format has not.
     """
     named = {dtype: name for name, dtype in DTYPES.items()}
@@ -73,7 +75,7 @@ def create(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     first = 8 + len(text)
-    with path.open("wb") as file:
+    with open_over(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(first + end)
         yield TensorFile(file, {name: (dtype, first + start) for name, (dtype, start) in places.items()})

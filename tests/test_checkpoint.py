@@ -230,6 +230,53 @@ def test_the_newest_are_kept_and_what_is_under_way_is_left_alone(tmp_path: Path)
     assert checkpoint.folders(tmp_path) == [under_way, taken[-1]]
 
 
+def test_the_next_checkpoint_writes_over_a_spare_one_and_nothing_of_that_is_left(tmp_path: Path) -> None:
+    before, passed = take(tmp_path, 1.0), take(tmp_path, 2.0)
+    manifest = checkpoint.read_manifest(passed)
+    (passed / "00000000-shard-0-pairs.safetensors").write_bytes(b"inherited")
+    os.link(passed / "shard-1.safetensors", tmp_path / "copy of somebody")
+    inodes = {path.name: path.stat().st_ino for path in passed.iterdir()}
+    copied = (tmp_path / "copy of somebody").read_bytes()
+    assert checkpoint.spare(passed, manifest)
+    assert newest(tmp_path)[0] == before, "it is no checkpoint any more"
+    assert sorted(path.name for path in passed.iterdir()) == [BUFFERS, MANIFEST + ".part", "shard-0.safetensors"]
+    folder = checkpoint.next_folder(checkpoint.home(tmp_path), passed)
+    checkpoint.commit(folder, manifest_of(write_shards(folder, 3.0), 3), [BUFFER_VALUES])
+    assert not passed.exists()
+    found, manifest = checkpoint.newest(tmp_path, lambda path, reason: pytest.fail(reason))
+    assert (found, manifest.examples) == (folder, 3)
+    vectors = shard_file.read_span(folder, manifest.shards, Span(0, LENGTH))
+    assert torch.equal(vectors["parameters"], torch.full((LENGTH,), 3.0))
+    kept = {path.name for path in folder.iterdir() if inodes.get(path.name) == path.stat().st_ino}
+    assert kept == {BUFFERS, MANIFEST, "shard-0.safetensors"}
+    assert (tmp_path / "copy of somebody").read_bytes() == copied
+
+
+def test_what_is_written_over_a_longer_file_ends_where_it_ends(tmp_path: Path) -> None:
+    passed = take(tmp_path, 1.0)
+    manifest = checkpoint.read_manifest(passed)
+    for path in passed.iterdir():
+        path.write_bytes(path.read_bytes() + bytes(100))
+    assert checkpoint.spare(passed, manifest)
+    folder = checkpoint.next_folder(checkpoint.home(tmp_path), passed)
+    checkpoint.commit(folder, manifest_of(write_shards(folder, 2.0), 2), [BUFFER_VALUES])
+    assert newest(tmp_path) == (folder, [])
+
+
+def test_a_large_checkpoint_or_one_that_somebody_removed_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = take(tmp_path, 1.0)
+    manifest = checkpoint.read_manifest(passed)
+    monkeypatch.setattr(checkpoint, "SPARE_BYTES", sum(file.size_bytes for file in manifest.shards) - 1)
+    assert not checkpoint.spare(passed, manifest)
+    assert newest(tmp_path) == (passed, [])
+    monkeypatch.undo()
+    checkpoint.discard(passed)
+    assert not checkpoint.spare(passed, manifest)
+    assert checkpoint.next_folder(checkpoint.home(tmp_path), passed).is_dir()
+
+
 def test_a_checkpoint_that_is_half_removed_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = take(tmp_path, 1.0), take(tmp_path, 2.0)
     monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
