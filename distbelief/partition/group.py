@@ -13,6 +13,8 @@ from typing import Any, final
 import torch
 import torch.distributed as dist
 
+from distbelief.channel import mailbox
+from distbelief.channel.mailbox import Mailbox
 from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost
 from distbelief.partition.staging import StagingGroup
 
@@ -45,11 +47,16 @@ class Group:
         """The scalar that runs through the exchanges of a mini-batch, see `exchange`."""
         self._direct = own_device and self.device.type == "cuda"
         self._backend: Any = None
+        self._mailboxes: dict[int, Mailbox] = {}
+        """By partition; none where they are on several hosts, or talk over nccl."""
+        self._deadline_seconds = deadline_seconds
         self._closed = False
         if size > 1:
             assert store is not None, "several partitions meet over a store"
             limit = datetime.timedelta(seconds=deadline_seconds)
             self._backend = self._attempt(lambda: self._form(store, limit, address))
+            if not self._direct:
+                self._mailboxes = self._attempt(lambda: mailbox.meet(store, index, size, deadline_seconds))
 
     def swap(self, parcels: Mapping[int, torch.Tensor], arrivals: Mapping[int, torch.Tensor]) -> "Swap":
         """Start sending the contiguous `parcels` and filling the contiguous `arrivals`, by partition; then wait.
@@ -72,13 +79,25 @@ class Group:
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of everybody's `values`, a vector of one length and type, in the same order of addition for all."""
         total = values.clone()
-        if self.size > 1:
+        if self._mailboxes:
+            own = values.to("cpu")
+            said = {other: torch.empty_like(own) for other in self._mailboxes}
+            self._post(dict.fromkeys(said, own), said)
+            said[self.index] = own
+            total.copy_(torch.stack([said[index] for index in range(self.size)]).sum(0))
+        elif self.size > 1:
             self._collective(total, lambda tensor: self._backend.allreduce([tensor]))
         return total
 
     def share(self, tensor: torch.Tensor, root: int) -> torch.Tensor:
         """What `tensor` is at `root`; the others' tensors say its shape and type, and are overwritten."""
-        if self.size > 1:
+        if self._mailboxes:
+            staged = tensor.to("cpu").contiguous()
+            others = [other for other in self._mailboxes if other != root]
+            self._post(*((dict.fromkeys(others, staged), {}) if self.index == root else ({}, {root: staged})))
+            if staged is not tensor and self.index != root:
+                tensor.copy_(staged)
+        elif self.size > 1:
             options = dist.BroadcastOptions()
             options.rootRank, options.rootTensor = root, 0
             self._collective(tensor, lambda staged: self._backend.broadcast([staged], options))
@@ -93,6 +112,8 @@ class Group:
     def close(self) -> None:
         """Leave. Who waits for this partition learns of it at once; closing twice is fine."""
         backend, self._backend, self.thread, self._closed = self._backend, None, None, True
+        for box in self._mailboxes.values():
+            box.close()
         if backend is not None:
             backend.abort() if self._direct else backend.shutdown()
 
@@ -105,6 +126,12 @@ class Group:
 
     def _start(self, parcels: Mapping[int, torch.Tensor], arrivals: Mapping[int, torch.Tensor]) -> Sequence[Any]:
         def start() -> Sequence[Any]:
+            if self._mailboxes:
+                for sender, tensor in arrivals.items():
+                    self._mailboxes[sender].receive(tensor)
+                for to, tensor in parcels.items():
+                    self._mailboxes[to].send(tensor)
+                return [_Posted([self._mailboxes[other] for other in {*parcels, *arrivals}], self._deadline_seconds)]
             if self._direct:  # nccl pairs sends with receives within one coalesced call
                 self._backend._start_coalescing()
             works = [self._backend.recv([tensor], sender, 0) for sender, tensor in arrivals.items()]
@@ -113,6 +140,11 @@ class Group:
 
         works: Sequence[Any] = self._attempt(start)
         return works
+
+    def _post(self, parcels: Mapping[int, torch.Tensor], arrivals: Mapping[int, torch.Tensor]) -> None:
+        """Send and receive in this host's memory, and wait for it."""
+        for work in self._start(parcels, arrivals):
+            self._attempt(work.wait)
 
     def _collective(self, tensor: torch.Tensor, start: Callable[[torch.Tensor], Any]) -> None:
         staged = tensor.to(self.device if self._direct else "cpu")
@@ -126,13 +158,13 @@ class Group:
             raise PeerLost(f"partition {self.index} of {self.size} has left its group")
         try:
             return action()
-        except RuntimeError as error:
+        except (RuntimeError, ChannelError) as error:
             raise self._translated(error) from error
 
-    def _translated(self, error: RuntimeError) -> ChannelError:
+    def _translated(self, error: Exception) -> ChannelError:
         late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-        kind = DeadlineExceeded if late else PeerLost
-        told = "did not answer in time" if late else "was lost"
+        kind = DeadlineExceeded if late or isinstance(error, DeadlineExceeded) else PeerLost
+        told = "did not answer in time" if kind is DeadlineExceeded else "was lost"
         return kind(f"a partition of this replica {told}, says partition {self.index} of {self.size}: {error}")
 
 
@@ -169,6 +201,17 @@ def _gloo(store: Any, index: int, size: int, limit: datetime.timedelta, address:
     given._timeout = limit
     given._devices = [gloo.create_device(hostname=address)]
     return gloo(store, index, size, given)
+
+
+@final
+class _Posted:
+    """Parcels in mailboxes, with the face of the backend's works."""
+
+    def __init__(self, mailboxes: Sequence[Mailbox], seconds: float) -> None:
+        self._mailboxes, self._seconds = mailboxes, seconds
+
+    def wait(self) -> None:
+        mailbox.settle(self._mailboxes, self._seconds)
 
 
 @final

@@ -2,6 +2,7 @@
 """Laws of the exchange: everybody gets what he needs, forward and back are adjoint, nothing hangs."""
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -16,12 +17,21 @@ from threads import together
 from torch import Tensor
 from torch.nn import functional
 
+from distbelief.channel import mailbox
 from distbelief.errors import ConfigurationError, DeadlineExceeded, PeerLost
 from distbelief.partition.box import Box, count, field, inside, sizes, tiles, whole
 from distbelief.partition.exchange import Exchange, routes, tie, traffic
 from distbelief.partition.group import Group
 
 SHAPE, KERNEL = (3, 8, 10), 5
+
+
+@pytest.fixture(params=["one host", "several hosts"], autouse=True)
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partitions of one host talk through its memory, those of several over gloo: the laws are the same."""
+    if request.param == "several hosts":
+        hosts = itertools.count()
+        monkeypatch.setattr(mailbox, "_here", lambda: f"host-{next(hosts)}")
 
 
 def halo(partitions: int) -> tuple[list[Box | None], list[Box | None]]:
