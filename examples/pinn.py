@@ -66,7 +66,7 @@ def grid() -> TensorDataset:
 
 
 def job(points: int = 2048, width: int = 20, layers: int = 4) -> db.Job:
-    algorithm = db.Sandblaster(history=50, max_iterations=5000, gtol=0.0, ftol=0.0)
+    algorithm = db.Sandblaster(history=50, max_iterations=7000, gtol=0.0, ftol=0.0)
     model, data = functools.partial(Burgers, width, layers), functools.partial(collocation, points)
     return db.Job(
         model=model,
