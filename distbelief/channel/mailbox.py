@@ -24,8 +24,8 @@ import torch
 from distbelief.channel.memory import Block
 from distbelief.errors import DeadlineExceeded, PeerLost
 
-RING_BYTES = 2 << 20
-"""Of which only what was ever written takes memory."""
+RING_BYTES = 1 << 18
+"""Two of them are held for each peer; what partitions exchange for one layer mostly fits."""
 _TOTALS = struct.Struct("=QQ")
 _HELLO = struct.Struct("=I")
 _CREDENTIALS = struct.Struct("=iII")
