@@ -166,6 +166,17 @@ def test_a_killed_process_is_noticed_at_once_and_a_stopped_one_within_the_deadli
         box.close()
 
 
+def test_who_has_closed_it_himself_is_told_so_at_the_next_parcel() -> None:
+    def work(boxes: dict[int, Mailbox]) -> None:
+        for box in boxes.values():
+            box.close()
+            box.receive(torch.empty(3))
+        with pytest.raises(PeerLost):
+            settle(boxes.values(), 10.0)
+
+    together(work, work)
+
+
 def test_there_are_none_between_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     names = iter(["one", "one", "another"])
     monkeypatch.setattr(mailbox, "_here", lambda: next(names))

@@ -143,6 +143,8 @@ class Mailbox:
                 return False
             except ConnectionResetError:
                 continue  # it left something unread; what it had told before is behind this error
+            except OSError:
+                return True  # this side has been closed
             if len(told) != _TOTALS.size:
                 return True
             self._peer_written, self._peer_taken = _TOTALS.unpack(told)
