@@ -197,13 +197,14 @@ def next_folder(home: AnyPath, spare: AnyPath | None = None) -> AnyPath:
     return folder
 
 
-def spare(folder: AnyPath, manifest: Manifest) -> bool:
+def make_spare(folder: AnyPath, manifest: Manifest) -> bool:
     """Make of a small checkpoint a folder whose files are written over; the answer is whether it was done.
 
     A new file can take the disk a millisecond, which is long beside an iteration of a small model. Large ones are not
     written over: somebody may be in the middle of reading them.
     """
-    whole = {file.name: file.size_bytes for file in manifest.shards if not file.partial} | {BUFFERS: 0}
+    files = [*(file for file in manifest.shards if not file.partial), *([manifest.buffers] if manifest.buffers else [])]
+    whole = {file.name: file.size_bytes for file in files}
     if not isinstance(folder, Path) or sum(whole.values()) > SPARE_BYTES:
         return False
     try:

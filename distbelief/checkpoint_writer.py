@@ -100,7 +100,7 @@ class CheckpointWriter:
 
     def discard(self, folder: AnyPath, manifest: Manifest) -> None:
         """Remove a checkpoint of which nothing is needed any more, or keep its files to be written over."""
-        if self._spare is None and checkpoint.spare(folder, manifest):
+        if self._spare is None and checkpoint.make_spare(folder, manifest):
             self._spare = folder
         else:
             checkpoint.discard(folder)

@@ -237,7 +237,7 @@ def test_the_next_checkpoint_writes_over_a_spare_one_and_nothing_of_that_is_left
     os.link(passed / "shard-1.safetensors", tmp_path / "copy of somebody")
     inodes = {path.name: path.stat().st_ino for path in passed.iterdir()}
     copied = (tmp_path / "copy of somebody").read_bytes()
-    assert checkpoint.spare(passed, manifest)
+    assert checkpoint.make_spare(passed, manifest)
     assert newest(tmp_path)[0] == before, "it is no checkpoint any more"
     assert sorted(path.name for path in passed.iterdir()) == [BUFFERS, MANIFEST + ".part", "shard-0.safetensors"]
     folder = checkpoint.next_folder(checkpoint.home(tmp_path), passed)
@@ -257,7 +257,7 @@ def test_what_is_written_over_a_longer_file_ends_where_it_ends(tmp_path: Path) -
     manifest = checkpoint.read_manifest(passed)
     for path in passed.iterdir():
         path.write_bytes(path.read_bytes() + bytes(100))
-    assert checkpoint.spare(passed, manifest)
+    assert checkpoint.make_spare(passed, manifest)
     folder = checkpoint.next_folder(checkpoint.home(tmp_path), passed)
     checkpoint.commit(folder, manifest_of(write_shards(folder, 2.0), 2), [BUFFER_VALUES])
     assert newest(tmp_path) == (folder, [])
@@ -269,11 +269,11 @@ def test_a_large_checkpoint_or_one_that_somebody_removed_is_not_written_over(
     passed = take(tmp_path, 1.0)
     manifest = checkpoint.read_manifest(passed)
     monkeypatch.setattr(checkpoint, "SPARE_BYTES", sum(file.size_bytes for file in manifest.shards) - 1)
-    assert not checkpoint.spare(passed, manifest)
+    assert not checkpoint.make_spare(passed, manifest)
     assert newest(tmp_path) == (passed, [])
     monkeypatch.undo()
     checkpoint.discard(passed)
-    assert not checkpoint.spare(passed, manifest)
+    assert not checkpoint.make_spare(passed, manifest)
     assert checkpoint.next_folder(checkpoint.home(tmp_path), passed).is_dir()
 
 

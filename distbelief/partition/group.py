@@ -93,10 +93,12 @@ class Group:
         """What `tensor` is at `root`; the others' tensors say its shape and type, and are overwritten."""
         if self._mailboxes:
             staged = tensor.to("cpu").contiguous()
-            others = [other for other in self._mailboxes if other != root]
-            self._post(*((dict.fromkeys(others, staged), {}) if self.index == root else ({}, {root: staged})))
-            if staged is not tensor and self.index != root:
-                tensor.copy_(staged)
+            if self.index == root:
+                self._post(dict.fromkeys(self._mailboxes, staged), {})
+            else:
+                self._post({}, {root: staged})
+                if staged is not tensor:
+                    tensor.copy_(staged)
         elif self.size > 1:
             options = dist.BroadcastOptions()
             options.rootRank, options.rootTensor = root, 0
