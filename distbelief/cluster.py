@@ -35,7 +35,7 @@ class Cluster:
     threads_per_replica: int | None = None
     """Torch threads of each process of a replica; None shares the cores equally, but for one, left to the shards."""
     device: str | None = None
-    """Where replicas compute: "cpu", "cuda", "cuda:1"; None takes CUDA when there is one."""
+    """Where replicas compute: "cpu", "cuda" (the devices in turn), "cuda:1"; None takes CUDA when there is one."""
     memory_bytes: int | None = None
     """What one partition may hold of parameters, gradients and states; a plan that needs more is refused."""
     cpus_per_replica: float = 1.0
@@ -126,7 +126,8 @@ class Cluster:
         """Whether each process of a replica has an accelerator of its own, where so many are visible to it."""
         if self.engine == "ray":
             return self.gpus_per_replica >= self.plan.partitions
-        return visible >= self.replicas * self.plan.partitions
+        one_for_all = ":" in (self.device or "")
+        return not one_for_all and visible >= self.replicas * self.plan.partitions
 
     @property
     def plan(self) -> Plan:

@@ -82,10 +82,13 @@ def whole(module: nn.Module) -> Part:
 
 
 def pick_device(name: str | None, index: int) -> torch.device:
-    """The device of replica `index`: as named, else the CUDA devices in turn, else the CPU."""
-    if name is not None:
-        return torch.device(name)
-    return torch.device("cuda", index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    """The device of process `index` of the replicas: the one named; of "cuda", or where nothing is named and there are
+    CUDA devices, these in turn; else the CPU.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    return torch.device("cuda", index % torch.cuda.device_count()) if device == torch.device("cuda") else device
 
 
 def check_device(name: str | None) -> None:

@@ -2,6 +2,7 @@
 """Laws of replicas on an accelerator: what they compute is what the CPU does, and what dies comes back."""
 
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import distbelief as db
 from distbelief.events import Evaluated, Observation, RoleLost, RoleStarted
 from distbelief.model_replica import ModelReplica, whole
 from distbelief.parameters import lay_out
+from distbelief.partition import group
 from distbelief.partition.group import Group
 from distbelief.plan import Plan
 from tests import problems
@@ -81,6 +83,61 @@ def test_a_killed_replica_of_the_accelerator_is_replaced(tmp_path: Path, monkeyp
         if isinstance(one.event, RoleStarted) and (one.event.role, one.event.incarnation) == ("replica/1", 1)
     )  # fmt: skip
     assert back - lost < 10
+
+
+def double_stages() -> nn.Module:
+    first = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh())
+    return nn.Sequential(*first, nn.Linear(24, 3)).double()
+
+
+def no_gloo(*given: Any, **named: Any) -> None:
+    raise AssertionError("partitions with an accelerator each talk over nccl")
+
+
+def in_double_by_nccl(examples: int, seed: int = 0) -> TensorDataset:
+    """Data, loaded where the roles are forked: from there on each of them takes its accelerator for its own.
+
+    nccl refuses processes of one host that share an accelerator; of several hosts it cannot know, so one is enough.
+    """
+    db.Cluster.own_devices = lambda *_: True  # type: ignore[method-assign]
+    group._gloo = no_gloo
+    os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    os.register_at_fork(after_in_child=lambda: os.environ.update(NCCL_HOSTID=f"host-{os.getpid()}"))
+    return in_double(examples, seed)
+
+
+@pytest.mark.parametrize("plan", [Plan(2), Plan(3), *(Plan.stages(2, microbatches=count) for count in (1, 2))])
+def test_partitions_with_an_accelerator_each_take_the_steps_of_the_cpu(plan: Plan, tmp_path: Path) -> None:
+    model = double_stages if plan.microbatches == 2 else double_classifier
+    on_cpu = trained(tmp_path, "cpu", model=model)
+    data = functools.partial(in_double_by_nccl, 320)
+    by_nccl = trained(tmp_path, "cuda", model=model, cluster={"partitions": plan}, data=data, test=None)
+    assert distance(by_nccl.model, on_cpu.model) < 1e-9
+    assert by_nccl.summary.examples.seen == 640
+    assert not by_nccl.summary.faults
+
+
+def test_a_replica_with_an_accelerator_per_partition_forms_again_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[Observation] = []
+    killer = Killer(monkeypatch, "replica/1/1", settled(2_000))
+    cluster = {"replicas": 2, "partitions": 2}
+    result = trained(
+        tmp_path, "cuda", data=functools.partial(in_double_by_nccl, 320), cluster=cluster, test=None, epochs=60,
+        listeners=[heard.append, killer],
+    )  # fmt: skip
+    assert killer.killed
+    assert result.summary.examples.missing == 0
+    lost = next(one.seconds for one in heard if isinstance(one.event, RoleLost))
+    again = {"replica/1/0", "replica/1/1"}
+    back = [
+        one for one in heard
+        if isinstance(one.event, RoleStarted) and one.event.incarnation == 1 and one.event.role in again
+    ]  # fmt: skip
+    assert {one.event.role for one in back if isinstance(one.event, RoleStarted)} == again
+    assert max(one.seconds for one in back) - lost < 10
+    assert not [one for one in heard if isinstance(one.event, RoleLost) and one.event.role.startswith("replica/0")]
 
 
 def test_evaluation_stays_on_the_cpu_beside_replicas_on_the_accelerator(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 import distbelief as db
 from distbelief.job import prepare
+from distbelief.model_replica import pick_device
 from distbelief.portions import Stages
 from tests.problems import classifier, job, points
 
@@ -253,3 +254,19 @@ def test_threads_are_shared_among_replicas_and_never_none() -> None:
     assert db.Cluster(threads_per_replica=3).threads == 3
     assert db.Cluster(replicas=10_000).threads == 1
     assert db.Cluster(replicas=1).threads >= 1
+
+
+@pytest.mark.parametrize(
+    ("named", "devices", "own"),
+    [(None, [0, 1, 2, 3], True), ("cuda", [0, 1, 2, 3], True), ("cuda:1", [1, 1, 1, 1], False)],
+)
+def test_processes_of_replicas_take_the_accelerators_in_turn_unless_one_is_named(
+    named: str | None, devices: list[int], own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [pick_device(named, index) for index in range(4)] == [torch.device("cuda", index) for index in devices]
+    cluster = db.Cluster(replicas=2, partitions=2, device=named)
+    assert cluster.own_devices(4) == own
+    assert not cluster.own_devices(3)
+    assert pick_device("cpu", 2) == torch.device("cpu")
