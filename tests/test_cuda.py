@@ -146,6 +146,18 @@ def test_evaluation_stays_on_the_cpu_beside_replicas_on_the_accelerator(tmp_path
     assert len([one for one in heard if isinstance(one.event, Evaluated)]) >= 2
 
 
+def asking(examples: int) -> TensorDataset:
+    assert torch.cuda.is_available()
+    assert torch.cuda.device_count() >= 1
+    return problems.points(examples)
+
+
+def test_a_script_may_ask_whether_there_is_an_accelerator(tmp_path: Path) -> None:
+    model = functools.partial(problems.classifier)
+    result = trained(tmp_path, "cuda", model=model, data=functools.partial(asking, 320), test=None)
+    assert (result.summary.examples.seen, result.summary.faults) == (640, ())
+
+
 def on_the_accelerator(examples: int) -> TensorDataset:
     return TensorDataset(*(tensor.cuda() for tensor in problems.points(examples).tensors))
 

@@ -267,6 +267,8 @@ def serve(control: socket.socket) -> None:
     """Be the zygote of the owner of `control`, in a process that has one thread."""
     import torch
 
+    # A script may ask for torch.cuda.is_available() without spoiling CUDA for the forks: NVML needs no context.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     # A fork copies no threads: nothing here may start any, so that roles can start their own.
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

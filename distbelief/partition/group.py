@@ -32,7 +32,7 @@ class Group:
         deadline_seconds: float = 60.0, device: torch.device | None = None, own_device: bool = False,
         address: str = LOOPBACK,
     ) -> None:  # fmt: skip
-        """Meet the others over `store`, a torch.distributed.Store; one partition alone needs none.
+        """Meet the others over `store`, a torch.distributed.Store kept from here on; one partition alone needs none.
 
         This takes at most `deadline_seconds`, and so does every later wait. `device` is where this partition computes;
         with `own_device` no two partitions share one, so that they can talk over nccl. `address` is where the others
@@ -45,6 +45,8 @@ class Group:
         """What swaps have moved, all told."""
         self.thread: torch.Tensor | None = None
         """The scalar that runs through the exchanges of a mini-batch, see `exchange`."""
+        self._store = store
+        """nccl asks it when the first parcel goes, and does not keep what Python adds to a store alive."""
         self._direct = own_device and self.device.type == "cuda"
         self._backend: Any = None
         self._mailboxes: dict[int, Mailbox] = {}
