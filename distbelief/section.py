@@ -5,13 +5,15 @@ A push counts once per (replica, incarnation, sequence), a repeat gets the recor
 incarnation that has been replaced is refused. The vectors are "parameters" and the update rule's state.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import final
 
 import msgspec
 import torch
 
 from distbelief import shard_file
+from distbelief.channel.base import Filling
 from distbelief.errors import CheckpointError, Fenced, NotReady
 from distbelief.files import AnyPath, path_of
 from distbelief.parameters import Layout, Span
@@ -19,6 +21,8 @@ from distbelief.shard_file import ReplicaRecord, ShardFile, ShardState
 from distbelief.update_rule import UpdateRule
 
 LEASES_REMEMBERED = 64
+PIECE = 1 << 20
+"""Numbers that are handed out at a time where no push decides that."""
 
 
 class Stamp(msgspec.Struct, array_like=True, frozen=True):
@@ -100,34 +104,47 @@ class Section:
 
     def push(self, stamp: Stamp, gradient: torch.Tensor) -> Applied:
         """Apply a gradient of shape (len(span),) once, however often it is sent. Raises Fenced, NotReady."""
+        answer, pieces = self._pushed(stamp, gradient)
+        for _ in pieces:
+            continue
+        return answer
+
+    def _pushed(self, stamp: Stamp, gradient: torch.Tensor) -> tuple[Applied, Iterator[int]]:
+        """The answer to a push, and its application piece by piece, which says how many parameters are new."""
         self._check_ready()
-        record = self._state.replicas.get(stamp.replica)
+        state = self._state
+        record = state.replicas.get(stamp.replica)
         known = 0 if record is None else record.incarnation
         if stamp.incarnation < max(known, self._fenced.get(stamp.replica, 0)):
             raise Fenced(f"replica {stamp.replica} incarnation {stamp.incarnation} has been replaced")
         if record is None or record.incarnation < stamp.incarnation:
-            record = self._state.replicas[stamp.replica] = ReplicaRecord(stamp.incarnation, 0)
+            record = state.replicas[stamp.replica] = ReplicaRecord(stamp.incarnation, 0)
         if stamp.sequence <= record.sequence:
-            return self._answers.get(stamp.replica, Applied(self._state.version, 0))
+            return self._answers.get(stamp.replica, Applied(state.version, 0)), iter(())
         if self._restored:
             # Sequences run without gaps, so a gap is what the restart from an older checkpoint lost of this replica.
-            self._state.lost_updates += stamp.sequence - record.sequence - 1
-        version, state = self._state.version, self._state
-        staleness = max(0, version - stamp.base_version)
-        self._rule.apply(
-            gradient, version=version, base_version=stamp.base_version, examples=state.examples, reader=stamp.replica
-        )
-        state.version += 1
+            state.lost_updates += stamp.sequence - record.sequence - 1
+        answer = Applied(state.version + 1, max(0, state.version - stamp.base_version))
+        return answer, self._apply(stamp, gradient, record, answer)
+
+    def _apply(
+        self, stamp: Stamp, gradient: torch.Tensor, record: ReplicaRecord, answer: Applied
+    ) -> Iterator[int]:  # fmt: skip
+        state = self._state
+        yield from self._rule.apply(
+            gradient, version=state.version, base_version=stamp.base_version, examples=state.examples,
+            reader=stamp.replica,
+        )  # fmt: skip
+        state.version = answer.version
         state.examples += stamp.examples
         state.mini_batches += stamp.mini_batches
-        state.staleness[staleness] = state.staleness.get(staleness, 0) + 1
+        state.staleness[answer.staleness] = state.staleness.get(answer.staleness, 0) + 1
         record.sequence = stamp.sequence
         for lease, position in stamp.portions:
             record.portions[lease] = position
         while len(record.portions) > LEASES_REMEMBERED:
             del record.portions[next(iter(record.portions))]
-        answer = self._answers[stamp.replica] = Applied(state.version, staleness)
-        return answer
+        self._answers[stamp.replica] = answer
 
     def read(self, parameters: torch.Tensor) -> int:
         """Copy the parameters into the caller's buffer of shape (len(span),); the answer is their version."""
@@ -135,16 +152,30 @@ class Section:
         parameters.copy_(self._parameters)
         return self._state.version
 
-    def fetch(self, replica: int, parameters: torch.Tensor) -> int:
+    def fetch(self, replica: int, parameters: torch.Tensor) -> Filling[int]:
         """`read` for a replica, whose next push will be of a gradient at these parameters."""
-        version = self.read(parameters)
-        self._rule.fetched(replica, version)
-        return version
+        self._check_ready()
+        version = self._state.version
+        return Filling(version, self._hand_out(replica, version, parameters, iter(())))
 
-    def exchange(self, stamp: Stamp, gradient: torch.Tensor, parameters: torch.Tensor) -> int:
-        """A push and the fetch of the same replica behind it; the answer is the version of what was fetched."""
-        self.push(stamp, gradient)
-        return self.fetch(stamp.replica, parameters)
+    def exchange(self, stamp: Stamp, gradient: torch.Tensor, parameters: torch.Tensor) -> Filling[int]:
+        """A push and the fetch of the same replica behind it; the answer is the version of what was fetched.
+
+        `parameters` may lie where `gradient` does: a number is filled when its gradient has been applied.
+        """
+        answer, pieces = self._pushed(stamp, gradient)
+        version = max(answer.version, self._state.version)
+        return Filling(version, self._hand_out(stamp.replica, version, parameters, pieces))
+
+    def _hand_out(self, replica: int, version: int, parameters: torch.Tensor, pieces: Iterator[int]) -> Iterator[int]:
+        """Copy what the pieces of a push have made new, and then the rest; at most PIECE of that at a time."""
+        filled, length = 0, len(self.span)
+        for stop in chain(pieces, range(PIECE, length, PIECE), (length,)):
+            if stop > filled:
+                parameters[filled:stop].copy_(self._parameters[filled:stop])
+                filled = stop
+                yield filled
+        self._rule.fetched(replica, version)
 
     def fence(self, replica: int, incarnation: int) -> dict[int, int]:
         """Refuse pushes of this incarnation and older ones from now on.

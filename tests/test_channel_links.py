@@ -14,10 +14,10 @@ from fault_proxy import FaultProxy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distbelief import sgd
+from distbelief import section, sgd
 from distbelief.channel import door, frames, links, memory
 from distbelief.channel.authenticate import CallingSide
-from distbelief.channel.base import Future, Out, exported
+from distbelief.channel.base import Filling, Future, Out, exported
 from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.frames import Call
 from distbelief.channel.futures import Kept
@@ -30,6 +30,7 @@ from distbelief.errors import DeadlineExceeded, PeerLost
 from distbelief.parameter_server import ParameterServerShard
 from distbelief.parameters import Layout, Piece, Span
 from distbelief.section import Stamp
+from distbelief.update_rule import torch_rule
 
 
 class Clerk:
@@ -174,6 +175,14 @@ def shard(town: Town, length: int) -> tuple[ParameterServerShard, ProcessHome]:
     return made, home
 
 
+@pytest.fixture(params=[1 << 20, 1 << 11], ids=["whole", "in pieces"])
+def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many parameters are applied and handed out at a time."""
+    monkeypatch.setattr(section, "PIECE", request.param)
+    monkeypatch.setattr(torch_rule, "_PIECE", request.param)
+
+
+@pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("seed", range(3))
 def test_pushes_over_a_link_that_is_cut_anywhere_are_applied_exactly_once_each(town: Town, seed: int) -> None:
     length, pushes = 20_000, 12
@@ -197,6 +206,7 @@ def test_pushes_over_a_link_that_is_cut_anywhere_are_applied_exactly_once_each(t
     assert served.status().sections[0].version == pushes
 
 
+@pytest.mark.usefixtures("piece")
 def test_what_replicas_fetch_may_be_rounded_on_its_way_and_what_others_read_never_is(town: Town) -> None:
     served, _ = shard(town, 3_000)
     peer = town.peer(town.serve(served), wire=Wire(dtype="bfloat16"))
@@ -210,6 +220,45 @@ def test_what_replicas_fetch_may_be_rounded_on_its_way_and_what_others_read_neve
     assert torch.equal(read, expected)
     assert torch.equal(fetched, expected.bfloat16().float())
     assert not torch.equal(fetched, read)
+
+
+@pytest.mark.usefixtures("piece")
+def test_a_push_is_applied_as_a_whole_though_who_exchanges_reads_slowly_and_others_call_meanwhile(town: Town) -> None:
+    length = 200_000
+    served, _ = shard(town, length)
+    address = town.serve(served)
+    with closing(FaultProxy(address, delay_seconds=0.001, piece_bytes=50_000)) as proxy:
+        slow, quick = town.peer(proxy.address), town.peer(address)
+        fetched, read = torch.zeros(length), torch.ones(length)
+        answer = slow.call(ParameterServerShard.exchange, Stamp(0, 0, 1, 0, 1, ()), torch.full((length,), 2.0), fetched)
+        seen = {0.0}
+        while not answer.done():
+            town.answer(quick.call(ParameterServerShard.read, 0, read))
+            assert len(set(read.tolist())) == 1
+            seen.add(read[0].item())
+        assert answer.result() == 1
+        assert torch.equal(fetched, torch.full((length,), -1.0))
+        assert seen <= {0.0, -1.0}
+
+
+class Breaking:
+    """A role whose method raises when part of its answer has been sent."""
+
+    @exported
+    def give(self, out: Out) -> Filling[None]:
+        def pieces() -> Iterator[int]:
+            out.zero_()
+            yield 1_000
+            raise ValueError("a bug")
+
+        return Filling(None, pieces())
+
+
+def test_a_method_that_raises_when_part_of_its_answer_has_travelled_ends_its_role(town: Town) -> None:
+    answer = town.peer(town.serve(Breaking())).call(Breaking.give, torch.ones(2_000_000))
+    with pytest.raises(ValueError, match="a bug"):
+        town.answer(answer)
+    assert not answer.done()
 
 
 def test_a_link_that_delays_and_divides_everything_changes_nothing(town: Town, clerk: Clerk) -> None:

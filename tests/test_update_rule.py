@@ -35,8 +35,11 @@ class Shards:
     def push(self, gradient: Tensor, reader: int = 0, base: int | None = None, examples: int = 32) -> None:
         base = self.version if base is None else base
         for bound, span in zip(self.bound, self.spans, strict=True):
-            bound.apply(gradient[span.start : span.stop], reader=reader, version=self.version, base_version=base,
-                        examples=self.examples)  # fmt: skip
+            pieces = bound.apply(
+                gradient[span.start : span.stop], reader=reader, version=self.version, base_version=base,
+                examples=self.examples,
+            )  # fmt: skip
+            assert [*pieces][-1] == len(span)
         self.version, self.examples = self.version + 1, self.examples + examples
         self.values = torch.cat(self.parts)
 

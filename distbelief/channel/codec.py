@@ -3,14 +3,16 @@
 
 Narrowing rounds to nearest, ties to even: the relative error of a normal number is at most 2^-8, zeros, infinities and
 NaN stay what they are, and what lies beyond the largest bfloat16 becomes infinite. Widening is exact. Both are done a
-piece at a time that stays in the processor's cache, while the kernel carries the piece before it.
+piece at a time that stays in the processor's cache, while the kernel carries the piece before it. So is what a method
+fills: its first numbers travel while it works on the next.
 """
 
-from typing import final
+from typing import Any, final
 
 import torch
 
 from distbelief.channel import frames
+from distbelief.channel.base import Filling
 from distbelief.channel.frames import TensorReference
 
 PIECE = 1 << 18
@@ -19,10 +21,14 @@ PIECE = 1 << 18
 
 @final
 class Narrowed:
-    """The memory of a contiguous float32 tensor as it travels in bfloat16; `incoming` when the bytes are received."""
+    """The memory of a contiguous float32 tensor as it travels in bfloat16; `incoming` when the bytes are received.
 
-    def __init__(self, tensor: torch.Tensor, *, incoming: bool) -> None:
-        self._left, self._incoming = tensor.view(-1), incoming
+    One that is sent may still be `filling`.
+    """
+
+    def __init__(self, tensor: torch.Tensor, *, incoming: bool, filling: Filling[Any] | None = None) -> None:
+        self._left, self._incoming, self._filling = tensor.view(-1), incoming, filling
+        self._length = tensor.numel()
         self._scratch = torch.empty(min(PIECE, tensor.numel()), dtype=torch.bfloat16)
         self._memory = frames.bytes_of(self._scratch)
         self._piece = memoryview(b"")
@@ -37,6 +43,8 @@ class Narrowed:
         if not self._piece:
             count = min(len(self._scratch), len(self._left))
             if not self._incoming:
+                if self._filling is not None:
+                    self._filling.fill(self._length - len(self._left) + count)
                 self._scratch[:count].copy_(self._left[:count])
                 self._left = self._left[count:]
             self._piece = self._memory[: 2 * count]
@@ -51,14 +59,47 @@ class Narrowed:
             self._left[: len(numbers)].copy_(numbers)
             self._left = self._left[len(numbers) :]
 
+    def work_ahead(self) -> bool:
+        """Fill more before it can be sent; whether there was more to fill."""
+        return self._filling is not None and self._filling.advance()
 
-Part = memoryview | Narrowed
-"""Some bytes of a body."""
+
+@final
+class Filled:
+    """The memory of a contiguous tensor that is sent while it is being filled."""
+
+    def __init__(self, tensor: torch.Tensor, filling: Filling[Any]) -> None:
+        self._filling, self._number_bytes = filling, tensor.element_size()
+        self._memory = frames.bytes_of(tensor)
+        self._sent_bytes = 0
+
+    def __len__(self) -> int:
+        """Bytes that have still to travel."""
+        return len(self._memory) - self._sent_bytes
+
+    def piece(self) -> memoryview:
+        """The next bytes to send."""
+        self._filling.fill(self._sent_bytes // self._number_bytes + 1)
+        return self._memory[self._sent_bytes : self._filling.filled * self._number_bytes]
+
+    def advance(self, count: int) -> None:
+        """So many bytes of the piece have travelled."""
+        self._sent_bytes += count
+
+    def work_ahead(self) -> bool:
+        """Fill more before it can be sent; whether there was more to fill."""
+        return self._filling.advance()
 
 
-def outgoing(tensor: torch.Tensor, reference: TensorReference) -> Part:
-    """The tensor's part of a body that is sent."""
-    return Narrowed(tensor, incoming=False) if reference.wire else frames.bytes_of(tensor)
+Part = memoryview | Narrowed | Filled
+"""Some bytes of a body; all but plain memory are made a piece at a time."""
+
+
+def outgoing(tensor: torch.Tensor, reference: TensorReference, filling: Filling[Any] | None = None) -> Part:
+    """The tensor's part of a body that is sent, perhaps while it is filled."""
+    if reference.wire:
+        return Narrowed(tensor, incoming=False, filling=filling)
+    return frames.bytes_of(tensor) if filling is None else Filled(tensor, filling)
 
 
 def incoming(tensor: torch.Tensor, reference: TensorReference) -> Part:

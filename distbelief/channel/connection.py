@@ -19,7 +19,7 @@ import torch
 
 from distbelief.channel import frames
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
-from distbelief.channel.codec import Narrowed, Part
+from distbelief.channel.codec import Part
 from distbelief.channel.frames import Attach, Header, Kind, TensorReference
 from distbelief.channel.memory import Block
 from distbelief.channel.memory import find as find_block
@@ -113,7 +113,10 @@ class Connection:
                     continue
                 sent = self._send_once()
             except BlockingIOError:
-                return
+                first = self._outbox[0] if self._outbox else memoryview(b"")
+                if isinstance(first, memoryview) or not first.work_ahead():
+                    return
+                continue
             except OSError as error:
                 raise PeerLost(f"the peer is gone: {error.strerror or error}") from error
             self._sent_bytes += sent
@@ -122,10 +125,10 @@ class Connection:
 
     def _send_once(self) -> int:
         first = self._outbox[0]
-        if isinstance(first, Narrowed):
+        if not isinstance(first, memoryview):
             return self.socket.send(first.piece())
         if not self._descriptors:
-            return self.socket.sendmsg(list(_until_narrowed(itertools.islice(self._outbox, 16))))
+            return self.socket.sendmsg(list(_plain(itertools.islice(self._outbox, 16))))
         position, block = self._descriptors[0]
         if position > self._sent_bytes:
             # A descriptor must ride on the first byte of its own frame: send only what comes before it.
@@ -176,7 +179,7 @@ class Connection:
             try:
                 if self._body:
                     first = self._body[0]
-                    arrived = self.socket.recv_into(first.piece() if isinstance(first, Narrowed) else first)
+                    arrived = self.socket.recv_into(first if isinstance(first, memoryview) else first.piece())
                     _advance(self._body, arrived)
                 else:
                     arrived = self._receive_chunk()
@@ -221,7 +224,7 @@ class Connection:
                 return
             while self._body and self._inbox:
                 first = self._body[0]
-                space = first.piece() if isinstance(first, Narrowed) else first
+                space = first if isinstance(first, memoryview) else first.piece()
                 arrived = self._inbox[: len(space)]
                 space[: len(arrived)] = arrived
                 del self._inbox[: len(arrived)]
@@ -296,9 +299,9 @@ class Connection:
             os.close(self._arrived_descriptors.popleft())
 
 
-def _until_narrowed(parts: Iterable[Part]) -> Iterator[memoryview]:
+def _plain(parts: Iterable[Part]) -> Iterator[memoryview]:
     for part in parts:
-        if isinstance(part, Narrowed):
+        if not isinstance(part, memoryview):
             return
         yield part
 
@@ -307,12 +310,10 @@ def _advance(parts: deque[Part], count: int) -> int:
     """So many bytes have travelled; the answer is how many of them were of the first part, which ends when whole."""
     first = parts[0]
     count = min(count, len(first))
-    if count == len(first) and not isinstance(first, Narrowed):
-        parts.popleft()
-    elif isinstance(first, Narrowed):
-        first.advance(count)
-        if not len(first):
-            parts.popleft()
+    if isinstance(first, memoryview):
+        parts[0] = first = first[count:]
     else:
-        parts[0] = first[count:]
+        first.advance(count)
+    if not len(first):
+        parts.popleft()
     return count

@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from distbelief.channel import codec, frames
-from distbelief.channel.base import RAISED_AS_IS, Future, exported_methods, signature_of
+from distbelief.channel.base import RAISED_AS_IS, Filling, Future, exported_methods, signature_of
 from distbelief.channel.codec import Part
 from distbelief.channel.connection import Connection
 from distbelief.channel.frames import Answer, Call, Failure
@@ -73,14 +73,20 @@ class Desk:
             self.answering = True
             try:
                 value = method(self._role, *arguments)
+                if isinstance(value, Filling):
+                    # Who shares his memory looks at it as soon as he hears.
+                    value.finish() if any(reference.block for reference in call.tensors) else value.advance()
             finally:
                 self.answering = False
             if isinstance(value, BackgroundWork | Kept):
                 self._deferred.append((connection, call, tensors, value))
-            else:
+            elif not isinstance(value, Filling):
                 self._say(connection, call, value, tensors)
         except Exception as error:
             self._fail(connection, call, error)
+            return
+        if isinstance(value, Filling):
+            self._say_while_filling(connection, call, value, tensors)
 
     def answer_deferred(self) -> None:
         """Answer the calls whose work has ended meanwhile."""
@@ -100,10 +106,23 @@ class Desk:
         """A connection has ended: nobody waits for its answers."""
         self._deferred = [item for item in self._deferred if item[0] is not connection]
 
-    def _say(self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor]) -> None:
+    def _say_while_filling(
+        self, connection: Connection, call: Call, filling: Filling[Any], tensors: list[torch.Tensor]
+    ) -> None:
+        self.answering = True
+        try:
+            self._say(connection, call, filling.value, tensors, filling)
+            filling.finish()
+        finally:
+            self.answering = False
+
+    def _say(
+        self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor],
+        filling: Filling[Any] | None = None,
+    ) -> None:  # fmt: skip
         outputs = signature_of(self._methods[call.method]).outputs
         body = [
-            codec.outgoing(tensor, reference)
+            codec.outgoing(tensor, reference, filling)
             for tensor, reference, written in zip(tensors, call.tensors, outputs, strict=True)
             if written and not reference.block
         ]
