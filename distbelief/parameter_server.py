@@ -29,7 +29,8 @@ from typing import Any, TypeVar, final
 import torch
 
 from distbelief.batch_section import BatchSection, Extent, Keeping, Mark
-from distbelief.channel.base import Filling, Future, Out, exported, rounded
+from distbelief.channel.base import Future, Out, exported, rounded
+from distbelief.channel.filling import Filling
 from distbelief.engine.base import Home
 from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import ProtocolError

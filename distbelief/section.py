@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from distbelief import shard_file
-from distbelief.channel.base import Filling
+from distbelief.channel.filling import Filling
 from distbelief.errors import CheckpointError, Fenced, NotReady
 from distbelief.files import AnyPath, path_of
 from distbelief.parameters import Layout, Span

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from distbelief import section, sgd
 from distbelief.channel import door, frames, links, memory
 from distbelief.channel.authenticate import CallingSide
-from distbelief.channel.base import Filling, Future, Out, exported
+from distbelief.channel.base import Future, Out, exported
 from distbelief.channel.endpoint import Endpoint
+from distbelief.channel.filling import Filling
 from distbelief.channel.frames import Call
 from distbelief.channel.futures import Kept
 from distbelief.channel.peer import Peer, at

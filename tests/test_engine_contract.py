@@ -19,7 +19,8 @@ import torch
 from conftest import Settle
 from keepers import Subprocesses
 
-from distbelief.channel.base import Filling, Future, Out, Promise, Remote, exported
+from distbelief.channel.base import Future, Out, Promise, Remote, exported
+from distbelief.channel.filling import Filling
 from distbelief.engine.base import COORDINATOR, Death, Engine, Faults, Home
 from distbelief.engine.hosts import HostsEngine
 from distbelief.engine.local import LocalEngine

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn, optim
 
 from distbelief import update_rule as rules
-from distbelief.channel.base import Filling, Remote, Signature
+from distbelief.channel.base import Remote, Signature
+from distbelief.channel.filling import Filling
 from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import CheckpointError, DeadlineExceeded, Fenced, NotReady, PeerLost, RemoteError
 from distbelief.parameter_server import ParameterServer, ParameterServerShard, shard_name

@@ -11,14 +11,15 @@ strings, containers and msgspec Structs, checked against the method's annotation
 import inspect
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, final
+from typing import Annotated, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import msgspec
 import torch
 
+from distbelief.channel.filling import Filling
 from distbelief.errors import CheckpointError, Fenced, NotReady, ProtocolError
 
 P = ParamSpec("P")
@@ -68,39 +69,6 @@ class Promise(Future[T], Protocol[T]):
 
     def keep(self, value: T) -> None:
         """Complete it, unless it is done already."""
-
-
-@final
-class Filling(Generic[T]):
-    """The answer of an exported method that fills its one `Out` tensor, of shape (n,), from the front.
-
-    The method goes on, alone, until it is through, while what it has filled may travel already. What it raises once
-    something has travelled ends its role: nobody can be told any more.
-    """
-
-    def __init__(self, value: T, pieces: Iterator[int]) -> None:
-        """`pieces` does the work; after each piece it says how many numbers of the tensor are as they shall be."""
-        self.value, self.filled = value, 0
-        """The answer, and how many numbers of the tensor are filled."""
-        self._pieces = pieces
-
-    def advance(self) -> bool:
-        """Do one more piece; whether there was one."""
-        filled = next(self._pieces, None)
-        if filled is not None:
-            self.filled = filled
-        return filled is not None
-
-    def fill(self, numbers: int) -> None:
-        """Go on until so many are filled."""
-        while self.filled < numbers:
-            if not self.advance():
-                raise RuntimeError(f"a method filled {self.filled} numbers of its tensor and has {numbers} to fill")
-
-    def finish(self) -> None:
-        """Do what is left."""
-        while self.advance():
-            continue
 
 
 class Remote(ABC, Generic[R]):

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 
 from distbelief.channel import frames
-from distbelief.channel.base import Filling
+from distbelief.channel.filling import Filling
 from distbelief.channel.frames import TensorReference
 
 PIECE = 1 << 18
@@ -59,9 +59,10 @@ class Narrowed:
             self._left[: len(numbers)].copy_(numbers)
             self._left = self._left[len(numbers) :]
 
-    def work_ahead(self) -> bool:
-        """Fill more before it can be sent; whether there was more to fill."""
-        return self._filling is not None and self._filling.advance()
+    @property
+    def grows(self) -> bool:
+        """Whether it is still being filled."""
+        return self._filling is not None and not self._filling.over
 
 
 @final
@@ -86,9 +87,10 @@ class Filled:
         """So many bytes of the piece have travelled."""
         self._sent_bytes += count
 
-    def work_ahead(self) -> bool:
-        """Fill more before it can be sent; whether there was more to fill."""
-        return self._filling.advance()
+    @property
+    def grows(self) -> bool:
+        """Whether it is still being filled."""
+        return not self._filling.over
 
 
 Part = memoryview | Narrowed | Filled

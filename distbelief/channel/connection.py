@@ -114,8 +114,9 @@ class Connection:
                 sent = self._send_once()
             except BlockingIOError:
                 first = self._outbox[0] if self._outbox else memoryview(b"")
-                if isinstance(first, memoryview) or not first.work_ahead():
+                if isinstance(first, memoryview) or not first.grows:
                     return
+                self._await_room(0.001)  # nothing else may be done before the method is through, which is soon
                 continue
             except OSError as error:
                 raise PeerLost(f"the peer is gone: {error.strerror or error}") from error
@@ -138,6 +139,11 @@ class Connection:
         sent = self.socket.sendmsg([first], ancillary)
         self._descriptors.popleft()
         return sent
+
+    def _await_room(self, seconds: float) -> None:
+        watch = select.poll()
+        watch.register(self.socket, select.POLLOUT)
+        watch.poll(1000 * seconds)
 
     @property
     def proved(self) -> bool:

@@ -9,9 +9,10 @@ import msgspec
 import torch
 
 from distbelief.channel import codec, frames
-from distbelief.channel.base import RAISED_AS_IS, Filling, Future, exported_methods, signature_of
+from distbelief.channel.base import RAISED_AS_IS, Future, exported_methods, signature_of
 from distbelief.channel.codec import Part
 from distbelief.channel.connection import Connection
+from distbelief.channel.filling import Filling
 from distbelief.channel.frames import Answer, Call, Failure
 from distbelief.channel.futures import BackgroundWork, Kept
 from distbelief.errors import ProtocolError
@@ -111,6 +112,10 @@ class Desk:
     ) -> None:
         self.answering = True
         try:
+            outputs = signature_of(self._methods[call.method]).outputs
+            (filled,) = (tensor for tensor, written in zip(tensors, outputs, strict=True) if written)
+            if filling.filled < len(filled):
+                filling.go_on_beside()
             self._say(connection, call, filling.value, tensors, filling)
             filling.finish()
         finally:

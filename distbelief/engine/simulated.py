@@ -23,7 +23,8 @@ from typing import Any, TypeVar, final
 import msgspec
 import torch
 
-from distbelief.channel.base import RAISED_AS_IS, Filling, Future, Promise, Remote, Signature, exported_methods
+from distbelief.channel.base import RAISED_AS_IS, Future, Promise, Remote, Signature, exported_methods
+from distbelief.channel.filling import Filling
 from distbelief.engine.base import COORDINATOR, Death, Faults
 from distbelief.engine.listener import LOOPBACK
 from distbelief.engine.pickles import SHARED

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The answer of a method that fills a large tensor: what is filled travels while the method goes on.
+
+Without this a shard of 4.2e7 parameters would send for 40 ms and apply a push for 24 ms, one after the other, while a
+core idles.
+"""
+
+import threading
+from collections.abc import Iterator
+from typing import Generic, TypeVar, final
+
+T = TypeVar("T")
+
+
+@final
+class Filling(Generic[T]):
+    """The answer of an exported method that fills its one `Out` tensor, of shape (n,), from the front.
+
+    The method goes on, alone, until it is through: nothing else is asked of its role before. Where memory is shared,
+    and for the first piece, it goes on at once; over TCP a thread does the rest while the role's own thread sends.
+    What it raises once something has travelled ends its role: nobody can be told any more.
+    """
+
+    def __init__(self, value: T, pieces: Iterator[int]) -> None:
+        """`pieces` does the work; after each piece it says how many numbers of the tensor are as they shall be."""
+        self.value, self.filled = value, 0
+        """The answer, and how many numbers of the tensor are filled."""
+        self._pieces = pieces
+        self._beside: threading.Thread | None = None
+        self._news = threading.Condition()
+        self._error: BaseException | None = None
+        self.over = False
+        """Whether the method is through."""
+
+    def advance(self) -> bool:
+        """Do one more piece; whether there was one."""
+        filled = next(self._pieces, None)
+        with self._news:
+            self.filled, self.over = (self.filled, True) if filled is None else (filled, False)
+            self._news.notify_all()
+        return not self.over
+
+    def go_on_beside(self) -> None:
+        """Do the rest in a thread."""
+        self._beside = threading.Thread(target=self._go_on, name="distbelief-filling", daemon=True)
+        self._beside.start()
+
+    def _go_on(self) -> None:
+        try:
+            while self.advance():
+                continue
+        except BaseException as error:
+            with self._news:
+                self._error, self.over = error, True
+                self._news.notify_all()
+
+    def fill(self, numbers: int) -> None:
+        """Return when so many are filled. Raises what the method raised."""
+        if self._beside is None:
+            while self.filled < numbers and self.advance():
+                continue
+        with self._news:
+            self._news.wait_for(lambda: self.filled >= numbers or self.over)
+        if self._error is not None:
+            raise self._error
+        if self.filled < numbers:
+            raise RuntimeError(f"a method filled {self.filled} numbers of its tensor and has {numbers} to fill")
+
+    def finish(self) -> None:
+        """Return when the method is through. Raises what it raised."""
+        if self._beside is None:
+            while self.advance():
+                continue
+        else:
+            self._beside.join()
+        if self._error is not None:
+            raise self._error
