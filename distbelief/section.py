@@ -21,7 +21,7 @@ from distbelief.shard_file import ReplicaRecord, ShardFile, ShardState
 from distbelief.update_rule import UpdateRule
 
 LEASES_REMEMBERED = 64
-PIECE = 1 << 20
+PIECE = 1 << 21
 """Numbers that are handed out at a time where no push decides that."""
 
 

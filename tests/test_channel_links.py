@@ -176,7 +176,7 @@ def shard(town: Town, length: int) -> tuple[ParameterServerShard, ProcessHome]:
     return made, home
 
 
-@pytest.fixture(params=[1 << 20, 1 << 11], ids=["whole", "in pieces"])
+@pytest.fixture(params=[1 << 21, 1 << 11], ids=["whole", "in pieces"])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many parameters are applied and handed out at a time."""
     monkeypatch.setattr(section, "PIECE", request.param)

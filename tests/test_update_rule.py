@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the update rules, against plain torch.optim loops and the papers' formulas."""
 
+import importlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from distbelief import update_rule as rules
 from distbelief.errors import CheckpointError
 from distbelief.parameters import Options, Segment, Span, cut
+from distbelief.update_rule import torch_rule
 
 optim = torch.optim
 EVEN = 640
@@ -39,7 +41,10 @@ class Shards:
                 gradient[span.start : span.stop], reader=reader, version=self.version, base_version=base,
                 examples=self.examples,
             )  # fmt: skip
-            assert [*pieces][-1] == len(span)
+            part = self.parts[self.bound.index(bound)]
+            new = [(stop, part[:stop].clone()) for stop in pieces]
+            assert new[-1][0] == len(span)
+            assert all(torch.equal(part[:stop], values) for stop, values in new), "what was new changed again"
         self.version, self.examples = self.version + 1, self.examples + examples
         self.values = torch.cat(self.parts)
 
@@ -130,6 +135,14 @@ RULES = {
 }
 
 
+@pytest.fixture(params=[1 << 21, 128], ids=["one optimizer", "many optimizers"])
+def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many numbers are stepped at a time."""
+    monkeypatch.setattr(torch_rule, "_PIECE", request.param)
+    monkeypatch.setattr(importlib.import_module("distbelief.update_rule.adaptive_revision"), "_CHUNK", request.param)
+
+
+@pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_rule_on_any_number_of_shards_equals_the_plain_loop_bit_for_bit(name: str, dtype: torch.dtype) -> None:
@@ -156,6 +169,7 @@ def test_adagrad_and_sgd_equal_the_plain_loop_on_any_length(name: str, length: i
     assert torch.equal(shards.values, plain(make, start, pushed))
 
 
+@pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("name", [*RULES, "adaptive revision"])
 def test_the_cut_never_changes_the_result(name: str) -> None:
     rule = RULES[name][0] if name in RULES else rules.adaptive_revision(0.1)
@@ -172,6 +186,7 @@ def test_the_cut_never_changes_the_result(name: str) -> None:
         assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("count", [1, 3])
 def test_groups_with_other_weight_decay_and_rate_equal_the_parameter_groups_of_torch(count: int) -> None:
     groups: list[tuple[int, Options]] = [(200, ()), (301, (("weight_decay", 0.0),)), (500, (("rate", 0.01),))]
@@ -209,6 +224,7 @@ def test_damping_divides_the_rate_by_a_power_of_one_plus_the_staleness(damping: 
     assert steps == pytest.approx([(1 + staleness) ** -damping for staleness in (0, 1, 2, 1, 0)], rel=1e-12)
 
 
+@pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("name", [*RULES, "adaptive revision"])
 def test_saved_state_loaded_on_another_cut_goes_on_bit_for_bit(name: str) -> None:
     rule = RULES[name][0] if name in RULES else rules.adaptive_revision(0.1)
