@@ -2,6 +2,7 @@
 """How calls and tensors travel between roles.
 
 base          what a call is: exported methods, futures, remotes
+filling       an answer that travels while it is made
 frames        bytes on a socket
 authenticate  both sides prove knowledge of the job's key before anything is parsed
 memory        memory shared with other processes of this host, without names
