@@ -85,7 +85,7 @@ def parameters_of_the_model() -> int:
 # one slow link
 
 
-def one_slow_link(quick: bool) -> list[Row]:
+def one_slow_link() -> list[Row]:
     """Four replicas, one of them behind a slow link, beside what a replica alone does on either link."""
     alone = mini_batch_seconds()
     n, dtype = hiding(parameters_of_the_model(), SLOWDOWN * alone, SLOW_LINK)
@@ -97,7 +97,7 @@ def one_slow_link(quick: bool) -> list[Row]:
         hosts.shape(slow, SLOW_LINK)
         rate = partial(
             network_jobs.examples_per_second, hosts, algorithm=algorithm, dtype=dtype, pause=(SLOWDOWN - 1) * alone,
-            seconds=15.0 if quick else 25.0,
+            seconds=25.0,
         )  # fmt: skip
         open_link, slow_link, together = "alone, open link", f"alone, {_line(SLOW_LINK)}", "all four"
         measured = interleave(
@@ -106,7 +106,7 @@ def one_slow_link(quick: bool) -> list[Row]:
                 slow_link: partial(rate, [slow]),
                 together: partial(rate, list(range(REPLICAS))),
             },
-            1 if quick else 3,
+            3,
         )
     share = _share(measured[together], measured[open_link], measured[slow_link])
     reached = share is not None and share.median >= SHARE_TARGET
@@ -147,7 +147,7 @@ def _share(together: Measured, open_link: Measured, slow_link: Measured) -> Spre
 # speech
 
 
-def speech(data: str, quick: bool) -> list[Row]:
+def speech(data: str) -> list[Row]:
     """The time to an accuracy over four slow links, for several seeds, none of which the settings were chosen by.
 
     DistributedDataParallel would take ten minutes for each: what is measured is its step over these links, and how many
@@ -158,10 +158,9 @@ def speech(data: str, quick: bool) -> list[Row]:
         update_rule=db.adaptive_revision(REVISION_RATE), n_push=n, n_fetch=n, fetch="awaited", local_rate=LOCAL_RATE,
         warmstart=WARMSTART, cooldown=0,
     )  # fmt: skip
-    seeds = SEEDS[:1] if quick else SEEDS
-    step_seconds = _step_seconds(10 if quick else 40)
+    step_seconds = _step_seconds(40)
     finishes = []
-    for seed in seeds:
+    for seed in SEEDS:
         with Hosts(REPLICAS + 2) as hosts:
             for host in range(REPLICAS):
                 hosts.shape(host, SPEECH_LINK)
@@ -177,7 +176,7 @@ def speech(data: str, quick: bool) -> list[Row]:
     rows: list[Row] = [_row("Downpour", BATCH_SIZE, dtype, ours, None, None)]
     for batch_size in DDP_BATCH_SIZES:
         steps = [
-            network_jobs.plain_steps(data, ACCURACY, REPLICAS * batch_size, epochs=EPOCHS, seed=seed) for seed in seeds
+            network_jobs.plain_steps(data, ACCURACY, REPLICAS * batch_size, epochs=EPOCHS, seed=seed) for seed in SEEDS
         ]
         notes.append(f"{DDP}, {batch_size} a process: steps {', '.join(map(str, steps))}")
         for hook in HOOKS:
@@ -194,7 +193,7 @@ def speech(data: str, quick: bool) -> list[Row]:
             )  # fmt: skip
             rows.append(_row(DDP, batch_size, hook, theirs, slower, reached))
     title = f"speech to {ACCURACY:.0%} frame accuracy over four links of {_line(SPEECH_LINK)}"
-    header = ["method", "mini-batch", "on the wire", *(f"seed {seed}" for seed in seeds)]
+    header = ["method", "mini-batch", "on the wire", *(f"seed {seed}" for seed in SEEDS)]
     print(table_text(title, [*header, "times that of Downpour", "asked", "reached"], lines))
     print(*notes, sep="\n", flush=True)
     return rows

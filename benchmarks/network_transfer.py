@@ -59,14 +59,14 @@ class Comparison:
 def measure(quick: bool) -> list[Row]:
     """Measure every link, print the tables, return a row per link and method."""
     with methods(OPEN_PARAMETERS, None, with_ray=True) as found:
-        calls, rounds = 2, 5 if quick else 15
+        calls, rounds = 2, 3 if quick else 15
         asked = {name: partial(method, OPEN_PARAMETERS, calls) for name, method in found.items()}
         comparisons = [Comparison(None, OPEN_PARAMETERS, interleave(asked, rounds))]
     print(_open_table(comparisons[0]), flush=True)
     for rate, parameters in SHAPED.items():
         with methods(parameters, rate, with_ray=False) as found:
             asked = {name: partial(method, parameters, 1) for name, method in found.items()}
-            comparisons.append(Comparison(rate, parameters, interleave(asked, 2 if quick else 5)))
+            comparisons.append(Comparison(rate, parameters, interleave(asked, 1 if quick else 5)))
     print(_shaped_table(comparisons[1:]), flush=True)
     return [row for comparison in comparisons for row in _rows(comparison)]
 

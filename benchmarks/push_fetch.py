@@ -17,6 +17,7 @@ from benchmarks.processes import Companion, CompanionFailed, timed
 from benchmarks.table import Beside, Measured, Row, Spread, duration, interleave, ratio, spread, table_text, verdict
 
 SIZES = (1_000, 100_000, 1_000_000, 10_000_000, 42_000_000)
+QUICK_SIZES = (1_000, 1_000_000, 42_000_000)
 RATIO_TARGETS = {1_000_000: 1.6, 10_000_000: 1.15, 42_000_000: 1.15}
 SECONDS_TARGETS = {1_000: 250e-6}
 TCP_RATIO_TARGET = 1.3
@@ -93,8 +94,9 @@ class Verdict:
         return [str(self.ratio) if self.ratio else "-", self.target or "-", verdict(self.reached)]
 
 
-def run(quick: bool, sizes: tuple[int, ...] = SIZES) -> list[Row]:
+def run(quick: bool, sizes: tuple[int, ...] = ()) -> list[Row]:
     """Measure every size, print the tables, return a row per size and method."""
+    sizes = sizes or (QUICK_SIZES if quick else SIZES)
     torch.set_num_threads(1)
     # Both directions of several rounds: Ray frees objects late.
     store_bytes = max(200_000_000, 64 * max(sizes))
@@ -120,7 +122,7 @@ def run(quick: bool, sizes: tuple[int, ...] = SIZES) -> list[Row]:
 def compare(parameters: int, peers: Mapping[str, Peer], quick: bool) -> Comparison:
     """Time all methods at `parameters` side by side: every one of them once in each round."""
     calls = max(1, min(200, 5_000_000 // parameters))
-    rounds = 9 if quick else 31 if parameters <= 1_000_000 else 15
+    rounds = 5 if quick else 31 if parameters <= 1_000_000 else 15
     product, echo = push_fetch_product.product, push_fetch_product.echo
     with ExitStack() as opened:
         call_floor = push_fetch_peers.Floor(parameters)
@@ -139,7 +141,7 @@ def compare(parameters: int, peers: Mapping[str, Peer], quick: bool) -> Comparis
         measures = {name: partial(peer.measure, parameters, calls) for name, peer in peers.items()}
         ours: dict[str, Callable[[], float]] = {FLOOR: floor, **beside}
         # The peers would take most of a quick run; they sit out its later rounds.
-        together = 3 if quick else rounds
+        together = 2 if quick else rounds
         measured = interleave({**ours, **measures}, together)
         if together < rounds:
             working = {name: method for name, method in ours.items() if not measured[name].failure}
