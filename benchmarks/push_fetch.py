@@ -122,7 +122,7 @@ def run(quick: bool, sizes: tuple[int, ...] = ()) -> list[Row]:
 def compare(parameters: int, peers: Mapping[str, Peer], quick: bool) -> Comparison:
     """Time all methods at `parameters` side by side: every one of them once in each round."""
     calls = max(1, min(200, 5_000_000 // parameters))
-    rounds = 5 if quick else 31 if parameters <= 1_000_000 else 15
+    rounds = 4 if quick else 31 if parameters <= 1_000_000 else 15
     product, echo = push_fetch_product.product, push_fetch_product.echo
     with ExitStack() as opened:
         call_floor = push_fetch_peers.Floor(parameters)
