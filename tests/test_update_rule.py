@@ -100,10 +100,12 @@ class Signed(optim.Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 for parameter in group["params"]:
+                    if parameter not in self.state:
+                        self.state[parameter] = {"m": torch.zeros_like(parameter), "n": 0}
                     state = self.state[parameter]
                     parameter.grad.mul_(0.5)
-                    state["m"] = 0.9 * state.get("m", torch.zeros_like(parameter)) + parameter.grad
-                    state["n"] = state.get("n", 0) + 1
+                    state["m"] = 0.9 * state["m"] + parameter.grad
+                    state["n"] += 1
                     parameter.sub_(state["m"].sign() * group["lr"] / state["n"])
 
 

@@ -253,10 +253,10 @@ class BoundTorchRule:
             )
         self._homes = {name: vector.to(expected[name], copy=True) for name, vector in vectors.items()}
         for part in self._parts:
-            state = part.state
-            state.clear()
+            part.optimizer.state.pop(part.parameter, None)
             if fresh:
                 continue
+            state = part.optimizer.state[part.parameter]
             for name, home in self._homes.items():
                 state[name] = part.own(home)
             for name, example in numbers.items():
@@ -284,8 +284,8 @@ class _Part:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the optimizer keeps for it."""
-        state: dict[str, Any] = self.optimizer.state[self.parameter]
+        """What the optimizer keeps for it; nothing is made of asking, since some ask `parameter in self.state`."""
+        state: dict[str, Any] = self.optimizer.state.get(self.parameter, {})
         return state
 
     def own(self, flat: Tensor) -> Tensor:
