@@ -242,6 +242,23 @@ def test_a_push_is_applied_as_a_whole_though_who_exchanges_reads_slowly_and_othe
         assert seen <= {0.0, -1.0}
 
 
+@pytest.mark.usefixtures("piece")
+@pytest.mark.parametrize("length", [1_500_000, 2_500_000])
+def test_who_exchanges_and_does_not_read_keeps_nobody_waiting(town: Town, length: int) -> None:
+    served, _ = shard(town, length)
+    address = town.serve(served)
+    deaf, quick = town.peer(address), town.peer(address)
+    gradient, fetched, read = torch.full((length,), 2.0), torch.zeros(length), torch.zeros(length)
+    answer = deaf.call(ParameterServerShard.exchange, Stamp(0, 0, 1, 0, 1, ()), gradient, fetched)
+    town.until(lambda: served.status().sections[0].version == 1)
+    town.endpoints.remove(deaf.endpoint)  # who does nothing from now on, with most of the answer still to come
+    assert town.answer(quick.call(ParameterServerShard.read, 0, read)) == 1
+    assert set(read.tolist()) == {-1.0}
+    town.endpoints.append(deaf.endpoint)
+    assert town.answer(answer) == 1
+    assert torch.equal(fetched, read)
+
+
 class Breaking:
     """A role whose method raises when part of its answer has been sent."""
 

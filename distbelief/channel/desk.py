@@ -116,6 +116,8 @@ class Desk:
             (filled,) = (tensor for tensor, written in zip(tensors, outputs, strict=True) if written)
             if filling.filled < len(filled):
                 filling.go_on_beside()
+            else:  # before it is sent: while a method is not through, sending waits for who reads slowly
+                filling.finish()
             self._say(connection, call, filling.value, tensors, filling)
             filling.finish()
         finally:
