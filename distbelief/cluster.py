@@ -124,10 +124,11 @@ class Cluster:
 
     def own_devices(self, visible: int) -> bool:
         """Whether each process of a replica has an accelerator of its own, where so many are visible to it."""
+        if ":" in (self.device or ""):
+            return False  # one for all
         if self.engine == "ray":
             return self.gpus_per_replica >= self.plan.partitions
-        one_for_all = ":" in (self.device or "")
-        return not one_for_all and visible >= self.replicas * self.plan.partitions
+        return visible >= self.replicas * self.plan.partitions
 
     @property
     def plan(self) -> Plan:

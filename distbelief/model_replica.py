@@ -88,7 +88,7 @@ def pick_device(name: str | None, index: int) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    return torch.device("cuda", index % torch.cuda.device_count()) if device == torch.device("cuda") else device
+    return torch.device("cuda", index % max(1, torch.cuda.device_count())) if device == torch.device("cuda") else device
 
 
 def check_device(name: str | None) -> None:

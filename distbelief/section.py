@@ -14,7 +14,7 @@ import torch
 
 from distbelief import shard_file
 from distbelief.channel.filling import Filling
-from distbelief.errors import CheckpointError, Fenced, NotReady
+from distbelief.errors import CheckpointError, Fenced, NotReady, ProtocolError
 from distbelief.files import AnyPath, path_of
 from distbelief.parameters import Layout, Span
 from distbelief.shard_file import ReplicaRecord, ShardFile, ShardState
@@ -95,6 +95,13 @@ class Section:
         if not self.ready:
             raise NotReady(f"shard {self.span.start}..{self.span.stop} waits for its parameters")
 
+    def _check_length(self, vector: torch.Tensor) -> None:
+        if len(vector) != len(self.span):
+            raise ProtocolError(
+                f"a vector of {len(vector)} numbers for the section {self.span.start}..{self.span.stop}, which has "
+                f"{len(self.span)}"
+            )
+
     def initialise(self, values: torch.Tensor) -> None:
         """Set the parameters, once; `values` has shape (len(span),)."""
         if self.ready:
@@ -112,6 +119,7 @@ class Section:
     def _pushed(self, stamp: Stamp, gradient: torch.Tensor) -> tuple[Applied, Iterator[int]]:
         """The answer to a push, and its application piece by piece, which says how many parameters are new."""
         self._check_ready()
+        self._check_length(gradient)
         state = self._state
         record = state.replicas.get(stamp.replica)
         known = 0 if record is None else record.incarnation
@@ -155,6 +163,7 @@ class Section:
     def fetch(self, replica: int, parameters: torch.Tensor) -> Filling[int]:
         """`read` for a replica, whose next push will be of a gradient at these parameters."""
         self._check_ready()
+        self._check_length(parameters)
         version = self._state.version
         return Filling(version, self._hand_out(replica, version, parameters, iter(())))
 
@@ -163,6 +172,7 @@ class Section:
 
         `parameters` may lie where `gradient` does: a number is filled when its gradient has been applied.
         """
+        self._check_length(parameters)
         answer, pieces = self._pushed(stamp, gradient)
         version = max(answer.version, self._state.version)
         return Filling(version, self._hand_out(stamp.replica, version, parameters, pieces))

@@ -274,8 +274,9 @@ class Breaking:
 
 def test_a_method_that_raises_when_part_of_its_answer_has_travelled_ends_its_role(town: Town) -> None:
     answer = town.peer(town.serve(Breaking())).call(Breaking.give, torch.ones(2_000_000))
-    with pytest.raises(ValueError, match="a bug"):
+    with pytest.raises(RuntimeError, match="broke off") as caught:
         town.answer(answer)
+    assert repr(caught.value.__cause__) == "ValueError('a bug')"
     assert not answer.done()
 
 

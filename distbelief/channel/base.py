@@ -31,7 +31,8 @@ _WRITTEN = "written by the callee"
 Out = Annotated[torch.Tensor, _WRITTEN]
 """A tensor argument that the method fills; it is undefined until the future is done.
 
-Over TCP it may lie where a tensor that the method reads lies: a method reads what it is given before it fills anything.
+Over TCP it may lie where a tensor that the method reads lies: a method reads a number before it fills the one that may
+lie there.
 """
 
 

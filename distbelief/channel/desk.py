@@ -110,16 +110,17 @@ class Desk:
     def _say_while_filling(
         self, connection: Connection, call: Call, filling: Filling[Any], tensors: list[torch.Tensor]
     ) -> None:
+        outputs = signature_of(self._methods[call.method]).outputs
+        (filled,) = (tensor for tensor, written in zip(tensors, outputs, strict=True) if written)
         self.answering = True
         try:
-            outputs = signature_of(self._methods[call.method]).outputs
-            (filled,) = (tensor for tensor, written in zip(tensors, outputs, strict=True) if written)
             if filling.filled < len(filled):
                 filling.go_on_beside()
-            else:  # before it is sent: while a method is not through, sending waits for who reads slowly
+                self._say(connection, call, filling.value, tensors, filling)
                 filling.finish()
-            self._say(connection, call, filling.value, tensors, filling)
-            filling.finish()
+            else:  # sending waits for who reads slowly while a method is not through, so this one is before
+                filling.finish()
+                self._say(connection, call, filling.value, tensors)
         finally:
             self.answering = False
 

@@ -55,23 +55,23 @@ class Filling(Generic[T]):
                 self._news.notify_all()
 
     def fill(self, numbers: int) -> None:
-        """Return when so many are filled. Raises what the method raised."""
-        if self._beside is None:
-            while self.filled < numbers and self.advance():
-                continue
+        """Return when so many are filled. Raises RuntimeError when the method raised something."""
         with self._news:
             self._news.wait_for(lambda: self.filled >= numbers or self.over)
-        if self._error is not None:
-            raise self._error
+        self._check()
         if self.filled < numbers:
             raise RuntimeError(f"a method filled {self.filled} numbers of its tensor and has {numbers} to fill")
 
     def finish(self) -> None:
-        """Return when the method is through. Raises what it raised."""
+        """Return when the method is through. Raises what it raised, from a thread as the cause of a RuntimeError."""
         if self._beside is None:
             while self.advance():
                 continue
         else:
             self._beside.join()
+        self._check()
+
+    def _check(self) -> None:
+        # Not the error itself: one of the channel's would end a connection, not the role that is half through.
         if self._error is not None:
-            raise self._error
+            raise RuntimeError("a method broke off when part of its answer had travelled") from self._error
