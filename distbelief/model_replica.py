@@ -82,13 +82,13 @@ def whole(module: nn.Module) -> Part:
 
 
 def pick_device(name: str | None, index: int) -> torch.device:
-    """The device of process `index` of the replicas: the one named; of "cuda", or where nothing is named and there are
-    CUDA devices, these in turn; else the CPU.
+    """The device of process `index` of the replicas: as named, "cuda" means the CUDA devices in turn. None takes CUDA
+    when there is one, else the CPU.
     """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    return torch.device("cuda", index % max(1, torch.cuda.device_count())) if device == torch.device("cuda") else device
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", index % max(1, torch.cuda.device_count()))
 
 
 def check_device(name: str | None) -> None:

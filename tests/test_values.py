@@ -269,4 +269,6 @@ def test_processes_of_replicas_take_the_accelerators_in_turn_unless_one_is_named
     cluster = db.Cluster(replicas=2, partitions=2, device=named)
     assert cluster.own_devices(4) == own
     assert not cluster.own_devices(3)
+    on_ray = db.Cluster(engine="ray", partitions=2, gpus_per_replica=2, device=named)
+    assert on_ray.own_devices(1) == own
     assert pick_device("cpu", 2) == torch.device("cpu")

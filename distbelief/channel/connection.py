@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One non-blocking socket: frames in, frames out, and tensors straight from and into their own memory.
 
-Nothing here waits. `receive` takes what has arrived, `flush` sends what fits; the endpoint calls them when the socket
-is ready. Small frames cost one system call each way. Bodies go by `recv_into` into memory that the owner names once
-the header is known, and by `sendmsg` from the tensors themselves.
+`receive` takes what has arrived, `flush` sends what fits; the endpoint calls them when the socket is ready. Nothing
+here waits, but for a method that goes on while its answer is sent. Small frames cost one system call each way. Bodies
+go by `recv_into` into memory that the owner names once the header is known, and by `sendmsg` from the tensors.
 """
 
 import array
@@ -105,7 +105,7 @@ class Connection:
         return not self.connecting and (bool(self._proofs) or bool(self._outbox and self._side is None))
 
     def flush(self) -> None:
-        """Send what fits; frames only once the peer has proved itself. Raises PeerLost."""
+        """Send what fits, and all that a method is filling; frames only to a peer that is proved. Raises PeerLost."""
         while self.sending:
             try:
                 if self._proofs:

@@ -110,8 +110,7 @@ class Desk:
     def _say_while_filling(
         self, connection: Connection, call: Call, filling: Filling[Any], tensors: list[torch.Tensor]
     ) -> None:
-        outputs = signature_of(self._methods[call.method]).outputs
-        (filled,) = (tensor for tensor, written in zip(tensors, outputs, strict=True) if written)
+        filled = tensors[signature_of(self._methods[call.method]).outputs.index(True)]
         self.answering = True
         try:
             if filling.filled < len(filled):

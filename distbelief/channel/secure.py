@@ -117,7 +117,7 @@ class SecureLink:
     def send(self, data: Any) -> int:
         """Send some bytes."""
         try:
-            # What the library could not send must be offered to it again as it was: the chunk depends on data alone.
+            # What the library could not send must be offered to it again as it was, perhaps with more behind it.
             return self._link.send(memoryview(data)[:_RECORD_BYTES])
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
             raise BlockingIOError from error

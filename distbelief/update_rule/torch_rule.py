@@ -323,7 +323,7 @@ def _cut(parameters: Tensor, segment: Segment, span: Span, *, copies_gradient: b
 
 
 def _pieces(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
-    """The parts in order, in runs of about _PIECE elements; a rest does not make a run of its own."""
+    """The parts in order, in runs of about _PIECE elements: a full body with the rest behind it at most."""
     piece: list[_Part] = []
     for part in parts:
         if piece and part.where.stop - piece[0].where.start > _PIECE + _BLOCK:
