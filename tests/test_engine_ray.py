@@ -3,6 +3,7 @@
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from conftest import marked_processes
 
 import distbelief as db
+from distbelief.engine import reaper
 from distbelief.engine.placement import Group, check_room, next_host
 from distbelief.engines import groups
 from distbelief.errors import ConfigurationError
@@ -199,6 +201,29 @@ def test_without_ray_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyP
         db.train(problems.job(run=tmp_path / "run", cluster=db.Cluster(engine="ray")), view=False)
     with suppress(KeyError):
         del sys.modules["distbelief.engine.ray"]
+
+
+# what is left
+
+
+def test_processes_that_hide_where_they_come_from_are_ended_with_those_that_started_them(tmp_path: Path) -> None:
+    folder, word = tmp_path / "ray", f"DISTBELIEF_RAY={secrets.token_hex(8)}"
+    folder.mkdir()
+    hiding = ["sh", "-c", "env -i sleep 300 & echo $!; wait"]  # its child has no environment at all
+    environment = os.environ | {"DISTBELIEF_RAY": word.partition("=")[2]}
+    with subprocess.Popen(hiding, env=environment, stdout=subprocess.PIPE, text=True) as shell:
+        assert shell.stdout is not None
+        hidden = Path("/proc", shell.stdout.readline().strip())
+        while word.encode() in (hidden / "environ").read_bytes():  # it is becoming what it shall be
+            time.sleep(0.01)
+        said = f"{word}\n{folder}\n"
+        subprocess.run([sys.executable, reaper.__file__], input=said, text=True, check=True, timeout=20)
+        assert shell.wait(5) == -signal.SIGKILL
+        until = time.monotonic() + 5.0
+        while hidden.exists() and "Z" not in (hidden / "stat").read_text().rpartition(")")[2].split()[:1]:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    assert not folder.exists()
 
 
 # decisions

@@ -17,14 +17,24 @@ ROUNDS = 20
 ROUND_SECONDS = 0.05
 
 
-def marked(word: bytes) -> list[int]:
-    """The processes, other than this one, with the word in their environment."""
-    found = []
+def marked(word: bytes) -> set[int]:
+    """The processes, other than this one, with the word in their environment, and all that descend from them.
+
+    A process that writes its own title, as Ray's agents do, may write it over the environment that others see.
+    """
+    found, children = set(), dict[int, list[int]]()
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if int(folder.name) != os.getpid() and word in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-    return found
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours to look at
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+            if word in (folder / "environ").read_bytes():
+                found.add(int(folder.name))
+    unseen = list(found)
+    while unseen:
+        born = [child for child in children.get(unseen.pop(), []) if child not in found]
+        found.update(born)
+        unseen += born
+    return found - {os.getpid()}
 
 
 def main() -> None:
