@@ -268,16 +268,20 @@ def discard(folder: AnyPath) -> None:
 
 
 def complete(run: Path) -> list[AnyPath]:
-    """The checkpoints of a run that were completed, newest first, damaged since or not."""
+    """The checkpoints of a run that were completed, newest first, damaged since or not. Raises OSError."""
     return [folder for folder in folders(run) if (folder / MANIFEST).exists()]
 
 
 def keep_newest(run: Path, count: int) -> None:
-    """Remove all complete checkpoints but the newest `count`, and incomplete ones older than the newest."""
-    kept = complete(run)[:count]
-    for folder in folders(run):
-        if kept and folder.name < kept[0].name and folder not in kept:
-            discard(folder)
+    """Remove all complete checkpoints but the newest `count`, and incomplete ones older than the newest.
+
+    Of a store that is out of reach, at another time.
+    """
+    with contextlib.suppress(OSError):
+        kept = complete(run)[:count]
+        for folder in folders(run):
+            if kept and folder.name < kept[0].name and folder not in kept:
+                discard(folder)
 
 
 def read_manifest(folder: AnyPath) -> Manifest:
@@ -300,7 +304,13 @@ def read_manifest(folder: AnyPath) -> Manifest:
 
 def newest(run: Path, rejected: Callable[[AnyPath, str], None]) -> tuple[AnyPath, Manifest]:
     """The newest checkpoint that is whole; `rejected` hears of each damaged one passed over. Raises CheckpointError."""
-    for folder in folders(run):
+    try:
+        found = folders(run)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoints of {run} are out of reach: {error}\nhint: they are as they were; try again later"
+        ) from error
+    for folder in found:
         try:
             return folder, read_manifest(folder)
         except CheckpointError as error:

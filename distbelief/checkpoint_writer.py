@@ -3,7 +3,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -17,6 +19,8 @@ from distbelief.files import AnyPath
 from distbelief.parameter_server import ParameterServerShard
 from distbelief.roster import Settings
 from distbelief.shard_file import ShardFile
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,19 @@ class Writing:
 
 
 class CheckpointWriter:
-    """Begins checkpoints and completes them. What goes wrong is reported, and the previous checkpoint stays."""
+    """Begins checkpoints and completes them. What goes wrong is reported, and the previous checkpoint stays.
+
+    `wait` answers what a future answers, and goes on with everything else meanwhile.
+    """
 
     def __init__(
         self, engine: Engine, settings: Settings, shards: Sequence[Remote[ParameterServerShard]],
         manifest: Callable[..., Manifest], emit: Callable[[events.AnyEvent], None],
+        wait: Callable[[Future[Any]], Any],
     ) -> None:  # fmt: skip
         self._engine, self._run, self._seconds = engine, settings.run, settings.checkpoint_seconds
-        self._shards, self._manifest, self._emit = shards, manifest, emit
+        self._keep, self._in_store = settings.keep_checkpoints, not isinstance(checkpoint.home(settings.run), Path)
+        self._shards, self._manifest, self._emit, self._wait = shards, manifest, emit, wait
         self.due = engine.now() + settings.checkpoint_seconds
         """The engine's time at which the next durable one should begin."""
         self.folder: AnyPath | None = None
@@ -52,7 +61,7 @@ class CheckpointWriter:
         """Have the shards write; None when there is no place for it. `slots` and `durable` as in their `snapshot`."""
         started = self._engine.now()
         try:
-            self.folder = folder = checkpoint.next_folder(checkpoint.home(self._run), self._spare)
+            self.folder = folder = self._beside(lambda: checkpoint.next_folder(checkpoint.home(self._run), self._spare))
         except OSError as error:
             self._failed(self._run / "checkpoints", error)
             return None
@@ -72,18 +81,22 @@ class CheckpointWriter:
         Roles that push after a restore have this `incarnation` or a higher one.
         """
         folder = writing.folder
-        try:
+
+        def commit(written: list[list[ShardFile]]) -> Manifest:
             # Of a vector that several files hold the last one counts.
             files = [
                 *sorted((checkpoint.share(*one, folder) for one in kept), key=lambda file: file.name),
-                *(file for section in writing.answers.result() for file in section),
+                *(file for section in written for file in section),
             ]
             manifest = self._manifest(
                 shards=files, examples=writing.examples, incarnation=incarnation, **writing.work
             )  # fmt: skip
-            manifest = checkpoint.commit(folder, manifest, buffers, durable=writing.durable)
+            return checkpoint.commit(folder, manifest, buffers, durable=writing.durable)
+
+        try:
+            manifest = self._beside(partial(commit, writing.answers.result()))
         except (OSError, ChannelError, NotReady) as error:
-            checkpoint.discard(folder)
+            self._beside(lambda: checkpoint.discard(folder))
             self._failed(folder, error)
             return None
         finally:
@@ -103,7 +116,22 @@ class CheckpointWriter:
         if self._spare is None and checkpoint.make_spare(folder, manifest):
             self._spare = folder
         else:
-            checkpoint.discard(folder)
+            self._beside(lambda: checkpoint.discard(folder))
+
+    def keep_newest(self) -> None:
+        """Remove older checkpoints than the newest ones."""
+        self._beside(lambda: checkpoint.keep_newest(self._run, self._keep))
+
+    def newest(self) -> tuple[AnyPath, Manifest]:
+        """The newest checkpoint that is whole. Raises CheckpointError."""
+        return self._beside(lambda: checkpoint.newest(self._run, lambda path, reason: None))
+
+    def _beside(self, work: Callable[[], T]) -> T:
+        """What the work answers: a store may take its time, or be out of reach, so a thread asks it."""
+        if not self._in_store:
+            return work()
+        answer: T = self._wait(self._engine.background(work))
+        return answer
 
     def _failed(self, path: AnyPath, error: Exception) -> None:
         self.due = self._engine.now() + self._seconds

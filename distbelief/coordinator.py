@@ -61,7 +61,7 @@ class Coordinator(ABC):
         self.replicas = [ReplicaRecord(settings.incarnation, now) for _ in settings.replicas]
         self.incarnations = Incarnations(engine, settings.roles, settings.incarnation, emit)
         self.shards = [engine.find(spec.name, ParameterServerShard) for spec in settings.shards]
-        self.writer = CheckpointWriter(engine, settings, self.shards, manifest, emit)
+        self.writer = CheckpointWriter(engine, settings, self.shards, manifest, emit, self.wait)
         self.counters = Counters()
         self._asked: All[ShardStatus] | None = None
         self._asked_at = self._progress_at = now
@@ -383,7 +383,7 @@ class Coordinator(ABC):
         if writing is None or self.complete_checkpoint(writing) is None:
             return False
         if not self.restoring:
-            checkpoint.keep_newest(self.settings.run, self.settings.keep_checkpoints)
+            self.writer.keep_newest()
         return True
 
     @final

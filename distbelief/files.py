@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, final
@@ -81,7 +82,7 @@ class StorePath:
 
     def put(self, path: Path) -> None:
         """Make it a copy of a file of this machine. Raises OSError."""
-        with path.open("rb") as source, self._call("open", "wb") as target:
+        with _raised_as_os_error(self.url), path.open("rb") as source, self._call("open", "wb") as target:
             shutil.copyfileobj(source, target, _COPY_BYTES)
 
     def copy_to(self, other: "StorePath") -> None:
@@ -94,15 +95,25 @@ class StorePath:
             self._call("rm", recursive=True)
 
     def _system(self) -> tuple[Any, str]:
-        try:
+        with _raised_as_os_error(self.url):
             system, own = fsspec.core.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:
-            raise OSError(f"{self.url}: {error}") from error
         return system, own
 
     def _call(self, method: str, *given: Any, **options: Any) -> Any:
         system, own = self._system()
-        return getattr(system, method)(own, *given, **options)
+        with _raised_as_os_error(self.url):
+            return getattr(system, method)(own, *given, **options)
+
+
+@contextlib.contextmanager
+def _raised_as_os_error(url: str) -> Iterator[None]:
+    """The packages of stores have errors of their own, for one that is out of reach or asks for a password."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{url}: {error}") from error
 
 
 AnyPath = Path | StorePath

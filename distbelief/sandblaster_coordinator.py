@@ -18,7 +18,7 @@ from typing import Any, final
 import msgspec
 import torch
 
-from distbelief import checkpoint, events
+from distbelief import events
 from distbelief.batch_section import Extent, Mark
 from distbelief.bundles import Bundle
 from distbelief.channel.base import Promise, exported
@@ -309,7 +309,7 @@ class SandblasterCoordinator(Coordinator):
             for passed in before:
                 self.writer.discard(*passed)
             if writing.durable:
-                checkpoint.keep_newest(self.settings.run, self.settings.keep_checkpoints)
+                self.writer.keep_newest()
 
     def _recover(self, setback: Setback) -> list[Command]:
         """Wait until every shard is back; go on from the point where they are, in the middle of the search if it is."""
@@ -328,7 +328,7 @@ class SandblasterCoordinator(Coordinator):
             if not behind:
                 break
             # The step was not written down everywhere: all go back to the one before.
-            folder, manifest = checkpoint.newest(self.settings.run, lambda path, reason: None)
+            folder, manifest = self.writer.newest()
             search = manifest.search if self.is_own(manifest) else None
             self.solver = Solver(self.solver.options, None if search is None else search.solver)
             self._moved = 0 if search is None else search.version

@@ -139,7 +139,9 @@ def _opened(path: AnyPath) -> Iterator[TensorReader]:
     try:
         with open_to_read(path) as file:
             yield TensorReader(file)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, msgspec.MsgspecError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # of a damaged file anything, of a store what its package raises
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 

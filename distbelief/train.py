@@ -187,8 +187,9 @@ def _run_folder(run: Path) -> Iterator[None]:
 
 def _commands(run: Path, launched: Launch, coordinator: Coordinator) -> tuple[str, str]:
     """(what resumes the run, what exports its model); empty where there is no checkpoint."""
-    if not checkpoint.complete(run):
-        return "", ""
+    with contextlib.suppress(OSError):  # a store that is out of reach now may be there again when they are wanted
+        if not checkpoint.complete(run):
+            return "", ""
     folder, (option, expression) = shlex.quote(str(run)), coordinator.go_on()
     if launched.script is None:
         resume = f"distbelief.train({expression}, resume={str(run)!r})"

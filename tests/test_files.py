@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of checkpoints in a store: what they are on a disk they are there, and nothing is left on the machine."""
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import os
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,21 +23,74 @@ import torch
 
 import distbelief as db
 from distbelief import checkpoint, files
-from distbelief.events import CheckpointRejected, CheckpointWritten, Observation, ShardRestored
+from distbelief.errors import CheckpointError
+from distbelief.events import (
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointWritten,
+    Observation,
+    Progress,
+    ShardRestored,
+)
 from distbelief.export import export
 from distbelief.files import Draft, StorePath, open_to_read, path_of
 from tests import problems
 from tests.killer import Killer, nth
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture
+def s3_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A server that speaks the protocol of S3, and holds nothing."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = free.getsockname()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{address[1]}", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_MAX_ATTEMPTS": "1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-m", "moto.server", "-H", address[0], "-p", str(address[1])]
+    with (tmp_path / "server").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            until = time.monotonic() + 30
+            while server.poll() is None and time.monotonic() < until:
+                with contextlib.suppress(OSError), socket.create_connection(address):
+                    break
+                time.sleep(0.05)
+            yield server
+        finally:
+            server.kill()
+            _end_requests()
+
+
+@pytest.fixture
+def s3(s3_server: "subprocess.Popen[bytes]") -> str:
+    """The URL of an empty store on that server."""
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+    return "s3://bucket/a run"
+
+
+def _end_requests() -> None:
+    """End the thread in which fsspec makes its requests, and what it holds open."""
+    fsspec.filesystem("s3").clear_instance_cache()
+    gc.collect()
+    loop, thread = fsspec.asyn.get_loop(), fsspec.asyn.iothread[0]
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+    fsspec.asyn.reset_after_fork()
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URL of an empty store."""
-    if request.param == "file":
+    if request.param == "s3":
+        yield request.getfixturevalue("s3")
+    elif request.param == "file":
         yield f"file://{tmp_path}/store"
-        return
-    yield f"memory://{tmp_path.name}"
-    fsspec.filesystem("memory").store.clear()
+    else:
+        yield f"memory://{tmp_path.name}"
+        fsspec.filesystem("memory").store.clear()
 
 
 def test_a_name_with_a_scheme_is_in_a_store_and_any_other_is_a_path() -> None:
@@ -119,19 +180,59 @@ def test_a_truncated_file_of_a_store_is_noticed_and_the_checkpoint_before_is_tak
 
 
 @pytest.mark.slow
-def test_a_killed_shard_comes_back_from_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_a_killed_shard_comes_back_from_a_store(
+    request: pytest.FixtureRequest, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = request.getfixturevalue("s3") if kind == "s3" else f"file://{tmp_path}/store"
     heard: list[Observation] = []
     killer = Killer(monkeypatch, "shard/1", nth(CheckpointWritten, 2))
     cluster = db.Cluster(replicas=2, shards=2, threads_per_replica=1)
     slow = db.Faults(slow={"replica/0": 6.0, "replica/1": 6.0})
     job = problems.job(
         cluster=cluster, data=functools.partial(problems.points, 3200), epochs=4, checkpoint_seconds=0.3,
-        run=tmp_path / "run", checkpoints=f"file://{tmp_path}/store",
+        run=tmp_path / "run", checkpoints=store,
     )  # fmt: skip
     result = db.train(job, view=False, listeners=[heard.append, killer], faults=slow)
     assert killer.killed
     assert [one.event.shard for one in heard if isinstance(one.event, ShardRestored)] == [1]
     assert (result.summary.examples.seen, result.summary.examples.missing) == (12800, 0)
+
+
+@pytest.mark.slow
+def test_training_goes_on_while_a_store_stands_still_and_when_it_is_gone(
+    s3: str, s3_server: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    heard: list[Observation] = []
+    written: list[float] = []
+
+    def listen(observation: Observation) -> None:
+        heard.append(observation)
+        if isinstance(observation.event, CheckpointWritten):
+            written.append(observation.seconds)
+            if len(written) == 2:
+                s3_server.send_signal(signal.SIGSTOP)
+                threading.Timer(2.0, s3_server.send_signal, [signal.SIGCONT]).start()
+            elif len(written) == 3:
+                s3_server.kill()
+
+    job = problems.job(
+        cluster=db.Cluster(replicas=2, shards=2, threads_per_replica=1), epochs=16, checkpoint_seconds=0.3,
+        data=functools.partial(problems.points, 3200), run=tmp_path / "run", checkpoints=s3,
+    )  # fmt: skip
+    slow = db.Faults(slow={"replica/0": 6.0, "replica/1": 6.0})
+    result = db.train(job, view=False, listeners=[listen], faults=slow)
+    assert (result.summary.examples.seen, result.summary.examples.missing) == (51200, 0)
+    _, stood_still, went_on = written
+    assert went_on - stood_still > 2.0, "the checkpoint that was under way waited"
+    meanwhile = [
+        one.event.examples for one in heard
+        if isinstance(one.event, Progress) and stood_still < one.seconds < stood_still + 2.0
+    ]  # fmt: skip
+    assert len(set(meanwhile)) > 2, "nothing else did"
+    assert "Could not connect" in [one.event.reason for one in heard if isinstance(one.event, CheckpointFailed)][-1]
+    with pytest.raises(CheckpointError, match=r"out of reach.*\n.*try again later"):
+        db.train(job, view=False, resume=tmp_path / "run")
 
 
 @pytest.mark.parametrize(
