@@ -100,15 +100,19 @@ class Hosts:
         environment = options.pop("env", dict(os.environ)) | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         return self.popen(host, [sys.executable, *arguments], env=environment, **options)
 
-    def start_ray(self, folder: Path, *, cpus: int, store_bytes: int, **options: Any) -> None:
+    def start_ray(
+        self, folder: Path, *, cpus: int, store_bytes: int, takes_jobs: bool = False, **options: Any
+    ) -> None:  # fmt: skip
         """Start a Ray node in each host, the head in the first, and wait until they are up.
 
-        `folder` is where Ray makes files and sockets, so its path is short; each host gets one of its own there.
-        `options` as those of subprocess.Popen. Raises OSError.
+        `folder` is where Ray makes files and sockets, so its path is short; each host gets one of its own there. Where
+        it `takes_jobs`, they are submitted to port 8265 of the head. `options` as those of subprocess.Popen. Raises
+        OSError.
         """
         for host in range(len(self.addresses)):
             self._run(host, "mount", "-t", "tmpfs", "tmpfs", str(folder))
-        head = ["--head", f"--port={self.RAY_PORT}", "--include-dashboard=false", f"--temp-dir={folder}"]
+        dashboard = [f"--include-dashboard={str(takes_jobs).lower()}", f"--dashboard-host={self.addresses[0]}"]
+        head = ["--head", f"--port={self.RAY_PORT}", *dashboard, f"--temp-dir={folder}"]
         joins = [f"--address={self.addresses[0]}:{self.RAY_PORT}"]
         for some, where in (((0,), head), (range(1, len(self.addresses)), joins)):
             starting = [self._begin_ray(host, where, cpus, store_bytes, options) for host in some]

@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What deploy/ says, held against the package: there is no Kubernetes here, and no container runtime."""
 
+import importlib.util
+import json
+import os
 import re
+import secrets
 import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +22,7 @@ from distbelief.cli import _parse
 from distbelief.engine.placement import check_room
 from distbelief.engines import groups
 from distbelief.launch import Launch
+from tests.hosts import Hosts
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[1]
@@ -57,6 +66,47 @@ def test_the_entrypoint_of_the_rayjob_is_a_command_that_asks_for_its_own_cluster
 def test_the_cluster_of_the_rayjob_has_room_for_its_job(spec: dict[str, Any], job: db.Job) -> None:
     free = [{"CPU": float(each["resources"]["requests"]["cpu"])} for each in containers(spec)]
     check_room(groups(job.cluster, evaluates=job.test is not None), free)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_entrypoint_of_the_rayjob_runs_as_a_job_of_a_ray_cluster_and_keeps_its_checkpoints_in_s3(
+    spec: dict[str, Any], tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    if reason := Hosts.missing():
+        pytest.skip(reason)
+    programs = Path(sys.executable).parent
+    (tmp_path / "work" / "examples").mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "digits.py", tmp_path / "work" / "examples")
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder, Hosts(2) as hosts:
+        head = hosts.addresses[0]
+        environment = {
+            **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "RAY_ADDRESS": f"http://{head}:8265",
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "AWS_ENDPOINT_URL": f"http://{head}:5000",
+            "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests",
+        }  # fmt: skip
+        silence: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        hosts.python(0, "-m", "moto.server", "-H", head, "-p", "5000", env=environment, **silence)
+        nodes = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
+        hosts.start_ray(Path(folder), cpus=5, store_bytes=80 << 20, takes_jobs=True, env=nodes)
+        entrypoint = shlex.split(spec["entrypoint"].replace("/tmp/runs/digits", str(tmp_path / "run")))
+        submit = [str(programs / "ray"), "job", "submit", "--working-dir", str(tmp_path / "work"), "--", *entrypoint]
+        submit += ["--cluster.threads-per-replica", "1"]  # the hosts share this machine's cores
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        job = hosts.popen(0, submit, env=environment, cwd=tmp_path, **options)
+        said, _ = job.communicate(timeout=120)
+        assert job.returncode == 0, said
+        exported = tmp_path / "model.safetensors"
+        export = [str(programs / "distbelief"), "export", str(tmp_path / "run"), str(exported)]
+        job = hosts.popen(1, export, env=environment, cwd=tmp_path, **options)
+        said, _ = job.communicate(timeout=60)
+        assert job.returncode == 0, said
+        assert exported.exists()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["reason"], summary["examples"]["missing"]) == ("all epochs finished", 0)
+    assert (tmp_path / "run" / "checkpoints").read_text() == "s3://my-bucket/digits"
 
 
 def test_the_image_of_the_rayjob_is_that_of_the_dockerfile_at_this_version(spec: dict[str, Any]) -> None:
