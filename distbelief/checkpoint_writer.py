@@ -56,9 +56,12 @@ class CheckpointWriter:
         self._spare: AnyPath | None = None
 
     def begin(
-        self, work: dict[str, Any], examples: int, slots: Sequence[int] = (), *, durable: bool = True
+        self, note: Callable[[], tuple[dict[str, Any], int]], slots: Sequence[int] = (), *, durable: bool = True
     ) -> Writing | None:
-        """Have the shards write; None when there is no place for it. `slots` and `durable` as in their `snapshot`."""
+        """Have the shards write; None when there is no place for it. `slots` and `durable` as in their `snapshot`.
+
+        `note` tells the work done and its examples, right before the shards are asked.
+        """
         started = self._engine.now()
         try:
             self.folder = folder = self._beside(lambda: checkpoint.next_folder(checkpoint.home(self._run), self._spare))
@@ -66,6 +69,7 @@ class CheckpointWriter:
             self._failed(self._run / "checkpoints", error)
             return None
         self._spare = None
+        work, examples = note()
         answers = [
             shard.call(ParameterServerShard.snapshot, str(folder / f"shard-{index}"), tuple(slots), durable)
             for index, shard in enumerate(self._shards)
@@ -127,7 +131,11 @@ class CheckpointWriter:
         return self._beside(lambda: checkpoint.newest(self._run, lambda path, reason: None))
 
     def _beside(self, work: Callable[[], T]) -> T:
-        """What the work answers: a store may take its time, or be out of reach, so a thread asks it."""
+        """What the work answers: a store may take its time, or be out of reach, so a thread asks it.
+
+        It does one work after another. So a shard that dies meanwhile has not been given an older checkpoint when the
+        shards are then asked to write, and says that it is not ready.
+        """
         if not self._in_store:
             return work()
         answer: T = self._wait(self._engine.background(work))

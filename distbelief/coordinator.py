@@ -389,7 +389,7 @@ class Coordinator(ABC):
     @final
     def begin_checkpoint(self, slots: Sequence[int] = (), *, durable: bool = True) -> Writing | None:
         """Have the shards write; None when there is no place for it. `slots` and `durable` as in their `snapshot`."""
-        return self.writer.begin(self.work(), self.examples, slots, durable=durable)
+        return self.writer.begin(lambda: (self.work(), self.examples), slots, durable=durable)
 
     @final
     def complete_checkpoint(self, writing: Writing, kept: Sequence[tuple[AnyPath, ShardFile]] = ()) -> Manifest | None:

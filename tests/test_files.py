@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import distbelief as db
-from distbelief import checkpoint, files
+from distbelief import checkpoint, files, shard_file
 from distbelief.errors import CheckpointError
 from distbelief.events import (
     CheckpointFailed,
@@ -233,6 +233,40 @@ def test_training_goes_on_while_a_store_stands_still_and_when_it_is_gone(
     assert "Could not connect" in [one.event.reason for one in heard if isinstance(one.event, CheckpointFailed)][-1]
     with pytest.raises(CheckpointError, match=r"out of reach.*\n.*try again later"):
         db.train(job, view=False, resume=tmp_path / "run")
+
+
+class Gone(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_no_example_is_trained_twice_after_a_restart_from_a_checkpoint_that_took_long(
+    s3: str, s3_server: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    written: list[float] = []
+
+    def listen(observation: Observation) -> None:
+        if not isinstance(observation.event, CheckpointWritten):
+            return
+        written.append(observation.seconds)
+        if len(written) == 2:
+            s3_server.send_signal(signal.SIGSTOP)  # what comes next is the making of a folder
+            threading.Timer(1.5, s3_server.send_signal, [signal.SIGCONT]).start()
+        elif len(written) == 3:
+            raise Gone
+
+    job = problems.job(
+        cluster=db.Cluster(replicas=2, shards=2, threads_per_replica=1), epochs=12, checkpoint_seconds=0.3,
+        data=functools.partial(problems.points, 3200), run=tmp_path / "run", checkpoints=s3,
+    )  # fmt: skip
+    slow = db.Faults(slow={"replica/0": 6.0, "replica/1": 6.0})
+    with pytest.raises(Gone):
+        db.train(job, view=False, listeners=[listen], faults=slow)
+    assert written[2] - written[1] > 1.5
+    db.train(dataclasses.replace(job, checkpoint_seconds=60.0), view=False, resume=tmp_path / "run")
+    folder, manifest = checkpoint.newest(tmp_path / "run", lambda path, reason: pytest.fail(reason))
+    applied = [shard_file.read_state(folder / file.name).examples for file in manifest.shards]
+    assert applied == [38400, 38400]
 
 
 @pytest.mark.parametrize(
