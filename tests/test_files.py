@@ -240,7 +240,7 @@ class Gone(Exception):
 
 
 @pytest.mark.slow
-def test_no_example_is_trained_twice_after_a_restart_from_a_checkpoint_that_took_long(
+def test_what_was_trained_while_a_store_stood_still_is_not_trained_again_after_a_restart(
     s3: str, s3_server: "subprocess.Popen[bytes]", tmp_path: Path
 ) -> None:
     written: list[float] = []
@@ -250,23 +250,25 @@ def test_no_example_is_trained_twice_after_a_restart_from_a_checkpoint_that_took
             return
         written.append(observation.seconds)
         if len(written) == 2:
-            s3_server.send_signal(signal.SIGSTOP)  # what comes next is the making of a folder
-            threading.Timer(1.5, s3_server.send_signal, [signal.SIGCONT]).start()
+            # Between the removal of an older checkpoint and the making of the next one's folder.
+            threading.Timer(0.3, s3_server.send_signal, [signal.SIGSTOP]).start()
+            threading.Timer(2.0, s3_server.send_signal, [signal.SIGCONT]).start()
         elif len(written) == 3:
             raise Gone
 
     job = problems.job(
-        cluster=db.Cluster(replicas=2, shards=2, threads_per_replica=1), epochs=12, checkpoint_seconds=0.3,
+        cluster=db.Cluster(replicas=2, shards=2, threads_per_replica=1), epochs=30, checkpoint_seconds=0.5,
         data=functools.partial(problems.points, 3200), run=tmp_path / "run", checkpoints=s3,
     )  # fmt: skip
     slow = db.Faults(slow={"replica/0": 6.0, "replica/1": 6.0})
     with pytest.raises(Gone):
         db.train(job, view=False, listeners=[listen], faults=slow)
-    assert written[2] - written[1] > 1.5
+    assert written[2] - written[1] > 2.0
     db.train(dataclasses.replace(job, checkpoint_seconds=60.0), view=False, resume=tmp_path / "run")
     folder, manifest = checkpoint.newest(tmp_path / "run", lambda path, reason: pytest.fail(reason))
     applied = [shard_file.read_state(folder / file.name).examples for file in manifest.shards]
-    assert applied == [38400, 38400]
+    # Pushes that were under way when the shards wrote may be in one and not in the other.
+    assert all(0 <= examples - 96000 <= 8 * job.batch_size for examples in applied), applied
 
 
 @pytest.mark.parametrize(
