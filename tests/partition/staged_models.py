@@ -268,7 +268,7 @@ def hangs(partition: int, partitions: int) -> None:
     pipeline = Pipeline(plan, partition, stage, torch.device("cpu"))
     pipeline.step(x, target, loss)
     if partition == plan.out:
-        time.sleep(3 * PATIENCE_SECONDS["hangs"])
+        time.sleep(2 * PATIENCE_SECONDS["hangs"])
     else:
         with pytest.raises(
             DeadlineExceeded, match=f"did not answer in time, says partition {partition} of {partitions}"
@@ -301,7 +301,7 @@ PATIENCE_SECONDS = {
     "trains through host memory": 60.0,
     "hooks": 60.0,
     "dies": 60.0,
-    "hangs": 5.0,
+    "hangs": 3.0,
     "listens": 60.0,
 }
 """How long a partition waits for another."""
