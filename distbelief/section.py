@@ -6,7 +6,6 @@ incarnation that has been replaced is refused. The vectors are "parameters" and 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from typing import final
 
 import msgspec
@@ -165,7 +164,7 @@ class Section:
         self._check_ready()
         self._check_length(parameters)
         version = self._state.version
-        return Filling(version, self._hand_out(replica, version, parameters, iter(())))
+        return self._hand_out(replica, version, parameters, iter(()))
 
     def exchange(self, stamp: Stamp, gradient: torch.Tensor, parameters: torch.Tensor) -> Filling[int]:
         """A push and the fetch of the same replica behind it; the answer is the version of what was fetched.
@@ -175,17 +174,24 @@ class Section:
         self._check_length(parameters)
         answer, pieces = self._pushed(stamp, gradient)
         version = max(answer.version, self._state.version)
-        return Filling(version, self._hand_out(stamp.replica, version, parameters, pieces))
+        return self._hand_out(stamp.replica, version, parameters, pieces)
 
-    def _hand_out(self, replica: int, version: int, parameters: torch.Tensor, pieces: Iterator[int]) -> Iterator[int]:
-        """Copy what the pieces of a push have made new, and then the rest; at most PIECE of that at a time."""
-        filled, length = 0, len(self.span)
-        for stop in chain(pieces, range(PIECE, length, PIECE), (length,)):
-            if stop > filled:
-                parameters[filled:stop].copy_(self._parameters[filled:stop])
-                filled = stop
-                yield filled
-        self._rule.fetched(replica, version)
+    def _hand_out(
+        self, replica: int, version: int, parameters: torch.Tensor, pieces: Iterator[int]
+    ) -> Filling[int]:  # fmt: skip
+        """The parameters at `version`, which they have when the pieces of a push are through."""
+        length = len(self.span)
+
+        def made() -> Iterator[int]:
+            yield from pieces
+            yield from range(PIECE, length, PIECE)
+            yield length
+            self._rule.fetched(replica, version)
+
+        def copy(start: int, stop: int) -> None:
+            parameters[start:stop].copy_(self._parameters[start:stop])
+
+        return Filling(version, made(), copy)
 
     def fence(self, replica: int, incarnation: int) -> dict[int, int]:
         """Refuse pushes of this incarnation and older ones from now on.

@@ -6,7 +6,7 @@ core idles.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar, final
 
 T = TypeVar("T")
@@ -21,11 +21,17 @@ class Filling(Generic[T]):
     What it raises once something has travelled ends its role: nobody can be told any more.
     """
 
-    def __init__(self, value: T, pieces: Iterator[int]) -> None:
-        """`pieces` does the work; after each piece it says how many numbers of the tensor are as they shall be."""
+    def __init__(
+        self, value: T, pieces: Iterator[int], copy: Callable[[int, int], object] = lambda start, stop: None
+    ) -> None:
+        """`pieces` does the work; after each piece it says how many numbers are as they shall be.
+
+        Where they are not in the tensor itself, `copy` brings those from `start` to `stop` there: as soon as they are
+        made where they travel, otherwise all of them at the end, which takes less time.
+        """
         self.value, self.filled = value, 0
         """The answer, and how many numbers of the tensor are filled."""
-        self._pieces = pieces
+        self._pieces, self._copy = pieces, copy
         self._beside: threading.Thread | None = None
         self._news = threading.Condition()
         self._error: BaseException | None = None
@@ -34,11 +40,16 @@ class Filling(Generic[T]):
 
     def advance(self) -> bool:
         """Do one more piece; whether there was one."""
-        filled = next(self._pieces, None)
-        with self._news:
-            self.filled, self.over = (self.filled, True) if filled is None else (filled, False)
-            self._news.notify_all()
+        made = next(self._pieces, None)
+        self._fill(self.filled if made is None else made, over=made is None)
         return not self.over
+
+    def _fill(self, made: int, *, over: bool) -> None:
+        if made > self.filled:
+            self._copy(self.filled, made)
+        with self._news:
+            self.filled, self.over = max(self.filled, made), over
+            self._news.notify_all()
 
     def go_on_beside(self) -> None:
         """Do the rest in a thread."""
@@ -65,8 +76,7 @@ class Filling(Generic[T]):
     def finish(self) -> None:
         """Return when the method is through. Raises what it raised, from a thread as the cause of a RuntimeError."""
         if self._beside is None:
-            while self.advance():
-                continue
+            self._fill(max(self._pieces, default=0), over=True)
         else:
             self._beside.join()
         self._check()
