@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from distbelief import shard_file
-from distbelief.errors import CheckpointError
+from distbelief.errors import CheckpointError, OutOfReach
 from distbelief.files import AnyPath, children, copy, open_over, path_of, remove
 from distbelief.lbfgs import SolverState
 from distbelief.parameters import Layout, Piece, Span, changed_pieces, trainable
@@ -294,6 +294,8 @@ def read_manifest(folder: AnyPath) -> Manifest:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} was not completed") from error
     except (OSError, msgspec.MsgspecError) as error:
+        if isinstance(error, OSError) and not isinstance(folder, Path):
+            raise OutOfReach(folder / MANIFEST, error) from error
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
     if manifest.format != FORMAT:
         raise CheckpointError(f"{folder} has format {manifest.format}, this version reads {FORMAT}")
@@ -307,12 +309,12 @@ def newest(run: Path, rejected: Callable[[AnyPath, str], None]) -> tuple[AnyPath
     try:
         found = folders(run)
     except OSError as error:
-        raise CheckpointError(
-            f"the checkpoints of {run} are out of reach: {error}\nhint: they are as they were; try again later"
-        ) from error
+        raise OutOfReach(home(run), error) from error
     for folder in found:
         try:
             return folder, read_manifest(folder)
+        except OutOfReach:
+            raise  # an older one would be whole, but not the newest
         except CheckpointError as error:
             rejected(folder, str(error))
     raise CheckpointError(f"{run} holds no complete checkpoint; nothing can be resumed or exported from it")

@@ -51,6 +51,8 @@ class CheckpointWriter:
         self._shards, self._manifest, self._emit, self._wait = shards, manifest, emit, wait
         self.due = engine.now() + settings.checkpoint_seconds
         """The engine's time at which the next durable one should begin."""
+        self._out_of_reach_until = 0.0
+        """What need not be durable is not written to a store that failed, until it is tried again for one that must."""
         self.folder: AnyPath | None = None
         """Of the checkpoint under way."""
         self._spare: AnyPath | None = None
@@ -63,12 +65,13 @@ class CheckpointWriter:
         `note` tells the work done and its examples, right before the shards are asked.
         """
         started = self._engine.now()
-        try:
-            self.folder = folder = self._beside(lambda: checkpoint.next_folder(checkpoint.home(self._run), self._spare))
-        except OSError as error:
-            self._failed(self._run / "checkpoints", error)
+        if self._in_store and not durable and started < self._out_of_reach_until:
             return None
-        self._spare = None
+        folder = self._beside(lambda: checkpoint.next_folder(checkpoint.home(self._run), self._spare))
+        if isinstance(folder, OSError):
+            self._failed(self._run / "checkpoints", folder)
+            return None
+        self.folder, self._spare = folder, None
         work, examples = note()
         answers = [
             shard.call(ParameterServerShard.snapshot, str(folder / f"shard-{index}"), tuple(slots), durable)
@@ -98,11 +101,11 @@ class CheckpointWriter:
             return checkpoint.commit(folder, manifest, buffers, durable=writing.durable)
 
         try:
-            manifest = self._beside(partial(commit, writing.answers.result()))
-        except (OSError, ChannelError, NotReady) as error:
-            self._beside(lambda: checkpoint.discard(folder))
-            self._failed(folder, error)
-            return None
+            manifest = self._outcome(writing, commit)
+            if isinstance(manifest, Exception):
+                self._beside(lambda: checkpoint.discard(folder))
+                self._failed(folder, manifest)
+                return None
         finally:
             self.folder = None
         if writing.durable:
@@ -114,6 +117,13 @@ class CheckpointWriter:
                 )
             )  # fmt: skip
         return manifest
+
+    def _outcome(self, writing: Writing, commit: Callable[[list[list[ShardFile]]], Manifest]) -> Manifest | Exception:
+        try:
+            written = writing.answers.result()
+        except (ChannelError, NotReady) as error:
+            return error
+        return self._beside(partial(commit, written))
 
     def discard(self, folder: AnyPath, manifest: Manifest) -> None:
         """Remove a checkpoint of which nothing is needed any more, or keep its files to be written over."""
@@ -128,19 +138,30 @@ class CheckpointWriter:
 
     def newest(self) -> tuple[AnyPath, Manifest]:
         """The newest checkpoint that is whole. Raises CheckpointError."""
-        return self._beside(lambda: checkpoint.newest(self._run, lambda path, reason: None))
+        found = self._beside(lambda: checkpoint.newest(self._run, lambda path, reason: None))
+        assert not isinstance(found, OSError), "it raises CheckpointError"
+        return found
 
-    def _beside(self, work: Callable[[], T]) -> T:
-        """What the work answers: a store may take its time, or be out of reach, so a thread asks it.
+    def _beside(self, work: Callable[[], T]) -> T | OSError:
+        """What the work answers, or the OSError that it raised: a store may take its time, so a thread asks it.
 
-        It does one work after another. So a shard that dies meanwhile has not been given an older checkpoint when the
-        shards are then asked to write, and says that it is not ready.
+        What is raised here went wrong elsewhere while that was waited for. The thread does one work after another. So a
+        shard that dies meanwhile has not been given an older checkpoint when the shards are then asked to write, and
+        says that it is not ready.
         """
+
+        def attempt() -> T | OSError:
+            try:
+                return work()
+            except OSError as error:
+                return error
+
         if not self._in_store:
-            return work()
-        answer: T = self._wait(self._engine.background(work))
-        return answer
+            return attempt()
+        outcome: T | OSError = self._wait(self._engine.background(attempt))
+        return outcome
 
     def _failed(self, path: AnyPath, error: Exception) -> None:
-        self.due = self._engine.now() + self._seconds
-        self._emit(events.CheckpointFailed(path=str(path), reason=str(error).strip().splitlines()[-1]))
+        self.due = self._out_of_reach_until = self._engine.now() + self._seconds
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
+        self._emit(events.CheckpointFailed(path=str(path), reason=reason))

@@ -47,6 +47,13 @@ class CheckpointError(DistbeliefError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class OutOfReach(CheckpointError):
+    """A checkpoint is in a store that cannot be asked now."""
+
+    def __init__(self, place: object, reason: object) -> None:
+        super().__init__(f"{place} is out of reach: {reason}\nhint: what is there is as it was; try again later")
+
+
 class ChannelError(DistbeliefError):
     """A call to another role did not come back with an answer."""
 

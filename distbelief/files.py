@@ -110,8 +110,10 @@ def _raised_as_os_error(url: str) -> Iterator[None]:
     """The packages of stores have errors of their own, for one that is out of reach or asks for a password."""
     try:
         yield
-    except OSError:
-        raise
+    except OSError as error:
+        if str(error) or isinstance(error, FileNotFoundError):
+            raise
+        raise OSError(f"{url}: {error!r}") from error
     except Exception as error:
         raise OSError(f"{url}: {error}") from error
 

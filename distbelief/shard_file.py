@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from distbelief import tensor_file
-from distbelief.errors import CheckpointError
+from distbelief.errors import CheckpointError, OutOfReach
 from distbelief.files import AnyPath, Draft, open_to_read
 from distbelief.parameters import Span
 from distbelief.tensor_file import TensorFile, TensorReader
@@ -106,11 +106,13 @@ def check(folder: AnyPath, file: ShardFile) -> None:
     A store keeps checksums of its own, and to read all files here would be to copy them here.
     """
     path = folder / file.name
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing")
     try:
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing")
         size_bytes, checksum = _measure(path) if isinstance(path, Path) else (path.size_bytes(), file.crc32)
     except OSError as error:
+        if not isinstance(path, Path):
+            raise OutOfReach(path, error) from error
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if size_bytes != file.size_bytes:
         raise CheckpointError(f"{path} has {size_bytes} bytes, {file.size_bytes} were written")
