@@ -230,7 +230,7 @@ def test_training_goes_on_while_a_store_stands_still_and_when_it_is_gone(
             written.append(observation.seconds)
             if len(written) == 2:
                 s3_server.send_signal(signal.SIGSTOP)
-                threading.Timer(2.0, s3_server.send_signal, [signal.SIGCONT]).start()
+                threading.Timer(3.0, s3_server.send_signal, [signal.SIGCONT]).start()
             elif len(written) == 3:
                 s3_server.kill()
 
@@ -242,12 +242,12 @@ def test_training_goes_on_while_a_store_stands_still_and_when_it_is_gone(
     result = db.train(job, view=False, listeners=[listen], faults=slow)
     assert (result.summary.examples.seen, result.summary.examples.missing) == (96000, 0)
     _, stood_still, went_on = written
-    assert went_on - stood_still > 2.0, "the checkpoint that was under way waited"
+    assert went_on - stood_still > 3.0, "the checkpoint that was under way waited"
     meanwhile = [
         one.event.examples for one in heard
-        if isinstance(one.event, Progress) and stood_still < one.seconds < stood_still + 2.0
+        if isinstance(one.event, Progress) and stood_still < one.seconds < stood_still + 3.0
     ]  # fmt: skip
-    assert len(set(meanwhile)) > 1, "nothing else did"
+    assert len(set(meanwhile)) > 2, "nothing else did"
     assert "Could not connect" in [one.event.reason for one in heard if isinstance(one.event, CheckpointFailed)][-1]
     with pytest.raises(CheckpointError, match=r"out of reach.*\n.*try again later"):
         db.train(job, view=False, resume=tmp_path / "run")

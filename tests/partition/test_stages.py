@@ -40,7 +40,7 @@ def together(task: str, partitions: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("partitions", [1, 2, 4])
+@pytest.mark.parametrize("partitions", [1, 2, 3, 4])
 def test_a_replica_in_stages_computes_what_the_uncut_model_does(partitions: int, tmp_path: Path) -> None:
     together("trains", partitions, tmp_path)
 
