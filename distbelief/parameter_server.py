@@ -30,7 +30,6 @@ import torch
 
 from distbelief.batch_section import BatchSection, Extent, Keeping, Mark
 from distbelief.channel.base import Future, Out, exported, rounded
-from distbelief.channel.filling import Filling
 from distbelief.engine.base import Home
 from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import ProtocolError
@@ -136,7 +135,7 @@ class ParameterServerShard:
 
     @exported
     @rounded
-    def fetch(self, replica: int, partition: int, parameters: Out) -> Filling[int]:
+    def fetch(self, replica: int, partition: int, parameters: Out) -> int:
         """`read` for a replica: the numbers may be rounded on their way. Raises NotReady."""
         return self._section(partition, Section).fetch(replica, parameters)
 
@@ -148,7 +147,7 @@ class ParameterServerShard:
 
     @exported
     @rounded
-    def exchange(self, stamp: Stamp, gradient: torch.Tensor, parameters: Out) -> Filling[int]:
+    def exchange(self, stamp: Stamp, gradient: torch.Tensor, parameters: Out) -> int:
         """A `push` and the `fetch` of the same replica behind it; both of the section's shape (n,).
 
         The answer is the version of what was fetched. Raises Fenced, NotReady; then nothing was fetched.

@@ -5,14 +5,13 @@ A push counts once per (replica, incarnation, sequence), a repeat gets the recor
 incarnation that has been replaced is refused. The vectors are "parameters" and the update rule's state.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import msgspec
 import torch
 
 from distbelief import shard_file
-from distbelief.channel.filling import Filling
 from distbelief.errors import CheckpointError, Fenced, NotReady, ProtocolError
 from distbelief.files import AnyPath, path_of
 from distbelief.parameters import Layout, Span
@@ -20,8 +19,6 @@ from distbelief.shard_file import ReplicaRecord, ShardFile, ShardState
 from distbelief.update_rule import UpdateRule
 
 LEASES_REMEMBERED = 64
-PIECE = 1 << 21
-"""Numbers that are handed out at a time where no push decides that."""
 
 
 class Stamp(msgspec.Struct, array_like=True, frozen=True):
@@ -110,13 +107,6 @@ class Section:
 
     def push(self, stamp: Stamp, gradient: torch.Tensor) -> Applied:
         """Apply a gradient of shape (len(span),) once, however often it is sent. Raises Fenced, NotReady."""
-        answer, pieces = self._pushed(stamp, gradient)
-        for _ in pieces:
-            continue
-        return answer
-
-    def _pushed(self, stamp: Stamp, gradient: torch.Tensor) -> tuple[Applied, Iterator[int]]:
-        """The answer to a push, and its application piece by piece, which says how many parameters are new."""
         self._check_ready()
         self._check_length(gradient)
         state = self._state
@@ -127,18 +117,12 @@ class Section:
         if record is None or record.incarnation < stamp.incarnation:
             record = state.replicas[stamp.replica] = ReplicaRecord(stamp.incarnation, 0)
         if stamp.sequence <= record.sequence:
-            return self._answers.get(stamp.replica, Applied(state.version, 0)), iter(())
+            return self._answers.get(stamp.replica, Applied(state.version, 0))
         if self._restored:
             # Sequences run without gaps, so a gap is what the restart from an older checkpoint lost of this replica.
             state.lost_updates += stamp.sequence - record.sequence - 1
         answer = Applied(state.version + 1, max(0, state.version - stamp.base_version))
-        return answer, self._apply(stamp, gradient, record, answer)
-
-    def _apply(
-        self, stamp: Stamp, gradient: torch.Tensor, record: ReplicaRecord, answer: Applied
-    ) -> Iterator[int]:  # fmt: skip
-        state = self._state
-        yield from self._rule.apply(
+        self._rule.apply(
             gradient, version=state.version, base_version=stamp.base_version, examples=state.examples,
             reader=stamp.replica,
         )  # fmt: skip
@@ -152,6 +136,7 @@ class Section:
         while len(record.portions) > LEASES_REMEMBERED:
             del record.portions[next(iter(record.portions))]
         self._answers[stamp.replica] = answer
+        return answer
 
     def read(self, parameters: torch.Tensor) -> int:
         """Copy the parameters into the caller's buffer of shape (len(span),); the answer is their version."""
@@ -159,39 +144,21 @@ class Section:
         parameters.copy_(self._parameters)
         return self._state.version
 
-    def fetch(self, replica: int, parameters: torch.Tensor) -> Filling[int]:
+    def fetch(self, replica: int, parameters: torch.Tensor) -> int:
         """`read` for a replica, whose next push will be of a gradient at these parameters."""
-        self._check_ready()
         self._check_length(parameters)
-        version = self._state.version
-        return self._hand_out(replica, version, parameters, iter(()))
+        version = self.read(parameters)
+        self._rule.fetched(replica, version)
+        return version
 
-    def exchange(self, stamp: Stamp, gradient: torch.Tensor, parameters: torch.Tensor) -> Filling[int]:
+    def exchange(self, stamp: Stamp, gradient: torch.Tensor, parameters: torch.Tensor) -> int:
         """A push and the fetch of the same replica behind it; the answer is the version of what was fetched.
 
-        `parameters` may lie where `gradient` does: a number is filled when its gradient has been applied.
+        `parameters` may lie where `gradient` does.
         """
         self._check_length(parameters)
-        answer, pieces = self._pushed(stamp, gradient)
-        version = max(answer.version, self._state.version)
-        return self._hand_out(stamp.replica, version, parameters, pieces)
-
-    def _hand_out(
-        self, replica: int, version: int, parameters: torch.Tensor, pieces: Iterator[int]
-    ) -> Filling[int]:  # fmt: skip
-        """The parameters at `version`, which they have when the pieces of a push are through."""
-        length = len(self.span)
-
-        def made() -> Iterator[int]:
-            yield from pieces
-            yield from range(PIECE, length, PIECE)
-            yield length
-            self._rule.fetched(replica, version)
-
-        def copy(start: int, stop: int) -> None:
-            parameters[start:stop].copy_(self._parameters[start:stop])
-
-        return Filling(version, made(), copy)
+        self.push(stamp, gradient)
+        return self.fetch(stamp.replica, parameters)
 
     def fence(self, replica: int, incarnation: int) -> dict[int, int]:
         """Refuse pushes of this incarnation and older ones from now on.

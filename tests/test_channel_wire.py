@@ -22,7 +22,6 @@ from hypothesis.extra import numpy as arrays
 from distbelief.channel import door, frames, memory
 from distbelief.channel.base import Out, exported, rounded
 from distbelief.channel.codec import PIECE, Narrowed
-from distbelief.channel.filling import Filling
 from distbelief.channel.frames import TensorReference
 from distbelief.channel.secure import Certificate, new_certificate
 from distbelief.channel.wire import Wire
@@ -43,17 +42,6 @@ class Clerk:
     def mirror(self, values: torch.Tensor, out: Out) -> None:
         self.seen = values.clone()
         out.copy_(values)
-
-    @exported
-    @rounded
-    def mirror_slowly(self, values: torch.Tensor, out: Out) -> Filling[int]:
-        def pieces() -> Iterator[int]:
-            for start in range(0, len(values), 20_000):
-                time.sleep(0.001)  # so that the socket is waiting for more, and then has room for less
-                out[start : start + 20_000] = values[start : start + 20_000]
-                yield min(start + 20_000, len(values))
-
-        return Filling(len(values), pieces())
 
     @exported
     def mirror_exactly(self, values: torch.Tensor, out: Out) -> None:
@@ -199,10 +187,9 @@ def test_calls_under_tls_are_the_same_calls_and_nothing_of_them_can_be_read(
     with closing(FaultProxy(town.serve(Clerk(), wire=wire), piece_bytes=1009)) as proxy:
         peer = town.peer(proxy.address, wire=wire)
         for length in (0, 1, 4096, 300_001):
-            for mirror in (Clerk.mirror, Clerk.mirror_slowly):
-                values, out = torch.randn(length), torch.zeros(length)
-                town.answer(peer.call(mirror, values, out))
-                assert torch.equal(out, values if wire_dtype == "float32" else values.bfloat16().float())
+            values, out = torch.randn(length), torch.zeros(length)
+            town.answer(peer.call(Clerk.mirror, values, out))
+            assert torch.equal(out, values if wire_dtype == "float32" else values.bfloat16().float())
         assert b"mirror" not in proxy.heard[0]
         assert values.numpy().tobytes()[:64] not in proxy.heard[0]
 

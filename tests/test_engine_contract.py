@@ -20,7 +20,6 @@ from conftest import Settle
 from keepers import Subprocesses
 
 from distbelief.channel.base import Future, Out, Promise, Remote, exported
-from distbelief.channel.filling import Filling
 from distbelief.engine.base import COORDINATOR, Death, Engine, Faults, Home
 from distbelief.engine.hosts import HostsEngine
 from distbelief.engine.local import LocalEngine
@@ -140,16 +139,6 @@ class Clerk:
     def mirror(self, values: torch.Tensor, out: Out) -> int:
         out.copy_(values)
         return len(values)
-
-    @exported
-    def double(self, values: torch.Tensor, out: Out) -> Filling[int]:
-        def pieces() -> Iterator[int]:
-            for stop in range(1, len(values) + 1):
-                out[stop - 1] = 2 * values[stop - 1]
-                yield stop
-            self.notes.append(len(values))
-
-        return Filling(7, pieces())
 
     @exported
     def dawdle(self, values: torch.Tensor, out: Out) -> None:
@@ -423,18 +412,6 @@ def test_tensors_that_the_engine_allocates_are_handed_over(stage: Stage, dtype: 
     if length > 20:
         clerk.call(Clerk.mirror, values[10:15], part).result()
         assert torch.equal(part, values[10:15])
-
-
-def test_a_method_that_fills_its_tensor_while_it_travels_is_through_before_the_next_call(stage: Stage) -> None:
-    clerk = stage.find(stage.start(Clerk))
-    for length in (0, 1, 50):
-        values = stage.engine.allocate(length, torch.float32)
-        values.copy_(torch.arange(length))
-        for out in (stage.engine.allocate(length, torch.float32), torch.zeros(length)):
-            answer, after = clerk.call(Clerk.double, values, out), clerk.call(Clerk.note, 3)
-            assert answer.result() == 7
-            assert torch.equal(out, 2 * values)
-            assert after.result()[-2:] == [length, 3]
 
 
 def test_a_role_with_an_activity_calls_others_and_the_coordinator_and_its_end_is_no_death(stage: Stage) -> None:

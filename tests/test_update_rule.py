@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the update rules, against plain torch.optim loops and the papers' formulas."""
 
-import importlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from distbelief import update_rule as rules
 from distbelief.errors import CheckpointError
 from distbelief.parameters import Options, Segment, Span, cut
-from distbelief.update_rule import torch_rule
 
 optim = torch.optim
 EVEN = 640
@@ -37,14 +35,8 @@ class Shards:
     def push(self, gradient: Tensor, reader: int = 0, base: int | None = None, examples: int = 32) -> None:
         base = self.version if base is None else base
         for bound, span in zip(self.bound, self.spans, strict=True):
-            pieces = bound.apply(
-                gradient[span.start : span.stop], reader=reader, version=self.version, base_version=base,
-                examples=self.examples,
-            )  # fmt: skip
-            part = self.parts[self.bound.index(bound)]
-            new = [(stop, part[:stop].clone()) for stop in pieces]
-            assert new[-1][0] == len(span)
-            assert all(torch.equal(part[:stop], values) for stop, values in new), "what was new changed again"
+            bound.apply(gradient[span.start : span.stop], reader=reader, version=self.version, base_version=base,
+                        examples=self.examples)  # fmt: skip
         self.version, self.examples = self.version + 1, self.examples + examples
         self.values = torch.cat(self.parts)
 
@@ -137,14 +129,6 @@ RULES = {
 }
 
 
-@pytest.fixture(params=[1 << 21, 128], ids=["one optimizer", "many optimizers"])
-def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many numbers are stepped at a time."""
-    monkeypatch.setattr(torch_rule, "_PIECE", request.param)
-    monkeypatch.setattr(importlib.import_module("distbelief.update_rule.adaptive_revision"), "_CHUNK", request.param)
-
-
-@pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_rule_on_any_number_of_shards_equals_the_plain_loop_bit_for_bit(name: str, dtype: torch.dtype) -> None:
@@ -171,7 +155,6 @@ def test_adagrad_and_sgd_equal_the_plain_loop_on_any_length(name: str, length: i
     assert torch.equal(shards.values, plain(make, start, pushed))
 
 
-@pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("name", [*RULES, "adaptive revision"])
 def test_the_cut_never_changes_the_result(name: str) -> None:
     rule = RULES[name][0] if name in RULES else rules.adaptive_revision(0.1)
@@ -188,7 +171,6 @@ def test_the_cut_never_changes_the_result(name: str) -> None:
         assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("count", [1, 3])
 def test_groups_with_other_weight_decay_and_rate_equal_the_parameter_groups_of_torch(count: int) -> None:
     groups: list[tuple[int, Options]] = [(200, ()), (301, (("weight_decay", 0.0),)), (500, (("rate", 0.01),))]
@@ -226,7 +208,6 @@ def test_damping_divides_the_rate_by_a_power_of_one_plus_the_staleness(damping: 
     assert steps == pytest.approx([(1 + staleness) ** -damping for staleness in (0, 1, 2, 1, 0)], rel=1e-12)
 
 
-@pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("name", [*RULES, "adaptive revision"])
 def test_saved_state_loaded_on_another_cut_goes_on_bit_for_bit(name: str) -> None:
     rule = RULES[name][0] if name in RULES else rules.adaptive_revision(0.1)

@@ -2,7 +2,6 @@
 """How calls and tensors travel between roles.
 
 base          what a call is: exported methods, futures, remotes
-filling       an answer that travels while it is made
 frames        bytes on a socket
 authenticate  both sides prove knowledge of the job's key before anything is parsed
 memory        memory shared with other processes of this host, without names
@@ -11,8 +10,10 @@ links         sockets before and below frames
 codec         numbers in the body of a frame
 secure        TLS between hosts
 wire          what a job can choose of all this
+second_stream half of each large body, by a thread of its own
 connection    one socket: frames in, frames out, tensors without copies
 door          who comes in, and who is refused
+widening      how connections come to a second stream
 endpoint      all connections of one process
 desk          the role that answers on them
 peer          a role, as its callers see it

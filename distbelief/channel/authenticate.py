@@ -50,6 +50,8 @@ class CallingSide:
     def __init__(self, key: bytes) -> None:
         self._key = key
         self._nonce = secrets.token_bytes(NONCE_BYTES)
+        self.challenge = b""
+        """The other side's, when it has come."""
         self._expected = b""
 
     @property
@@ -60,6 +62,7 @@ class CallingSide:
     def take(self, message: bytes) -> tuple[bytes, bool]:
         """(what to send back, whether the exchange is over). Raises AuthenticationError for a peer without the key."""
         if not self._expected:
+            self.challenge = message
             self._expected = _proof(self._key, b"accepting", self._nonce, message)
             return self._nonce + _proof(self._key, b"calling", message, self._nonce), False
         if not hmac.compare_digest(message, self._expected):

@@ -19,7 +19,6 @@ from typing import Annotated, Any, Concatenate, Generic, ParamSpec, Protocol, Ty
 import msgspec
 import torch
 
-from distbelief.channel.filling import Filling
 from distbelief.errors import CheckpointError, Fenced, NotReady, ProtocolError
 
 P = ParamSpec("P")
@@ -31,8 +30,7 @@ _WRITTEN = "written by the callee"
 Out = Annotated[torch.Tensor, _WRITTEN]
 """A tensor argument that the method fills; it is undefined until the future is done.
 
-Over TCP it may lie where a tensor that the method reads lies: a method reads a number before it fills the one that may
-lie there.
+Over TCP it may lie where a tensor that the method reads lies: a method reads what it is given before it fills anything.
 """
 
 
@@ -148,7 +146,7 @@ def signature_of(method: Callable[..., Any]) -> Signature:
         modes.append(True if written else False if hint is torch.Tensor else None)
     field_types = [hints[name] for name, mode in zip(names, modes, strict=True) if mode is None]
     answer = hints.get("return", type(None))
-    if typing.get_origin(answer) in (Future, Promise, Filling):
+    if typing.get_origin(answer) in (Future, Promise):
         answer = typing.get_args(answer)[0]
     outputs = tuple(mode for mode in modes if mode is not None)
     fields = typing.cast(Any, tuple)[tuple(field_types)] if field_types else tuple[()]

@@ -2,33 +2,34 @@
 """One non-blocking socket: frames in, frames out, and tensors straight from and into their own memory.
 
 `receive` takes what has arrived, `flush` sends what fits; the endpoint calls them when the socket is ready. Nothing
-here waits, but for a method that goes on while its answer is sent. Small frames cost one system call each way. Bodies
-go by `recv_into` into memory that the owner names once the header is known, and by `sendmsg` from the tensors.
+here waits. Small frames cost one system call each way. Bodies go into memory that the owner names once the header is
+known, and from the tensors; of large ones to another host every other piece goes by a second stream.
 """
 
 import array
 import itertools
 import os
 import select
+import selectors
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
 
-from distbelief.channel import frames
+from distbelief.channel import codec, frames, links
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
 from distbelief.channel.codec import Part
-from distbelief.channel.frames import Attach, Header, Kind, TensorReference
+from distbelief.channel.frames import Answer, Attach, Call, Header, Kind, TensorReference
 from distbelief.channel.memory import Block
 from distbelief.channel.memory import find as find_block
+from distbelief.channel.second_stream import SecondStream, deal
 from distbelief.channel.secure import SecureLink
 from distbelief.errors import PeerLost, ProtocolError
 
 _CHUNK = 1 << 16
 _DESCRIPTOR_SPACE = socket.CMSG_SPACE(4 * array.array("i").itemsize)
-_LOW_WATER_BYTES = 1 << 19
 _ROUNDS = 64
 """Receives per call of `receive`, so that one fast sender cannot starve the others."""
 
@@ -50,8 +51,12 @@ class Connection:
         """Whether the peer is on this host and can map our memory."""
         self.connecting = False
         """Whether the socket is still connecting: nothing is sent before it has."""
-        self.awaits_room = False
-        """Whether the endpoint's selector watches for room in the socket."""
+        self.watched = 0
+        """What the endpoint's selector watches the socket for."""
+        self.identity = b""
+        """By what both ends know this connection, once the peer is proved."""
+        self.second: SecondStream | None = None
+        """By which every other piece of a large body goes, once there is one."""
         self._side: AcceptingSide | CallingSide | None = side
         """The authentication under way; no frame is read or sent before it is over."""
         self.staging: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
@@ -91,8 +96,15 @@ class Connection:
             self.send(frames.encode(Attach(block.identifier)), [])
         return TensorReference(name, tensor.numel(), block.identifier, offset)
 
-    def send(self, frame: bytes, body: Sequence[Part]) -> None:
-        """Queue one frame and send what fits now. The body's memory must stay untouched until it is answered."""
+    def send(self, frame: bytes, body: Sequence[Part], *, wide: bool = False) -> None:
+        """Queue one frame and send what fits now. The body's memory must stay untouched until it is answered.
+
+        `wide` as its header says.
+        """
+        if wide:
+            assert self.second is not None
+            body, beside = deal(body)
+            self.second.send(beside)
         for part in (memoryview(frame), *body):
             if len(part):
                 self._outbox.append(part)
@@ -104,8 +116,18 @@ class Connection:
         """Whether something waits for room in the socket."""
         return not self.connecting and (bool(self._proofs) or bool(self._outbox and self._side is None))
 
+    @property
+    def reading(self) -> bool:
+        """Whether memory of this process is still being sent."""
+        return self.sending or (self.second is not None and self.second.sending)
+
+    @property
+    def awaited(self) -> int:
+        """What the endpoint's selector is to watch the socket for."""
+        return (0 if self._body_is_beside else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self.sending else 0)
+
     def flush(self) -> None:
-        """Send what fits, and all that a method is filling; frames only to a peer that is proved. Raises PeerLost."""
+        """Send what fits; frames only to a peer that is proved. Raises PeerLost."""
         while self.sending:
             try:
                 if self._proofs:
@@ -113,37 +135,26 @@ class Connection:
                     continue
                 sent = self._send_once()
             except BlockingIOError:
-                first = self._outbox[0] if self._outbox else memoryview(b"")
-                if isinstance(first, memoryview) or not first.grows:
-                    return
-                self._await_room(0.001)  # nothing else may be done before the method is through, which is soon
-                continue
+                return
             except OSError as error:
                 raise PeerLost(f"the peer is gone: {error.strerror or error}") from error
             self._sent_bytes += sent
-            while sent:
-                sent -= _advance(self._outbox, sent)
 
     def _send_once(self) -> int:
         first = self._outbox[0]
-        if not isinstance(first, memoryview):
-            return self.socket.send(first.piece())
-        if not self._descriptors:
-            return self.socket.sendmsg(list(_plain(itertools.islice(self._outbox, 16))))
+        if not self._descriptors or not isinstance(first, memoryview):
+            return links.send_some(self.socket, self._outbox)
         position, block = self._descriptors[0]
         if position > self._sent_bytes:
             # A descriptor must ride on the first byte of its own frame: send only what comes before it.
-            return self.socket.send(first)
-        assert isinstance(self.socket, socket.socket)
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [block.descriptor]))]
-        sent = self.socket.sendmsg([first], ancillary)
-        self._descriptors.popleft()
+            sent = self.socket.send(first)
+        else:
+            assert isinstance(self.socket, socket.socket)
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [block.descriptor]))]
+            sent = self.socket.sendmsg([first], ancillary)
+            self._descriptors.popleft()
+        codec.advance(self._outbox, sent)
         return sent
-
-    def _await_room(self, seconds: float) -> None:
-        watch = select.poll()
-        watch.register(self.socket, select.POLLOUT)
-        watch.poll(1000 * seconds)
 
     @property
     def proved(self) -> bool:
@@ -171,22 +182,29 @@ class Connection:
     def receive(self) -> None:
         """Take what has arrived and deliver whole frames. Raises PeerLost, ProtocolError, AuthenticationError."""
         self._take()
-        # In the midst of a long body, be woken for a good part of it, not for each packet.
-        if self.shares_memory or not isinstance(self.socket, socket.socket):
-            return
-        low_water_bytes = max(1, min(_LOW_WATER_BYTES, sum(map(len, self._body))))
-        if low_water_bytes != self._low_water_bytes:
-            self._low_water_bytes = low_water_bytes
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water_bytes)
+        if not self.shares_memory and isinstance(self.socket, socket.socket):
+            self._low_water_bytes = links.wake_for(self.socket, sum(map(len, self._body)), self._low_water_bytes)
+
+    def go_on(self) -> None:
+        """The second stream has received all that it was to receive, or has broken. Raises as `receive` does."""
+        if self.second is not None and self.second.error is not None:
+            raise PeerLost(f"the peer is gone: {self.second.error}")
+        self._parse()
+        self.receive()
+
+    @property
+    def _body_is_beside(self) -> bool:
+        """Whether all of a frame is here but what the second stream is receiving: no other frame may be begun."""
+        return self._header is not None and not self._body and self.second is not None and self.second.receiving
 
     def _take(self) -> None:
         for count in itertools.count(1):
+            if self._body_is_beside:
+                return
             emptied = False
             try:
                 if self._body:
-                    first = self._body[0]
-                    arrived = self.socket.recv_into(first if isinstance(first, memoryview) else first.piece())
-                    _advance(self._body, arrived)
+                    arrived = links.receive_some(self.socket, self._body)
                 else:
                     arrived = self._receive_chunk()
                     emptied = arrived < _CHUNK
@@ -223,7 +241,7 @@ class Connection:
                 del self._inbox[:wanted]
                 self._proofs += reply
                 if over:
-                    self._side = None
+                    self.identity, self._side = self._side.challenge, None
                 self.flush()
                 continue
             if self._header is None and not self._parse_header():
@@ -234,8 +252,8 @@ class Connection:
                 arrived = self._inbox[: len(space)]
                 space[: len(arrived)] = arrived
                 del self._inbox[: len(arrived)]
-                _advance(self._body, len(arrived))
-            if self._body:
+                codec.advance(self._body, len(arrived))
+            if self._body or self._body_is_beside:
                 return
             header, self._header = self._header, None
             if isinstance(header, Attach):
@@ -254,7 +272,13 @@ class Connection:
         del self._inbox[: prefix_bytes + header_bytes]
         self._header = header
         if kind is not Kind.ATTACH:
-            self._body.extend(part for part in self._destinations(self, header, body_bytes) if len(part))
+            parts = self._destinations(self, header, body_bytes)
+            if isinstance(header, Call | Answer) and header.wide:
+                if self.second is None:
+                    raise ProtocolError("a peer sends by a second stream, and there is none")
+                parts, beside = deal(parts)
+                self.second.receive(beside)
+            self._body.extend(part for part in parts if len(part))
         elif body_bytes or not self.shares_memory:
             raise ProtocolError("a peer that does not share our memory offered a block")
         return True
@@ -300,26 +324,8 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket and descriptors that were never mapped."""
+        if self.second is not None:
+            self.second.close()
         self.socket.close()
         while self._arrived_descriptors:
             os.close(self._arrived_descriptors.popleft())
-
-
-def _plain(parts: Iterable[Part]) -> Iterator[memoryview]:
-    for part in parts:
-        if not isinstance(part, memoryview):
-            return
-        yield part
-
-
-def _advance(parts: deque[Part], count: int) -> int:
-    """So many bytes have travelled; the answer is how many of them were of the first part, which ends when whole."""
-    first = parts[0]
-    count = min(count, len(first))
-    if isinstance(first, memoryview):
-        parts[0] = first = first[count:]
-    else:
-        first.advance(count)
-    if not len(first):
-        parts.popleft()
-    return count

@@ -12,7 +12,6 @@ from distbelief.channel import codec, frames
 from distbelief.channel.base import RAISED_AS_IS, Future, exported_methods, signature_of
 from distbelief.channel.codec import Part
 from distbelief.channel.connection import Connection
-from distbelief.channel.filling import Filling
 from distbelief.channel.frames import Answer, Call, Failure
 from distbelief.channel.futures import BackgroundWork, Kept
 from distbelief.errors import ProtocolError
@@ -21,12 +20,15 @@ FAILURE_CHARACTERS = 1 << 20
 _AS_THEMSELVES = {kind.__name__ for kind in RAISED_AS_IS}
 _encode_value = msgspec.msgpack.Encoder().encode
 
-Send = Callable[[Connection, bytes, Sequence[Part]], None]
+Send = Callable[[Connection, bytes, Sequence[Part], bool], None]
 
 
 @final
 class Desk:
-    """A role, its exported methods, and the answers it still owes; `send` takes a frame and its body."""
+    """A role, its exported methods, and the answers it still owes.
+
+    `send` takes a frame, its body, and whether it is wide.
+    """
 
     def __init__(self, role: object, send: Send) -> None:
         self._send = send
@@ -41,7 +43,7 @@ class Desk:
 
     def destinations(self, connection: Connection, call: Call, body_bytes: int) -> list[Part]:
         """Where the body of a call belongs; nothing when it is shorter than its tensors. Raises ProtocolError."""
-        if connection.sending or any(waiting is connection for waiting, *_ in self._deferred):
+        if connection.reading or any(waiting is connection for waiting, *_ in self._deferred):
             connection.staging = {}  # an earlier call's answer is still being read from the old one
         connection.bound_staging()
         method = self._methods.get(call.method)
@@ -74,20 +76,14 @@ class Desk:
             self.answering = True
             try:
                 value = method(self._role, *arguments)
-                if isinstance(value, Filling):
-                    # Who shares his memory looks at it as soon as he hears.
-                    value.finish() if any(reference.block for reference in call.tensors) else value.advance()
             finally:
                 self.answering = False
             if isinstance(value, BackgroundWork | Kept):
                 self._deferred.append((connection, call, tensors, value))
-            elif not isinstance(value, Filling):
+            else:
                 self._say(connection, call, value, tensors)
         except Exception as error:
             self._fail(connection, call, error)
-            return
-        if isinstance(value, Filling):
-            self._say_while_filling(connection, call, value, tensors)
 
     def answer_deferred(self) -> None:
         """Answer the calls whose work has ended meanwhile."""
@@ -107,36 +103,18 @@ class Desk:
         """A connection has ended: nobody waits for its answers."""
         self._deferred = [item for item in self._deferred if item[0] is not connection]
 
-    def _say_while_filling(
-        self, connection: Connection, call: Call, filling: Filling[Any], tensors: list[torch.Tensor]
-    ) -> None:
-        filled = tensors[signature_of(self._methods[call.method]).outputs.index(True)]
-        self.answering = True
-        try:
-            if filling.filled < len(filled):
-                filling.go_on_beside()
-                self._say(connection, call, filling.value, tensors, filling)
-                filling.finish()
-            else:  # sending waits for who reads slowly while a method is not through, so this one is before
-                filling.finish()
-                self._say(connection, call, filling.value, tensors)
-        finally:
-            self.answering = False
-
-    def _say(
-        self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor],
-        filling: Filling[Any] | None = None,
-    ) -> None:  # fmt: skip
+    def _say(self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor]) -> None:
         outputs = signature_of(self._methods[call.method]).outputs
         body = [
-            codec.outgoing(tensor, reference, filling)
+            codec.outgoing(tensor, reference)
             for tensor, reference, written in zip(tensors, call.tensors, outputs, strict=True)
             if written and not reference.block
         ]
-        self._send(connection, frames.encode(Answer(call.number, _encode_value(value)), sum(map(len, body))), body)
+        answer = Answer(call.number, _encode_value(value), call.wide)
+        self._send(connection, frames.encode(answer, sum(map(len, body))), body, call.wide)
 
     def _fail(self, connection: Connection, call: Call, error: Exception) -> None:
         known = type(error).__name__ in _AS_THEMSELVES
         message = str(error) if known else "".join(traceback.format_exception(error))
         message = message[-FAILURE_CHARACTERS:].encode(errors="replace").decode()
-        self._send(connection, frames.encode(Failure(call.number, type(error).__name__, message)), [])
+        self._send(connection, frames.encode(Failure(call.number, type(error).__name__, message)), [], False)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 import msgspec
 import torch
@@ -26,21 +26,14 @@ from distbelief.channel.codec import Part
 from distbelief.channel.connection import Connection
 from distbelief.channel.desk import Desk
 from distbelief.channel.door import Door
-from distbelief.channel.frames import Answer, Call, Failure, Header
+from distbelief.channel.frames import Answer, Call, Failure, Header, Join
 from distbelief.channel.futures import PendingCall
 from distbelief.channel.place import Address
+from distbelief.channel.second_stream import WIDE_BYTES
 from distbelief.channel.secure import SecureLink
+from distbelief.channel.widening import Widening
 from distbelief.channel.wire import Wire
-from distbelief.errors import (
-    ChannelError,
-    DeadlineExceeded,
-    PeerLost,
-    ProtocolError,
-    RemoteError,
-)
-
-T = TypeVar("T")
-R = TypeVar("R")
+from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost, ProtocolError, RemoteError
 
 LOOK_SECONDS = 0.25
 """How often the connections are looked at that time may end."""
@@ -57,14 +50,9 @@ class Endpoint:
     """
 
     def __init__(
-        self,
-        key: bytes,
-        *,
-        role: object = None,
-        listeners: Sequence[socket.socket] = (),
-        body_limit: int = 1 << 40,
-        wire: Wire | None = None,
-    ) -> None:
+        self, key: bytes, *, role: object = None, listeners: Sequence[socket.socket] = (),
+        body_limit: int = 1 << 40, wire: Wire | None = None,
+    ) -> None:  # fmt: skip
         self._key, self._body_limit, self._wire = key, body_limit, wire or Wire()
         self.permit: Callable[[], None] = lambda: None
         """Asked before anything goes out; it may end this process, whose time is over."""
@@ -80,7 +68,7 @@ class Endpoint:
         self._closed = False
         self._waker, self._wakee = socket.socketpair()
         self._waker.setblocking(False)
-        self.watch(self._wakee, lambda: self._wakee.recv(4096))
+        self.watch(self._wakee, self._hear_news)
         self._door = Door(self._admit, self._drop)
         self._connecting: dict[Connection, tuple[Address, float]] = {}
         """Where to, and until when."""
@@ -90,6 +78,7 @@ class Endpoint:
         """Those that were when they were last looked at."""
         self._look_again = 0.0
         self._errands: list[Callable[[], bool]] = []
+        self._widening = Widening(self.wake)
         self._listeners = tuple(listeners)
         for listener in self._listeners:
             listener.setblocking(False)
@@ -177,9 +166,10 @@ class Endpoint:
         """
         connection = self._adopt(links.dial(address), CallingSide(self._key))
         if not connection.shares_memory:
-            connection.connecting = connection.awaits_room = True
+            connection.connecting = True
             self._connecting[connection] = address, time.monotonic() + self._wire.connect_seconds
-            self._selector.modify(connection.socket, selectors.EVENT_WRITE, connection)
+            self._widening.may_widen(connection, address)
+            self._watch_for(connection, selectors.EVENT_WRITE)
         return connection
 
     def start(self, connection: Connection, pending: PendingCall, fields: bytes) -> None:
@@ -201,8 +191,12 @@ class Endpoint:
             pending.expected = [(tensor, reference) for tensor, reference, written in travelling if written]
             pending.connection = connection
             self._pending[connection, self._number] = pending
-            frame = frames.encode(Call(self._number, signature.name, fields, references), sum(map(len, body)))
-            self._speak(connection, frame, body)
+            wide = sum(frames.body_bytes(reference) for _, reference, _ in travelling) >= WIDE_BYTES
+            if wide and connection.second is None:
+                wide = False
+                self._widen(connection)
+            frame = frames.encode(Call(self._number, signature.name, fields, references, wide), sum(map(len, body)))
+            self._speak(connection, frame, body, wide)
 
     def give_up(self, pending: PendingCall, reason: str) -> None:
         """End a call whose deadline has passed. Its connection is closed: a late answer must not write our memory."""
@@ -243,8 +237,19 @@ class Endpoint:
             self._connections.add(connection)
             if not connection.shares_memory:
                 self._distant.add(connection)
-            self._selector.register(link, selectors.EVENT_READ, connection)
+            self._watch_for(connection, selectors.EVENT_READ)
         return connection
+
+    def _watch_for(self, connection: Connection, wanted: int) -> None:
+        if wanted == connection.watched:
+            return
+        if not connection.watched:
+            self._selector.register(connection.socket, wanted, connection)
+        elif wanted:
+            self._selector.modify(connection.socket, wanted, connection)
+        else:
+            self._selector.unregister(connection.socket)
+        connection.watched = wanted
 
     def _serve(self, connection: Connection, events: int) -> None:
         if connection not in self._connections:
@@ -266,8 +271,7 @@ class Endpoint:
                 raise links.unreachable(address, reason)
             if self._wire.certificate is not None:
                 connection.socket = link = SecureLink(link, self._wire.certificate, accepting=False)
-            connection.awaits_room = False
-            self._selector.modify(link, selectors.EVENT_READ, connection)
+            self._watch_for(connection, selectors.EVENT_READ)
         if isinstance(link, SecureLink) and not link.shake():
             return
         connection.connecting = False
@@ -304,27 +308,46 @@ class Endpoint:
             return
         if connection.connecting or connection not in self._connections:
             return
-        if connection.sending != connection.awaits_room:
-            connection.awaits_room = connection.sending
-            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.awaits_room else 0)
-            self._selector.modify(connection.socket, wanted, connection)
+        self._watch_for(connection, connection.awaited)
 
-    def _speak(self, connection: Connection, frame: bytes, body: Sequence[Part]) -> None:
+    def _speak(self, connection: Connection, frame: bytes, body: Sequence[Part], wide: bool = False) -> None:
         self.permit()
-        self._guarded(connection, lambda: connection.send(frame, body))
+        self._guarded(connection, lambda: connection.send(frame, body, wide=wide))
 
     def _drop(self, connection: Connection, error: ChannelError) -> None:
         if connection not in self._connections:
             return
-        self._connections.discard(connection)
-        self._distant.discard(connection)
-        self._connecting.pop(connection, None)
-        self._door.forget(connection)
-        self._selector.unregister(connection.socket)
+        self._release(connection)
         connection.close()
         self._desk.forget(connection)
         for key in [key for key in self._pending if key[0] is connection]:
             self._pending.pop(key).settle(error=error)
+
+    def _release(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._distant.discard(connection)
+        self._connecting.pop(connection, None)
+        self._widening.forget(connection)
+        self._door.forget(connection)
+        self._watch_for(connection, 0)
+
+    def _widen(self, connection: Connection) -> None:
+        if asked := self._widening.ask(connection, self.connect):
+            second, frame = asked
+            self._speak(second, frame, [])
+
+    def _join(self, second: Connection, join: Join) -> None:
+        first = self._widening.first_of(second, join, self._connections)
+        if not self._widening.asked_for(second):
+            second.send(frames.encode(join), [])
+        self._release(second)
+        self._widening.widen(first, second)
+
+    def _hear_news(self) -> None:
+        self._wakee.recv(4096)
+        for connection in self._widening.news():
+            if connection in self._connections:
+                self._guarded(connection, connection.go_on)
 
     # frames
 
@@ -345,6 +368,9 @@ class Endpoint:
     def _deliver(self, connection: Connection, header: Header) -> None:
         if isinstance(header, Call):
             self._desk.answer(connection, header)
+            return
+        if isinstance(header, Join):
+            self._join(connection, header)
             return
         assert not isinstance(header, frames.Attach)
         pending = self._pending.pop((connection, header.number), None)
@@ -369,5 +395,6 @@ class Endpoint:
             for connection in list(self._connections):
                 self._drop(connection, PeerLost("this side closed the connection"))
             self._selector.close()
+            self._widening.close()
             for own in (self._waker, self._wakee, *self._listeners):
                 own.close()

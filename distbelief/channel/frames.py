@@ -2,8 +2,9 @@
 """Bytes on a socket: a fixed prefix, a typed header, then the tensors that do not lie in shared memory.
 
     prefix  magic "DBf1" | kind u8 | 3 zero bytes | header length u32 | body length u64
-    header  msgpack, at most 16 MiB: Call, Answer, Failure or Attach
-    body    the tensors in the order of the header, each contiguous, little-endian, float32 possibly as bfloat16
+    header  msgpack, at most 16 MiB: Call, Answer, Failure, Attach or Join
+    body    the tensors in the order of the header, each contiguous, little-endian, float32 possibly as bfloat16; of
+            those of a wide frame every other piece, the rest goes by the second stream
 
 Lengths are checked against bounds before anything is allocated.
 """
@@ -28,6 +29,7 @@ class Kind(IntEnum):
     ANSWER = 2
     FAILURE = 3
     ATTACH = 4
+    JOIN = 5
 
 
 class TensorReference(msgspec.Struct, array_like=True, frozen=True):
@@ -48,6 +50,8 @@ class Call(msgspec.Struct, array_like=True, frozen=True):
     method: str
     fields: bytes
     tensors: list[TensorReference] = []
+    wide: bool = False
+    """Whether its body, and that of its answer, uses the second stream."""
 
 
 class Answer(msgspec.Struct, array_like=True, frozen=True):
@@ -55,6 +59,7 @@ class Answer(msgspec.Struct, array_like=True, frozen=True):
 
     number: int
     value: bytes
+    wide: bool = False
 
 
 class Failure(msgspec.Struct, array_like=True, frozen=True):
@@ -71,8 +76,14 @@ class Attach(msgspec.Struct, array_like=True, frozen=True):
     block: int
 
 
-Header = Call | Answer | Failure | Attach
-_types = {Kind.CALL: Call, Kind.ANSWER: Answer, Kind.FAILURE: Failure, Kind.ATTACH: Attach}
+class Join(msgspec.Struct, array_like=True, frozen=True):
+    """The connection on which this comes is to be the second stream of another; its answer is the same."""
+
+    identity: bytes
+
+
+Header = Call | Answer | Failure | Attach | Join
+_types = {Kind.CALL: Call, Kind.ANSWER: Answer, Kind.FAILURE: Failure, Kind.ATTACH: Attach, Kind.JOIN: Join}
 _decoders = {kind: msgspec.msgpack.Decoder(header) for kind, header in _types.items()}
 _kinds = {header: kind for kind, header in _types.items()}
 _encoder = msgspec.msgpack.Encoder()

@@ -2,15 +2,20 @@
 """Sockets before and below frames: beginning to connect, what the kernel is told, and whether the other host lives."""
 
 import errno
+import itertools
 import os
 import socket
 import struct
+from collections import deque
+from collections.abc import Iterator
 
+from distbelief.channel.codec import Part, advance
 from distbelief.channel.place import Address
 from distbelief.channel.secure import SecureLink
 from distbelief.errors import PeerLost
 
 BUFFER_BYTES = 1 << 20
+LOW_WATER_BYTES = 1 << 19
 PROBE_SECONDS = 1
 """How long a TCP connection is quiet before its kernel asks the other one whether it is there."""
 _UNDER_WAY = (0, errno.EINPROGRESS)
@@ -59,6 +64,48 @@ def tune(link: socket.socket) -> None:
         link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_SECONDS)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_SECONDS)
+
+
+_PARTS = 16
+"""How many parts of a body one system call takes at most."""
+
+
+def send_some(link: socket.socket | SecureLink, parts: deque[Part]) -> int:
+    """Send some bytes, of which the first parts are freed; how many. Raises OSError."""
+    first = parts[0]
+    sent = link.sendmsg(list(_plain(parts))) if isinstance(first, memoryview) else link.send(first.piece())
+    advance(parts, sent)
+    return sent
+
+
+def receive_some(link: socket.socket | SecureLink, parts: deque[Part]) -> int:
+    """Receive some bytes into the first parts, which end when whole; how many, none at the end. Raises OSError."""
+    first = parts[0]
+    if isinstance(first, memoryview) and isinstance(link, socket.socket):
+        # One part at a time would leave each call with the rest of one: a third slower over an open link.
+        arrived: int = link.recvmsg_into(list(_plain(parts)))[0]
+    else:
+        arrived = link.recv_into(first if isinstance(first, memoryview) else first.piece())
+    advance(parts, arrived)
+    return arrived
+
+
+def _plain(parts: deque[Part]) -> Iterator[memoryview]:
+    for part in itertools.islice(parts, _PARTS):
+        if not isinstance(part, memoryview):
+            return
+        yield part
+
+
+def wake_for(link: socket.socket, awaited_bytes: int, before: int) -> int:
+    """In the midst of a long body, be woken for a good part of it, not for each packet.
+
+    The answer is for how many bytes, so far `before`.
+    """
+    wanted = max(1, min(LOW_WATER_BYTES, awaited_bytes))
+    if wanted != before:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
+    return wanted
 
 
 def is_silent(link: socket.socket | SecureLink, seconds: float) -> bool:

@@ -24,7 +24,6 @@ import msgspec
 import torch
 
 from distbelief.channel.base import RAISED_AS_IS, Future, Promise, Remote, Signature, exported_methods
-from distbelief.channel.filling import Filling
 from distbelief.engine.base import COORDINATOR, Death, Faults
 from distbelief.engine.listener import LOOPBACK
 from distbelief.engine.pickles import SHARED
@@ -277,9 +276,6 @@ class SimulatedEngine(SimulatedHome):
             value = method(home.role, *call.signature.join(call.fields, flat))
             if isinstance(value, Answer) and not value.done():
                 return value
-            if isinstance(value, Filling):
-                value.finish()
-                value = value.value
             return self._encoded(call.signature, value.result if isinstance(value, Answer) else lambda: value)
 
         self._serving_depth += 1

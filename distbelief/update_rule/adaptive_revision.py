@@ -15,7 +15,7 @@ accumulator c and no eps.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import final
@@ -110,7 +110,7 @@ class BoundAdaptiveRevision:
             self._segments.append(_Segment(where, rate))
         self._z_max = self._z.clone()
 
-    def apply(self, gradient: Tensor, *, reader: int, version: int, base_version: int, examples: int) -> Iterator[int]:
+    def apply(self, gradient: Tensor, *, reader: int, version: int, base_version: int, examples: int) -> None:
         """One push by the formulas above; see BoundRule.apply.
 
         A schedule's factor of this push is used for both rates: past steps are not revised to a new factor. The sum of
@@ -119,7 +119,6 @@ class BoundAdaptiveRevision:
         factor = 1.0 if self._rule.schedule is None else self._rule.schedule(examples)
         present, base = self._gradients, self._sums.at(base_version)
         following = self._sums.successor(version, present)
-        done = 0
         for segment in self._segments:
             vectors = (self._parameters, self._z, self._z_max, gradient, present, following)
             bases = repeat(None) if base is None else segment.chunks(base)
@@ -128,8 +127,6 @@ class BoundAdaptiveRevision:
                 b = None if then is None else torch.sub(now, then, out=self._scratch[0][: len(g)])
                 self._step(w, z, z_max, g, segment.rate * factor, b)
                 torch.add(now, g, out=next_)
-                done += len(w)
-                yield done
         self._gradients = following
         self._sums.pushed(reader, base_version)
 

@@ -3,13 +3,13 @@
 
 job:    rule = adagrad(0.05);  check(rule, groups)            before anything starts
 shard:  bound = rule.bind(parameters, segments, span)         once
-        for stop in bound.apply(gradient, ...): ...           per push, updates `parameters` in place
+        bound.apply(gradient, ...)                            per push, updates `parameters` in place
         bound.fetched(reader, version)                        per fetch of a replica
         bound.vectors(), bound.scalars(); bound.load(...)     checkpoints
 """
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -21,14 +21,11 @@ from distbelief.parameters import Options, Segment, Span
 class BoundRule(Protocol):
     """An update rule that owns the state for one span; called by one shard, one call at a time."""
 
-    def apply(self, gradient: Tensor, *, reader: int, version: int, base_version: int, examples: int) -> Iterator[int]:
-        """Update the parameters in place with one pushed gradient, from the front, while the answer is iterated.
-
-        Each number that it yields says how many parameters are new; their part of `gradient` is not looked at again.
-        The caller goes on to the end, and calls nothing else before.
+    def apply(self, gradient: Tensor, *, reader: int, version: int, base_version: int, examples: int) -> None:
+        """Update the parameters in place with one pushed gradient.
 
         gradient: shape (len(span),), dtype of the parameters. It may be another process's memory, so it is read only,
-            and nothing of it is kept afterwards.
+            and nothing of it is kept after return.
         reader: the replica that pushes.
         version: pushes applied before this one. base_version: the version at which the gradient was computed.
         examples: examples applied by this shard before this push; learning-rate schedules depend on it.

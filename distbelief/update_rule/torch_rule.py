@@ -2,22 +2,18 @@
 """torch.optim in a shard: the default rule is Adagrad, as in the paper (section 4.1), fused.
 
     the shard's span    |------------- segment 0 -------------|---- segment 1 ----|
-    what is optimized   |----- body ----|----- body ----|rest'|----- body ---|rest'|
-    optimizers          |------ 0 ------|--------- 1 ---------|-------- 2 --------|
+    what is optimized   |------------- body ------------|rest'|----- body ---|rest'|
 
-An optimizer sees an nn.Parameter per body, a view of the shard's vector: a step is one pass, in place. A body is a
+The optimizer sees one nn.Parameter per body, a view of the shard's vector: a step is one pass, in place. A body is a
 multiple of 64 elements long and the rest of its segment is stepped in a padded copy of 64, because the fused kernels of
 torch round the last elements, which do not fill a vector register, differently (seen in SGD with momentum and Adam).
 So every element takes the same path wherever the vector is cut, and the number of shards never changes a result.
-
-Each optimizer has at most some 2^21 elements, so that they can be handed out while the next ones are stepped.
 """
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, final
 
 import torch
@@ -30,11 +26,6 @@ from distbelief.update_rule.schedule import Schedule, check_schedule
 
 _BLOCK = 64
 """Elements; a multiple of every vector register and of the unit that the fused kernels deal out to threads."""
-
-_PIECE = 1 << 21
-"""Elements of an optimizer, a multiple of _BLOCK: few enough to begin sending early, so many that torch's 25 us a step
-are two percent of it.
-"""
 
 _FUSED = (torch.optim.Adagrad, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 _FUSED_DTYPES = (torch.float32, torch.float64)
@@ -167,46 +158,37 @@ class TorchRule:
 
 @final
 class BoundTorchRule:
-    """The optimizers and their state for one span; see BoundRule."""
+    """The optimizer and its state for one span; see BoundRule."""
 
     def __init__(self, rule: TorchRule, parameters: Tensor, segments: Sequence[Segment], span: Span) -> None:
         self._rule, self._length = rule, len(parameters)
-        self._kept = trial.run(lambda some: rule.make(some, parameters.dtype, {}), dtype=parameters.dtype)
         self._parts: list[_Part] = []
-        self._optimizers: list[tuple[torch.optim.Optimizer, list[_Part]]] = []
+        groups: list[dict[str, Any]] = []
+        self._kept = trial.run(lambda some: rule.make(some, parameters.dtype, {}), dtype=parameters.dtype)
         for segment in segments:
-            self._parts += _cut(parameters, segment, span, copies_gradient=self._kept.writes_gradient)
-        for parts in _pieces(self._parts):
-            groups = [
-                {"params": [part.parameter for part in alike], **rule.overrides(options)}
-                for options, alike in groupby(parts, lambda part: part.options)
-            ]
-            optimizer = rule.make(groups, parameters.dtype, {})
-            for part in parts:
-                part.optimizer = optimizer
-            self._optimizers.append((optimizer, parts))
-        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer, _ in self._optimizers]
+            parts = _cut(parameters, segment, span, copies_gradient=self._kept.writes_gradient)
+            groups.append({"params": [part.parameter for part in parts], **rule.overrides(segment.options)})
+            self._parts += parts
+        self._optimizer = rule.make(groups, parameters.dtype, {})
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._factor = 1.0
         self._homes: dict[str, Tensor] = {}
-        self._keeps_state_from_birth = bool(self._parts[0].state)
+        self._keeps_state_from_birth = bool(self._optimizer.state)
 
-    def apply(self, gradient: Tensor, *, reader: int, version: int, base_version: int, examples: int) -> Iterator[int]:
-        """One step of each optimizer; see BoundRule.apply."""
+    def apply(self, gradient: Tensor, *, reader: int, version: int, base_version: int, examples: int) -> None:
+        """One step of the optimizer; see BoundRule.apply."""
         factor = 1.0 if self._rule.schedule is None else self._rule.schedule(examples)
         if self._rule.damping:
             factor /= (1.0 + max(0, version - base_version)) ** self._rule.damping
         if factor != self._factor:
             self._factor = factor
-            for (optimizer, _), rates in zip(self._optimizers, self._rates, strict=True):
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * factor
-        for optimizer, parts in self._optimizers:
-            for part in parts:
-                part.take(gradient)
-            optimizer.step()
-            for part in parts:
-                part.give_back()
-            yield parts[-1].where.stop
+            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * factor
+        for part in self._parts:
+            part.take(gradient)
+        self._optimizer.step()
+        for part in self._parts:
+            part.give_back()
 
     def fetched(self, reader: int, version: int) -> None:
         """Nothing to remember: the step does not depend on what was fetched."""
@@ -218,7 +200,7 @@ class BoundTorchRule:
         """The optimizer's state under torch's names; empty before the first push where torch creates it then."""
         for name, dtype in self._kept.vectors().items():
             for part in self._parts:
-                value = part.state.get(name)
+                value = self._optimizer.state.get(part.parameter, {}).get(name)
                 if value is None:
                     continue
                 if name not in self._homes:
@@ -228,14 +210,18 @@ class BoundTorchRule:
                     home.copy_(value[: len(home)])
                 elif value.data_ptr() != home.data_ptr():
                     home.copy_(value)
-                    part.state[name] = home
+                    self._optimizer.state[part.parameter][name] = home
         return dict(self._homes)
 
     def scalars(self) -> dict[str, float]:
         """The optimizer's numbers under torch's names; those of a group get its options added where groups differ."""
         result: dict[str, float] = {}
         for name in self._kept.numbers():
-            values = {part.group: float(part.state[name]) for part in self._parts if name in part.state}
+            values = {
+                part.group: float(self._optimizer.state[part.parameter][name])
+                for part in self._parts
+                if name in self._optimizer.state.get(part.parameter, {})
+            }
             if values:
                 result[name] = next(iter(values.values()))
             if len(set(values.values())) > 1:
@@ -253,10 +239,10 @@ class BoundTorchRule:
             )
         self._homes = {name: vector.to(expected[name], copy=True) for name, vector in vectors.items()}
         for part in self._parts:
-            part.optimizer.state.pop(part.parameter, None)
+            self._optimizer.state.pop(part.parameter, None)  # not emptied: some ask `parameter in self.state`
             if fresh:
                 continue
-            state = part.optimizer.state[part.parameter]
+            state = self._optimizer.state[part.parameter]
             for name, home in self._homes.items():
                 state[name] = part.own(home)
             for name, example in numbers.items():
@@ -268,25 +254,14 @@ class BoundTorchRule:
 class _Part:
     """What one nn.Parameter of the optimizer stands for: a body (a view) or a rest (a padded copy) of a segment."""
 
-    optimizer: torch.optim.Optimizer
-
-    def __init__(
-        self, parameters: Tensor, where: slice, options: Options, *, padded: bool, copies_gradient: bool
-    ) -> None:  # fmt: skip
-        self.where, self.options, self.padded = where, options, padded
-        self.group = f"[{', '.join(f'{name}={value}' for name, value in options)}]" if options else ""
+    def __init__(self, parameters: Tensor, where: slice, group: str, *, padded: bool, copies_gradient: bool) -> None:
+        self.where, self.group, self.padded = where, group, padded
         self._copies_gradient = copies_gradient
         self._values = parameters[where]
         self.parameter = nn.Parameter(self.own(parameters))
         self._copy = self.parameter.detach()[: len(self._values)]
         self._gradient = torch.zeros_like(self.parameter.detach()) if padded else self._values
         self._gradient_copy = self._gradient[: len(self._values)]
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What the optimizer keeps for it; nothing is made of asking, since some ask `parameter in self.state`."""
-        state: dict[str, Any] = self.optimizer.state.get(self.parameter, {})
-        return state
 
     def own(self, flat: Tensor) -> Tensor:
         """This part of a vector of the span: a view of it, or a copy padded with zeros."""
@@ -313,21 +288,10 @@ class _Part:
 def _cut(parameters: Tensor, segment: Segment, span: Span, *, copies_gradient: bool) -> list[_Part]:
     where = segment.span.within(span)
     middle = where.stop - len(segment.span) % _BLOCK
-    bodies = [slice(start, min(start + _PIECE, middle)) for start in range(where.start, middle, _PIECE)]
-    rests = [slice(middle, where.stop)] if middle < where.stop else []
+    group = f"[{', '.join(f'{name}={value}' for name, value in segment.options)}]" if segment.options else ""
+    cuts = [(slice(where.start, middle), False), (slice(middle, where.stop), True)]
     return [
-        _Part(parameters, part, segment.options, padded=padded, copies_gradient=copies_gradient)
-        for cuts, padded in ((bodies, False), (rests, True))
-        for part in cuts
+        _Part(parameters, part, group, padded=padded, copies_gradient=copies_gradient)
+        for part, padded in cuts
+        if part.stop > part.start
     ]
-
-
-def _pieces(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
-    """The parts in order, in runs of about _PIECE elements: a full body with the rest behind it at most."""
-    piece: list[_Part] = []
-    for part in parts:
-        if piece and part.where.stop - piece[0].where.start > _PIECE + _BLOCK:
-            yield piece
-            piece = []
-        piece.append(part)
-    yield piece
