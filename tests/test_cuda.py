@@ -59,6 +59,13 @@ def test_two_replicas_of_one_accelerator_learn(algorithm: db.Downpour, tmp_path:
     assert (result.test["accuracy"] or 0) > 0.85
 
 
+@pytest.mark.parametrize("rule", [db.adam(0.01), db.adamw(0.01), db.optimizer(torch.optim.RMSprop, lr=0.01)])
+def test_rules_that_ask_whether_cuda_records_a_graph_run_beside_an_accelerator(rule: Any, tmp_path: Path) -> None:
+    algorithm = db.Downpour(update_rule=rule, fetch="awaited")
+    on_both = [trained(tmp_path, device, algorithm=algorithm) for device in ("cuda", "cpu")]
+    assert distance(*(result.model for result in on_both)) < 1e-6  # small gradients make steps of full size
+
+
 def test_sandblaster_takes_the_steps_of_the_cpu_on_the_accelerator(tmp_path: Path) -> None:
     algorithm = db.Sandblaster(max_iterations=15, l2=1e-3, deterministic=True)
     fields: dict[str, Any] = {"model": functools.partial(problems.classifier), "algorithm": algorithm, "test": None}

@@ -155,6 +155,17 @@ def test_adagrad_and_sgd_equal_the_plain_loop_on_any_length(name: str, length: i
     assert torch.equal(shards.values, plain(make, start, pushed))
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_no_rule_asks_for_an_accelerator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It steps on the CPU; a context made where roles are forked from would keep them from using theirs."""
+    for asked in ("current_accelerator", "is_available"):
+        monkeypatch.setattr(torch.accelerator, asked, lambda **_: pytest.fail("asked for an accelerator"))
+    rule = RULES[name][0]
+    rules.check(rule)
+    shards = Shards(rule, torch.ones(200), 2)
+    shards.push(torch.ones(200))
+
+
 @pytest.mark.parametrize("name", [*RULES, "adaptive revision"])
 def test_the_cut_never_changes_the_result(name: str) -> None:
     rule = RULES[name][0] if name in RULES else rules.adaptive_revision(0.1)
