@@ -19,6 +19,8 @@ class Evaluations:
         self._current: int | None = None
         self._newest: int | None = None
         """Examples at the last one that is finished."""
+        self._last: int | None = None
+        """Examples at which training ended."""
         self._slowest_seconds = 0.0
 
     def begin(self, examples: int) -> None:
@@ -35,7 +37,8 @@ class Evaluations:
         self, at: int, loss: float | None, metrics: dict[str, float], seconds: float, examples: int
     ) -> events.Evaluated:
         """What was measured of the parameters `at` so many examples, when by now there are `examples`."""
-        self._current, self._newest = None, at
+        self._current = None if self._last == at else self._last
+        self._newest = at
         self._slowest_seconds = max(self._slowest_seconds, seconds)
         self._due = max(self._due, examples) + self._every - examples % self._every
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -44,8 +47,10 @@ class Evaluations:
 
     def begin_last(self, examples: int) -> float:
         """Training is over: evaluate what it led to, unless that is done. Returns seconds to wait for it at most."""
-        if self._wanted and self._current is None and self._newest != examples:
-            self._current = examples
+        if self._wanted and self._newest != examples:
+            self._last = examples  # behind one that is under way, which may have read what was there before
+            if self._current is None:
+                self._current = examples
         return max(LAST_SECONDS, 20 * self._slowest_seconds)
 
     @property

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +293,27 @@ def test_two_hundred_replicas_train_on_the_simulated_engine(tmp_path: Path) -> N
     summary = trained(job, tmp_path, listeners=[heard.append], costs=db.Costs(example_seconds=0.02)).summary
     assert summary.examples.seen == 12800
     assert max(one.event.replicas_alive for one in heard if isinstance(one.event, Progress)) == 200
+
+
+def slow_accuracy(output: torch.Tensor, target: torch.Tensor) -> float:
+    time.sleep(0.7)
+    return problems.accuracy(output, target)
+
+
+@pytest.mark.slow
+def test_what_is_measured_last_is_the_result_though_an_earlier_evaluation_was_still_under_way(tmp_path: Path) -> None:
+    measured: list[int] = []
+
+    def listen(observation: Observation) -> None:
+        if isinstance(observation.event, Evaluated):
+            measured.append(observation.event.examples)
+
+    cluster = db.Cluster(replicas=1, shards=1, threads_per_replica=1)
+    job = problems.job(cluster=cluster, metrics={"accuracy": slow_accuracy}, epochs=4, evaluate_every=320)
+    result = trained(job, tmp_path, listeners=[listen])
+    inputs, targets = problems.points(200, 1).tensors
+    with torch.no_grad():
+        expected = problems.accuracy(result.model(inputs), targets)
+    assert measured[-1] == result.summary.examples.seen == 2560
+    assert len(measured) > 1
+    assert result.test["accuracy"] == pytest.approx(expected)

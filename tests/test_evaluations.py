@@ -39,6 +39,18 @@ def test_the_end_is_evaluated_once() -> None:
     assert evaluations.next(80) == (None, True)
 
 
+def test_the_end_is_evaluated_also_behind_one_that_was_still_under_way() -> None:
+    evaluations = Evaluations(100, wanted=True)
+    assert evaluations.next(100) == (100, False)
+    evaluations.begin_last(180)
+    assert evaluations.next(180) == (100, False)
+    finish(evaluations, 100, 180)
+    assert evaluations.under_way
+    assert evaluations.next(180) == (180, False)
+    finish(evaluations, 180, 180)
+    assert not evaluations.under_way
+
+
 def test_the_last_one_is_waited_for_twenty_times_as_long_as_the_slowest() -> None:
     evaluations = Evaluations(100, wanted=True)
     assert evaluations.begin_last(1) == 600.0
