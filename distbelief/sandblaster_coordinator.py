@@ -187,6 +187,8 @@ class SandblasterCoordinator(Coordinator):
         self.stopping = True
         self._offer()
         self.wind_down()
+        while not self._at_one_point():
+            self.tick()
         self._unsaved.update(self.solver.state.history.pairs)
         self._write_down(durable=True)
         self._finish_writing()
@@ -319,25 +321,30 @@ class SandblasterCoordinator(Coordinator):
         self._finish_writing()
         while not self.stopping:
             self.tick()
-            if self.restoring or not all(
-                section.ready for shard in self.wait(self.status()) for section in shard.sections
-            ):
-                continue
-            behind = [one for one in self._restored if not self._stands(one)]
-            self._restored = []
-            if not behind:
+            if self._at_one_point():
                 break
-            # The step was not written down everywhere: all go back to the one before.
-            folder, manifest = self.writer.newest()
-            search = manifest.search if self.is_own(manifest) else None
-            self.solver = Solver(self.solver.options, None if search is None else search.solver)
-            self._moved = 0 if search is None else search.version
-            self._unsaved = set(self.solver.state.history.pairs)
-            try:
-                self.wait(self.restore(folder, manifest))
-            except (PeerLost, DeadlineExceeded):
-                self._restored.append(manifest)
         return self.solver.begin()
+
+    def _at_one_point(self) -> bool:
+        """Whether every shard is at the present point. All go back if the step there was not written down everywhere."""
+        if self.restoring or not all(
+            section.ready for shard in self.wait(self.status()) for section in shard.sections
+        ):  # fmt: skip
+            return False
+        behind = [one for one in self._restored if not self._stands(one)]
+        self._restored = []
+        if not behind:
+            return True
+        folder, manifest = self.writer.newest()
+        search = manifest.search if self.is_own(manifest) else None
+        self.solver = Solver(self.solver.options, None if search is None else search.solver)
+        self._moved = 0 if search is None else search.version
+        self._unsaved = set(self.solver.state.history.pairs)
+        try:
+            self.wait(self.restore(folder, manifest))
+        except (PeerLost, DeadlineExceeded):
+            self._restored.append(manifest)
+        return False
 
     def _stands(self, manifest: Manifest) -> bool:
         """Whether the checkpoint is of the present point."""

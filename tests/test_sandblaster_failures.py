@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import distbelief as db
 from distbelief.checkpoint import complete
 from distbelief.events import Evaluated, EvaluationLost, Iterated, JobFinished, Observation, RoleLost
+from distbelief.lbfgs import Step
+from distbelief.sandblaster_coordinator import SandblasterCoordinator
 from tests import problems
 from tests.killer import Killer, nth
 from tests.test_sandblaster import job, of_kind, points, trained
@@ -51,6 +53,30 @@ def test_a_death_costs_at_most_the_evaluation_under_way_and_changes_no_step(
     assert path_of(heard) == undisturbed(tmp_path)
     (finished,) = of_kind(heard, JobFinished)
     assert finished.round_trips <= finished.evaluations + len(of_kind(heard, EvaluationLost))
+
+
+@pytest.mark.parametrize("role", ["shard/0", "shard/1"])
+def test_a_shard_that_dies_while_an_interrupted_job_ends_is_not_written_a_step_behind_the_others(
+    role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, died = SandblasterCoordinator._step, []
+
+    def step_and_die(coordinator: SandblasterCoordinator, ordered: Step) -> None:
+        step(coordinator, ordered)
+        if coordinator.solver.iteration == 5 and ordered.commit and not died:
+            died.append(role)
+            coordinator.interrupted = "Ctrl-C"
+            coordinator.engine._die(role)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(SandblasterCoordinator, "_step", step_and_die)
+    made = job(tmp_path / "run", algorithm={"max_iterations": LIMIT, "deterministic": True})
+    _, before = trained(made)
+    assert of_kind(before, JobFinished)[0].reason == "Ctrl-C"
+    assert of_kind(before, RoleLost)[0].role == role
+    _, after = trained(made, resume=tmp_path / "run")
+    torch.testing.assert_close(
+        torch.tensor(path_of([*before, *after])), torch.tensor(undisturbed(tmp_path)), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_without_deaths_there_is_one_round_trip_per_evaluation(tmp_path: Path) -> None:
