@@ -326,7 +326,7 @@ class SandblasterCoordinator(Coordinator):
         return self.solver.begin()
 
     def _at_one_point(self) -> bool:
-        """Whether every shard is at the present point. All go back if the step there was not written down everywhere."""
+        """Whether every shard is at the present point. If not every one wrote the step there, all go back."""
         if self.restoring or not all(
             section.ready for shard in self.wait(self.status()) for section in shard.sections
         ):  # fmt: skip
