@@ -266,6 +266,17 @@ def test_a_second_stream_of_nothing_is_ended_and_nobody_else_is(town: Town, iden
     assert connection_of(peer) is connection
 
 
+def test_a_connection_that_has_a_second_stream_is_none_itself(town: Town) -> None:
+    address = town.serve(Clerk())
+    one, other = town.peer(address), town.peer(address)
+    wide, target = widened(town, one), widened(town, other)
+    wide.send(frames.encode(Join(target.identity)), [])
+    town.until(lambda: town.endpoints[0].refused == {door.MALFORMED: 1})
+    future, values, out = call(other, 5 * WIDE)
+    town.answer(future)
+    assert torch.equal(out, 2 * values)
+
+
 def test_the_thread_of_second_streams_ends_with_the_last_of_them(town: Town) -> None:
     address = town.serve(Clerk())
     peers = [town.peer(address) for _ in range(2)]

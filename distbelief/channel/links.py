@@ -2,7 +2,6 @@
 """Sockets before and below frames: beginning to connect, what the kernel is told, and whether the other host lives."""
 
 import errno
-import itertools
 import os
 import socket
 import struct
@@ -91,7 +90,8 @@ def receive_some(link: socket.socket | SecureLink, parts: deque[Part]) -> int:
 
 
 def _plain(parts: deque[Part]) -> Iterator[memoryview]:
-    for part in itertools.islice(parts, _PARTS):
+    for index in range(min(_PARTS, len(parts))):  # by index: another thread may append meanwhile
+        part = parts[index]
         if not isinstance(part, memoryview):
             return
         yield part

@@ -17,7 +17,7 @@ from distbelief.channel.connection import Connection
 from distbelief.channel.frames import Join
 from distbelief.channel.place import Address
 from distbelief.channel.second_stream import StreamThread
-from distbelief.errors import PeerLost
+from distbelief.errors import PeerLost, ProtocolError
 
 
 @final
@@ -46,14 +46,19 @@ class Widening:
             return None
         try:
             second = connect(self._addresses.pop(connection))
-        except PeerLost:
+        except (PeerLost, OSError):
             return None
         self._seconds[second] = connection
         self._addresses.pop(second)
         return second, frames.encode(Join(connection.identity))
 
     def first_of(self, second: Connection, join: Join, connections: Collection[Connection]) -> Connection:
-        """Whose second stream one of the `connections` is to be. Raises PeerLost when that has ended."""
+        """Whose second stream one of the `connections` is to be.
+
+        Raises PeerLost when that has ended, ProtocolError when it cannot be one.
+        """
+        if second.shares_memory or second.second is not None:
+            raise ProtocolError("a peer offered a connection as a second stream that cannot be one")
         known = [self._seconds[second]] if second in self._seconds else connections
         for first in known:
             alive = first in connections and first is not second and first.proved and first.second is None
