@@ -263,7 +263,7 @@ def in_one_process() -> float:
                 match command:
                     case Step():
                         version += 1
-                        section.step(version, command)
+                        section.step(version, solver.evaluations, command)
                         slots = () if command.slot is None else (command.slot,)
                         section.write(Path(folder) / "shard.safetensors", slots, durable=False)()
                     case Evaluate():

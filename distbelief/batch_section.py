@@ -161,12 +161,17 @@ class BatchSection:
         shared = extent.before, extent.after
         return self._basis.seal(trial.t, extent.examples, trial.pairs, shared, whole=trial.whole)
 
-    def step(self, version: int, step: Step) -> None:
-        """Carry out step number `version`, once."""
+    def step(self, version: int, evaluation: int, step: Step) -> None:
+        """Carry out step number `version`, once. Raises NotReady for one that moves to the trial of an `evaluation`
+        that is not here: a shard that was given a checkpoint meanwhile has forgotten it.
+        """
         self._check_ready()
-        if version > self._state.version:
-            self._basis.step(step)
-            self._state.version = version
+        if version <= self._state.version:
+            return
+        if step.commit and evaluation != self._evaluation:
+            raise NotReady(f"shard {self.span.start}..{self.span.stop} has not the trial of evaluation {evaluation}")
+        self._basis.step(step)
+        self._state.version = version
 
     def gram(self, pairs: Sequence[int]) -> list[list[float]]:
         """The inner products of [s.., y.., p], measured anew."""

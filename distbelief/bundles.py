@@ -59,6 +59,11 @@ class Batch(msgspec.Struct, frozen=True):
     after: frozenset[int] = frozenset()
     """Positions of those that the next one will have, too."""
 
+    def place(self, bundle: int) -> tuple[int, bool, bool]:
+        """The position of the bundle of this index, and whether the batches before and after this one have it, too."""
+        position = self.bundles.index(bundle)
+        return position, position in self.before, position in self.after
+
 
 @dataclass(frozen=True)
 class Batches:

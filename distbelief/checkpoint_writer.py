@@ -58,9 +58,10 @@ class CheckpointWriter:
         self._spare: AnyPath | None = None
 
     def begin(
-        self, note: Callable[[], tuple[dict[str, Any], int]], slots: Sequence[int] = (), *, durable: bool = True
-    ) -> Writing | None:
-        """Have the shards write; None when there is no place for it. `slots` and `durable` as in their `snapshot`.
+        self, note: Callable[[], tuple[dict[str, Any], int]], slots: Sequence[int] = (), *, durable: bool = True,
+        version: int = 0,
+    ) -> Writing | None:  # fmt: skip
+        """Have the shards write; None when there is no place for it. The rest is as in their `snapshot`.
 
         `note` tells the work done and its examples, right before the shards are asked.
         """
@@ -73,8 +74,9 @@ class CheckpointWriter:
             return None
         self.folder, self._spare = folder, None
         work, examples = note()
+        what = tuple(slots), durable, version
         answers = [
-            shard.call(ParameterServerShard.snapshot, str(folder / f"shard-{index}"), tuple(slots), durable)
+            shard.call(ParameterServerShard.snapshot, str(folder / f"shard-{index}"), *what)
             for index, shard in enumerate(self._shards)
         ]
         return Writing(folder, All(self._engine, cast(Any, answers)), work, examples, started, durable)

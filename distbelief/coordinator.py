@@ -191,8 +191,9 @@ class Coordinator(ABC):
         self._errands = [errand for errand in self._errands if not errand()]
         if self.failure is not None:
             raise self.failure
-        if self.interrupted:
+        if self.interrupted and not self.stopping:
             self.stopping = True
+            self.emit(events.JobStopping(reason=self.interrupted))
         self.progress(PROGRESS_SECONDS)
         if until is None:
             self.engine.sleep(TICK_SECONDS)
@@ -222,8 +223,6 @@ class Coordinator(ABC):
     @final
     def wind_down(self) -> None:
         """Let replicas push what they hold and leave, and evaluate once more."""
-        if self.interrupted:
-            self.emit(events.JobStopping(reason=self.interrupted))
         self.stopping = True
         until = self.engine.now() + max(LEAVE_SECONDS, *(PATIENCE * record.slowest_seconds for record in self.replicas))
         while not all(record.left for record in self.replicas):
@@ -233,8 +232,8 @@ class Coordinator(ABC):
                     if not record.left:
                         self.incarnations.end(self.settings.leaders[index], record.incarnation, "did not leave in time")
                 until = math.inf
-        until = self.engine.now() + self._evaluations.begin_last(self.examples)
-        while self._evaluations.under_way and self.engine.now() < until:
+        self._evaluations.begin_last(self.examples)
+        while self._evaluations.awaited(self.engine.now()):
             self.tick()
         self._evaluations.end()
         self.counters.update(self.wait(self.status()))
@@ -387,9 +386,11 @@ class Coordinator(ABC):
         return True
 
     @final
-    def begin_checkpoint(self, slots: Sequence[int] = (), *, durable: bool = True) -> Writing | None:
-        """Have the shards write; None when there is no place for it. `slots` and `durable` as in their `snapshot`."""
-        return self.writer.begin(lambda: (self.work(), self.examples), slots, durable=durable)
+    def begin_checkpoint(
+        self, slots: Sequence[int] = (), *, durable: bool = True, version: int = 0
+    ) -> Writing | None:  # fmt: skip
+        """Have the shards write; None when there is no place for it. Arguments as in their `snapshot`."""
+        return self.writer.begin(lambda: (self.work(), self.examples), slots, durable=durable, version=version)
 
     @final
     def complete_checkpoint(self, writing: Writing, kept: Sequence[tuple[AnyPath, ShardFile]] = ()) -> Manifest | None:

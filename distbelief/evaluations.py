@@ -6,7 +6,7 @@ import math
 from distbelief import events
 
 LAST_SECONDS = 600.0
-"""The last evaluation is given up when it takes longer than this and than twenty times the slowest before it."""
+"""An evaluation at the end is given up when it takes longer than this and than twenty times the slowest before it."""
 
 
 class Evaluations:
@@ -22,6 +22,8 @@ class Evaluations:
         self._last: int | None = None
         """Examples at which training ended."""
         self._slowest_seconds = 0.0
+        self._until: float | None = None
+        """When the one under way is given up, once training is over."""
 
     def begin(self, examples: int) -> None:
         """The job goes on from so many examples."""
@@ -38,25 +40,27 @@ class Evaluations:
     ) -> events.Evaluated:
         """What was measured of the parameters `at` so many examples, when by now there are `examples`."""
         self._current = None if self._last == at else self._last
-        self._newest = at
+        self._newest, self._until = at, None
         self._slowest_seconds = max(self._slowest_seconds, seconds)
         self._due = max(self._due, examples) + self._every - examples % self._every
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         loss = loss if loss is not None and math.isfinite(loss) else None
         return events.Evaluated(examples=at, loss=loss, metrics=finite, evaluation_seconds=seconds)
 
-    def begin_last(self, examples: int) -> float:
-        """Training is over: evaluate what it led to, unless that is done. Returns seconds to wait for it at most."""
+    def begin_last(self, examples: int) -> None:
+        """Training is over: evaluate what it led to, unless that is done."""
         if self._wanted and self._newest != examples:
             self._last = examples  # behind one that is under way, which may have read what was there before
             if self._current is None:
                 self._current = examples
-        return max(LAST_SECONDS, 20 * self._slowest_seconds)
 
-    @property
-    def under_way(self) -> bool:
-        """Whether one has been asked for that is not finished."""
-        return self._current is not None
+    def awaited(self, now: float) -> bool:
+        """Whether one has been asked for that is not finished, and training has not been over for too long."""
+        if self._current is None:
+            return False
+        if self._until is None:
+            self._until = now + max(LAST_SECONDS, 20 * self._slowest_seconds)
+        return now < self._until
 
     def end(self) -> None:
         """The evaluator may leave."""

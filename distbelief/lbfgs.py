@@ -205,10 +205,12 @@ class Solver:
         return self.state.largest_gradient if self.state.last else math.nan
 
     def begin(self) -> list[Command]:
-        """What to do first; after a restore or the loss of a section: form the direction again, then what was asked."""
-        last = self.state.last
-        again = [] if last is None else [msgspec.structs.replace(last, commit=False, slot=None)]
-        return [*again, self.state.asked]
+        """What to do first, and after a restore or a loss: form the direction again, then what was asked.
+
+        Before the first point is accepted the direction is zero.
+        """
+        last = self.state.last or Step(False, 0.0, None, (), (0.0,))
+        return [msgspec.structs.replace(last, commit=False, slot=None), self.state.asked]
 
     def tell(self, loss: float, sealed: Sealed, shared: tuple[float, float] | None = None) -> list[Command]:
         """What an evaluation gave: the mean loss over all examples, penalties not included, and the merged answer.

@@ -32,7 +32,7 @@ from distbelief.batch_section import BatchSection, Extent, Keeping, Mark
 from distbelief.channel.base import Future, Out, exported, rounded
 from distbelief.engine.base import Home
 from distbelief.engine.insistent import All, Insistent
-from distbelief.errors import ProtocolError
+from distbelief.errors import NotReady, ProtocolError
 from distbelief.files import path_of
 from distbelief.lbfgs import Evaluate, Sealed, Step
 from distbelief.parameters import Layout, Span
@@ -102,12 +102,16 @@ class ParameterServerShard:
         return ShardStatus(sections, self._home.incarnation, dict(self._home.strangers))
 
     @exported
-    def snapshot(self, path: str, slots: tuple[int, ...], durable: bool) -> Future[list[ShardFile]]:
+    def snapshot(
+        self, path: str, slots: tuple[int, ...], durable: bool, version: int
+    ) -> Future[list[ShardFile]]:  # fmt: skip
         """Write every section to files beginning with `path`; checksums, and the disk, are waited for beside the shard.
 
         Of Sandblaster's history the pairs in `slots` are written. Fails with OSError's text when the disk is full.
-        Raises NotReady.
+        Raises NotReady, also where a section has not come to `version`.
         """
+        if any(section.status().version < version for section in self._sections.values()):
+            raise NotReady(f"shard {self._span.start}..{self._span.stop} has not come to step {version}")
         seals = [
             section.write(
                 path_of(f"{path}-{partition}.safetensors" if self._cut else f"{path}.safetensors"), slots, durable
@@ -181,10 +185,10 @@ class ParameterServerShard:
         return [section.seal(evaluation, trial, extent) for section in self._batch_sections()]
 
     @exported
-    def step(self, version: int, step: Step) -> None:
-        """Carry out step number `version`, once. Raises NotReady."""
+    def step(self, version: int, evaluation: int, step: Step) -> None:
+        """Carry out step number `version`, once, perhaps to the trial of this evaluation. Raises NotReady."""
         for section in self._batch_sections():
-            section.step(version, step)
+            section.step(version, evaluation, step)
 
     @exported
     def gram(self, pairs: tuple[int, ...]) -> list[list[list[float]]]:

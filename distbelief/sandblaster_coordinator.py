@@ -7,12 +7,14 @@
     Stop(reason)   ->    leave
 
 Each step that moves is written down by the shards while the next evaluation is under way, so the death of a shard costs
-at most that evaluation: the shard comes back at the same point, and the trial is computed again.
+at most that evaluation: the shard comes back at the same point, and the trial is computed again. Steps are numbered, so
+one that did not reach a shard shows: then all go back to the point that was written down before it.
 """
 
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, final
 
 import msgspec
@@ -26,12 +28,13 @@ from distbelief.checkpoint import Manifest, Search
 from distbelief.checkpoint_writer import Writing
 from distbelief.coordinator import Coordinator
 from distbelief.engine.base import Engine
-from distbelief.engine.insistent import All
+from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import DeadlineExceeded, NotReady, PeerLost, TrainingFailed
 from distbelief.files import AnyPath
 from distbelief.lbfgs import Command, Evaluate, Gram, Sealed, Solver, Step, Stop, add, merge
 from distbelief.parameter_server import ParameterServerShard
 from distbelief.roster import Settings
+from distbelief.section import SectionStatus
 from distbelief.shard_file import ShardFile
 from distbelief.tasks import Done, Task, Work
 
@@ -40,7 +43,7 @@ IDLE_SECONDS = 1.0
 
 
 class Setback(Exception):
-    """A shard was lost: what the shards have of the evaluation is not complete."""
+    """A shard or a step was lost: what the shards have of the evaluation is not complete."""
 
 
 @final
@@ -68,6 +71,7 @@ class SandblasterCoordinator(Coordinator):
         self._version = self._moved = 0
         """The number of the last step, and of the last one that moved the point."""
         self._stepping: All[None] | None = None
+        """The last step, until every shard has carried it out."""
         self._writing_down: Writing | None = None
         self._unsaved: set[int] = set()
         """Slots of the history that no checkpoint holds as they are."""
@@ -75,7 +79,6 @@ class SandblasterCoordinator(Coordinator):
         """Slot -> where the newest checkpoint has its pairs."""
         self._passing: list[tuple[AnyPath, Manifest]] = []
         """Checkpoints that are not durable, oldest first; the newest of them is kept."""
-        self._restored: list[Manifest] = []
         self._computed = 0
         """Examples whose gradients were added up, over all evaluations."""
         self._rate = (engine.now(), 0)
@@ -141,8 +144,7 @@ class SandblasterCoordinator(Coordinator):
         self.replace_replica(index)
 
     def shard_restored(self, index: int, manifest: Manifest) -> None:
-        """It is back at this checkpoint, but what it had of the evaluation is lost."""
-        self._restored.append(manifest)
+        """What it had of the evaluation is lost; at which point it is, its version tells."""
 
     def tell_progress(self, now: float, alive: int) -> None:
         """Emit how far the evaluation is."""
@@ -164,8 +166,8 @@ class SandblasterCoordinator(Coordinator):
 
     def run(self) -> str:
         """Carry out what the solver says until it stops."""
-        self.counters.update(self.wait(self.status()))
-        self._version = self._moved = self.counters.pushes
+        versions = [section.version for section in self._sections()]
+        self._moved, self._version = min(versions), max(versions)
         self._unsaved = set(self.solver.state.history.pairs)
         commands = self.solver.resume()
         while not self.stopping:
@@ -179,21 +181,33 @@ class SandblasterCoordinator(Coordinator):
                     case Gram(pairs):
                         commands = self.solver.told_gram(add(self._ask(ParameterServerShard.gram, pairs)))
                     case Stop():
-                        break
+                        self._gather()
+                        if isinstance(self.solver.state.asked, Stop):
+                            break
+                        commands = self.solver.begin()
             except Setback as setback:
-                commands = self._recover(setback)
+                if not self.stopping:
+                    self.emit(events.EvaluationLost(evaluation=self.solver.evaluations + 1, reason=str(setback)))
+                    self._gather()
+                commands = self.solver.begin()
+        self._end()
+        self.progress(0.0)
         stopped = self.solver.state.asked
-        self._finish_writing()
-        self.stopping = True
-        self._offer()
-        self.wind_down()
-        while not self._at_one_point():
-            self.tick()
+        return self.interrupted or (stopped.reason if isinstance(stopped, Stop) else "stopped")
+
+    def _end(self) -> None:
+        """Keep the point, so that whoever dies from here on comes back at it, and let replicas go."""
+        self._gather()
         self._unsaved.update(self.solver.state.history.pairs)
         self._write_down(durable=True)
         self._finish_writing()
-        self.progress(0.0)
-        return self.interrupted or (stopped.reason if isinstance(stopped, Stop) else "stopped")
+        again, _ = self.solver.begin()
+        assert isinstance(again, Step)
+        self._step(again)  # replicas may be waiting for a step that a shard has forgotten
+        self.stopping = True
+        self._offer()
+        self.wind_down()
+        self._gather()
 
     def _evaluate(self, trial: Evaluate) -> list[Command]:
         """Have loss and gradient at the trial computed, once per bundle, and ask what the next direction needs."""
@@ -219,10 +233,8 @@ class SandblasterCoordinator(Coordinator):
         extent = Extent(len(batch.bundles), portions.examples, *map(portions.examples_at, (batch.before, batch.after)))
         sealed: list[Sealed] = self._ask(ParameterServerShard.seal, self._number, trial, extent)
         self._computed += extent.examples
-        before = self.solver.iteration
-        shared = None
-        if batch.after:
-            # The first batch has none before it, and nothing is compared with it.
+        before, shared = self.solver.iteration, None
+        if batch.after:  # the first batch has none before it, and nothing is compared with it
             shared = portions.mean_loss(batch.before or batch.after), portions.mean_loss(batch.after)
         commands = self.solver.tell(portions.mean_loss(), merge(sealed), shared)
         if self.solver.iteration > before:
@@ -232,9 +244,8 @@ class SandblasterCoordinator(Coordinator):
     def _step(self, step: Step) -> None:
         """Order a step; replicas that come sooner than it wait at the shards."""
         self._version += 1
-        self._stepping = All(
-            self.engine, [shard.call(ParameterServerShard.step, self._version, step) for shard in self.shards]
-        )
+        calls = [shard.call(ParameterServerShard.step, self._version, self._number, step) for shard in self.shards]
+        self._stepping = All(self.engine, calls)
         if step.commit:
             self._moved = self._version
             self._unsaved |= set() if step.slot is None else {step.slot}
@@ -247,18 +258,30 @@ class SandblasterCoordinator(Coordinator):
         try:
             while not answers.done():
                 self._watch(answers)
+            self._check_step()
             return [section for sections in answers.result() for section in sections]
         except (PeerLost, DeadlineExceeded, NotReady) as error:
             raise Setback(str(error)) from error
 
     def _watch(self, until: Any) -> None:
-        """A tick of waiting for an evaluation. Raises Setback when a shard is lost meanwhile."""
+        """A tick of waiting for an evaluation. Raises Setback when a shard, or the last step, is lost meanwhile."""
         self.tick(until)
         if self.stopping:
             raise Setback("the job is to stop")
         if self.restoring:
             raise Setback(f"shard {min(self.restoring)} was lost")
+        self._check_step()
         self._offer()
+
+    def _check_step(self) -> None:
+        """Raises Setback when a shard may not have carried out the last step."""
+        if self._stepping is None or not self._stepping.done():
+            return
+        stepping, self._stepping = self._stepping, None
+        try:
+            stepping.result()
+        except (PeerLost, DeadlineExceeded, NotReady) as error:
+            raise Setback(f"a step was lost: {error}") from error
 
     def _offer(self) -> None:
         """Answer replicas that wait, as far as there is anything to say."""
@@ -268,23 +291,19 @@ class SandblasterCoordinator(Coordinator):
             if self.stopping or isinstance(self.solver.state.asked, Stop):
                 task = Task(over=True)
             elif self._task is not None and (bundle := self.portions.next(replica, now)) is not None:
-                task = msgspec.structs.replace(self._task, bundle=bundle, mark=self._mark(bundle))
+                mark = Mark(self._number, *self.portions.batch.place(bundle.index))
+                task = msgspec.structs.replace(self._task, bundle=bundle, mark=mark)
             elif now - since > IDLE_SECONDS:
                 task = Task()
             if task is not None:
                 del self._waiting[replica]
                 promise.keep(task)
 
-    def _mark(self, bundle: Bundle) -> Mark:
-        batch = self.portions.batch
-        position = batch.bundles.index(bundle.index)
-        return Mark(self._number, position, position in batch.before, position in batch.after)
-
     # what survives a shard
 
     def _write_down(self, *, durable: bool) -> None:
         """Have the shards write the point, and the pairs that no checkpoint has yet."""
-        self._writing_down = self.begin_checkpoint(sorted(self._unsaved), durable=durable)
+        self._writing_down = self.begin_checkpoint(sorted(self._unsaved), durable=durable, version=self._moved)
 
     def _finish_writing(self) -> None:
         """Make a checkpoint of what the shards have written since the last step."""
@@ -313,44 +332,33 @@ class SandblasterCoordinator(Coordinator):
             if writing.durable:
                 self.writer.keep_newest()
 
-    def _recover(self, setback: Setback) -> list[Command]:
-        """Wait until every shard is back; go on from the point where they are, in the middle of the search if it is."""
-        if self.stopping:
-            return []
-        self.emit(events.EvaluationLost(evaluation=self.solver.evaluations + 1, reason=str(setback)))
+    def _gather(self) -> None:
+        """Wait until all shards are at the present point; if one has not made the step there, all go back before it."""
+        self._stepping = None
         self._finish_writing()
-        while not self.stopping:
+        while not self._at_one_point():
             self.tick()
-            if self._at_one_point():
-                break
-        return self.solver.begin()
 
     def _at_one_point(self) -> bool:
-        """Whether every shard is at the present point. If not every one wrote the step there, all go back."""
-        if self.restoring or not all(
-            section.ready for shard in self.wait(self.status()) for section in shard.sections
-        ):  # fmt: skip
+        """Whether all shards are at the present point now."""
+        sections = self._sections()
+        if self.restoring or not all(section.ready for section in sections):
             return False
-        behind = [one for one in self._restored if not self._stands(one)]
-        self._restored = []
-        if not behind:
+        if all(section.version >= self._moved for section in sections):
             return True
         folder, manifest = self.writer.newest()
         search = manifest.search if self.is_own(manifest) else None
         self.solver = Solver(self.solver.options, None if search is None else search.solver)
         self._moved = 0 if search is None else search.version
         self._unsaved = set(self.solver.state.history.pairs)
-        try:
-            self.wait(self.restore(folder, manifest))
-        except (PeerLost, DeadlineExceeded):
-            self._restored.append(manifest)
+        self.wait(Insistent(self.engine, partial(self.restore, folder, manifest)))
         return False
 
-    def _stands(self, manifest: Manifest) -> bool:
-        """Whether the checkpoint is of the present point."""
-        if not self.is_own(manifest):
-            return self.solver.state.last is None
-        return manifest.search is not None and manifest.search.version == self._moved
+    def _sections(self) -> list[SectionStatus]:
+        """What the shards say of their sections."""
+        statuses = self.wait(self.status())
+        self.counters.update(statuses)
+        return [section for status in statuses for section in status.sections]
 
     def _tell_iteration(self, t: float) -> None:
         solver = self.solver

@@ -18,12 +18,14 @@ from distbelief.channel import door, frames, second_stream
 from distbelief.channel.authenticate import CallingSide
 from distbelief.channel.base import Future, Out, exported, rounded
 from distbelief.channel.connection import Connection
+from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.frames import Call, Join, TensorReference
+from distbelief.channel.futures import Kept
 from distbelief.channel.peer import Peer
 from distbelief.channel.second_stream import SecondStream
 from distbelief.channel.secure import new_certificate
 from distbelief.channel.wire import Wire
-from distbelief.errors import DeadlineExceeded, PeerLost
+from distbelief.errors import DeadlineExceeded, PeerLost, ProtocolError
 
 WIDE, PIECE = 1 << 12, 1 << 10
 FOREVER = 1 << 60
@@ -34,6 +36,7 @@ class Clerk:
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
+        self.endpoint: Endpoint
 
     @exported
     @rounded
@@ -45,6 +48,10 @@ class Clerk:
     @exported
     def who(self) -> str:
         return "clerk"
+
+    @exported
+    def never(self) -> Future[int]:
+        return Kept(self.endpoint)
 
 
 @pytest.fixture(autouse=True)
@@ -264,6 +271,42 @@ def test_a_second_stream_of_nothing_is_ended_and_nobody_else_is(town: Town, iden
     town.answer(future)
     assert torch.equal(out, 2 * values)
     assert connection_of(peer) is connection
+
+
+def test_who_says_more_on_a_connection_that_is_to_be_a_second_stream_is_refused(town: Town) -> None:
+    address = town.serve(Clerk())
+    connection = widened(town, town.peer(address))
+    other = town.peer(address)
+    town.answer(other.call(Clerk.who))
+    identity = connection_of(other).identity
+    before = set(town.endpoints[0]._connections)
+    who = frames.encode(Call(1, "who", b"\x90"))
+    for refused, behind in enumerate([who, who[:7], b"\0"], 1):
+        with prove(town, address) as link:
+            link.sendall(frames.encode(Join(identity)) + behind)
+            town.until(lambda refused=refused: town.endpoints[0].refused == {door.MALFORMED: refused})  # type: ignore[misc]
+        assert town.endpoints[0]._connections == before
+    assert town.answer(other.call(Clerk.who)) == "clerk"
+    assert connection_of(other).second is None
+    assert connection.second is not None
+
+
+def test_a_role_that_offers_a_connection_on_which_it_owes_an_answer_loses_only_that(town: Town) -> None:
+    clerk = Clerk()
+    address = town.serve(clerk)
+    clerk.endpoint = town.endpoints[0]
+    owing, other = town.peer(address), town.peer(address)
+    town.answer(owing.call(Clerk.who))
+    widened(town, other)
+    future = owing.call(Clerk.never)
+    (served,) = [one for one in town.endpoints[0]._connections if one.identity == connection_of(owing).identity]
+    town.work(5)
+    served.send(frames.encode(Join(connection_of(other).identity)), [])
+    with pytest.raises(ProtocolError, match="owes answers"):
+        town.answer(future)
+    again, values, out = call(other, 5 * WIDE)
+    town.answer(again)
+    assert torch.equal(out, 2 * values)
 
 
 def test_a_connection_that_has_a_second_stream_is_none_itself(town: Town) -> None:

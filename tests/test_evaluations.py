@@ -30,11 +30,11 @@ def test_a_job_that_goes_on_evaluates_as_many_examples_later() -> None:
 def test_the_end_is_evaluated_once() -> None:
     evaluations = Evaluations(100, wanted=True)
     evaluations.begin_last(80)
-    assert evaluations.under_way
+    assert evaluations.awaited(0.0)
     assert evaluations.next(80) == (80, False)
     finish(evaluations, 80, 80)
     evaluations.begin_last(80)
-    assert not evaluations.under_way, "it has been evaluated there"
+    assert not evaluations.awaited(0.0), "it has been evaluated there"
     evaluations.end()
     assert evaluations.next(80) == (None, True)
 
@@ -45,23 +45,39 @@ def test_the_end_is_evaluated_also_behind_one_that_was_still_under_way() -> None
     evaluations.begin_last(180)
     assert evaluations.next(180) == (100, False)
     finish(evaluations, 100, 180)
-    assert evaluations.under_way
+    assert evaluations.awaited(0.0)
     assert evaluations.next(180) == (180, False)
     finish(evaluations, 180, 180)
-    assert not evaluations.under_way
+    assert not evaluations.awaited(0.0)
 
 
 def test_the_last_one_is_waited_for_twenty_times_as_long_as_the_slowest() -> None:
+    for slowest, limit in [(0.0, 600.0), (45.0, 900.0)]:
+        evaluations = Evaluations(100, wanted=True)
+        if slowest:
+            evaluations.finished(1, None, {}, slowest, 1)
+        evaluations.begin_last(5)
+        assert evaluations.awaited(7.0)
+        assert evaluations.awaited(7.0 + limit - 0.1)
+        assert not evaluations.awaited(7.0 + limit)
+
+
+def test_one_that_was_still_under_way_takes_nothing_from_the_time_of_the_last() -> None:
     evaluations = Evaluations(100, wanted=True)
-    assert evaluations.begin_last(1) == 600.0
-    evaluations.finished(1, None, {}, 45.0, 1)
-    assert evaluations.begin_last(1) == 900.0
+    evaluations.next(100)
+    evaluations.begin_last(180)
+    assert evaluations.awaited(0.0)
+    assert evaluations.awaited(599.0)
+    finish(evaluations, 100, 180)
+    assert evaluations.awaited(599.5)
+    assert evaluations.awaited(1199.0)
+    assert not evaluations.awaited(1199.5)
 
 
 def test_without_an_evaluator_nothing_is_awaited() -> None:
     evaluations = Evaluations(100, wanted=False)
     evaluations.begin_last(500)
-    assert not evaluations.under_way
+    assert not evaluations.awaited(0.0)
     assert evaluations.next(0) == (None, True)
 
 

@@ -254,7 +254,7 @@ def test_float32_reaches_the_floor_of_its_gradient_and_no_search_fails(function:
     # Judged in float64, to which the gradient of the last point adds its own rounding.
     assert one_bundle(function)(run.point.double(), 0)[1].abs().max().item() <= 2 * FLOOR
     assert run.solver.evaluations <= 1.5 * double.solver.evaluations
-    assert all(step.commit for step in run.steps), "no history was dropped"
+    assert all(step.commit for step in run.steps[1:]), "no history was dropped"
 
 
 # bad input

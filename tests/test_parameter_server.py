@@ -118,7 +118,7 @@ class Servers:
         return ParameterServer(self.home, self.spans, Span(0, LENGTH), replica).push(stamps, gradient).result()
 
     def snapshot(self, folder: Path) -> list[ShardFile]:
-        written = [shard.snapshot(str(folder / f"shard-{i}"), (), True) for i, shard in enumerate(self.shards)]
+        written = [shard.snapshot(str(folder / f"shard-{i}"), (), True, 0) for i, shard in enumerate(self.shards)]
         return [file for answer in written for file in answer.result()]
 
     def restore(self, folder: Path, files: list[ShardFile]) -> None:
@@ -277,7 +277,7 @@ def test_a_shard_without_parameters_answers_that_it_is_not_ready(tmp_path: Path)
     shard = servers.shards[0]
     calls: list[Callable[[], Any]] = [
         servers.read, lambda: servers.push(0, 1, [0], gradient(0)), lambda: shard.fence(0, 0),
-        lambda: shard.snapshot(str(tmp_path / "shard"), (), True),
+        lambda: shard.snapshot(str(tmp_path / "shard"), (), True, 0),
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(NotReady, match=r"shard 0\.\.331 waits for its parameters"):

@@ -4,25 +4,32 @@
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import distbelief as db
+from distbelief.channel.base import Future, Remote, Signature
 from distbelief.checkpoint import complete
+from distbelief.engine.virtual import Answer
+from distbelief.errors import PeerLost
 from distbelief.events import Evaluated, EvaluationLost, Iterated, JobFinished, Observation, RoleLost
 from distbelief.lbfgs import Step
+from distbelief.parameter_server import ParameterServerShard
 from distbelief.sandblaster_coordinator import SandblasterCoordinator
 from tests import problems
 from tests.killer import Killer, nth
-from tests.test_sandblaster import job, of_kind, points, trained
+from tests.test_sandblaster import gradient_at_the_end, job, of_kind, points, trained
 
 LIMIT = 12
+Disturb = Callable[[SandblasterCoordinator], None]
 
 
 def path_of(heard: list[Observation]) -> list[tuple[float, float]]:
@@ -59,16 +66,11 @@ def test_a_death_costs_at_most_the_evaluation_under_way_and_changes_no_step(
 def test_a_shard_that_dies_while_an_interrupted_job_ends_is_not_written_a_step_behind_the_others(
     role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, died = SandblasterCoordinator._step, []
+    def die(coordinator: SandblasterCoordinator) -> None:
+        coordinator.interrupted = "Ctrl-C"
+        coordinator.engine._die(role)  # type: ignore[attr-defined]
 
-    def step_and_die(coordinator: SandblasterCoordinator, ordered: Step) -> None:
-        step(coordinator, ordered)
-        if coordinator.solver.iteration == 5 and ordered.commit and not died:
-            died.append(role)
-            coordinator.interrupted = "Ctrl-C"
-            coordinator.engine._die(role)  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(SandblasterCoordinator, "_step", step_and_die)
+    at_step(5, monkeypatch, after=die)
     made = job(tmp_path / "run", algorithm={"max_iterations": LIMIT, "deterministic": True})
     _, before = trained(made)
     assert of_kind(before, JobFinished)[0].reason == "Ctrl-C"
@@ -77,6 +79,108 @@ def test_a_shard_that_dies_while_an_interrupted_job_ends_is_not_written_a_step_b
     torch.testing.assert_close(
         torch.tensor(path_of([*before, *after])), torch.tensor(undisturbed(tmp_path)), rtol=1e-9, atol=1e-12
     )
+
+
+def at_step(
+    iteration: int, monkeypatch: pytest.MonkeyPatch, before: Disturb = lambda _: None, after: Disturb = lambda _: None
+) -> None:
+    """Around the order of the step that ends this iteration, when it is first given."""
+    order, disturbed = SandblasterCoordinator._step, []
+
+    def step(coordinator: SandblasterCoordinator, ordered: Step) -> None:
+        this = ordered.commit and coordinator.solver.iteration == iteration and not disturbed
+        if this:
+            disturbed.append(iteration)
+            before(coordinator)
+        order(coordinator, ordered)
+        if this:
+            after(coordinator)
+
+    monkeypatch.setattr(SandblasterCoordinator, "_step", step)
+
+
+class Cut(Remote[ParameterServerShard]):
+    """A shard whose connection breaks at these calls, before or after they have come there; it lives on."""
+
+    def __init__(self, shard: Remote[ParameterServerShard], engine: Any, lost: tuple[str, ...], arrives: bool) -> None:
+        self.shard, self.engine, self.lost, self.arrives = shard, engine, lost, arrives
+
+    def start(self, signature: Signature, fields: bytes, tensors: list[Tensor]) -> Future[Any]:
+        if signature.name not in self.lost:
+            return self.shard.start(signature, fields, tensors)
+        if self.arrives:
+            self.shard.start(signature, fields, tensors)
+        answer = Answer(self.engine, math.inf, signature.name)
+        answer.settle(error=PeerLost("the connection broke"))
+        return answer
+
+
+def cut_at_step(
+    iteration: int, shard: int, lost: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, *, arrives: bool = False,
+    interrupt: bool = False,
+) -> None:  # fmt: skip
+    def cut(coordinator: SandblasterCoordinator) -> None:
+        coordinator.shards[shard] = Cut(coordinator.shards[shard], coordinator.engine, lost, arrives)
+        if interrupt:
+            coordinator.interrupted = "Ctrl-C"
+
+    def heal(coordinator: SandblasterCoordinator) -> None:
+        coordinator.shards[shard] = cast(Cut, coordinator.shards[shard]).shard
+
+    at_step(iteration, monkeypatch, cut, heal)
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+@pytest.mark.parametrize("lost", [("step",), ("step", "snapshot"), ("snapshot",)], ids="-".join)
+@pytest.mark.parametrize("arrives", [False, True])
+@pytest.mark.parametrize("iteration", [0, 5, LIMIT])
+def test_a_step_that_a_cut_connection_swallows_costs_an_evaluation_at_most_and_changes_no_step(
+    shard: int, lost: tuple[str, ...], arrives: bool, iteration: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = undisturbed(tmp_path)
+    cut_at_step(iteration, shard, lost, monkeypatch, arrives=arrives)
+    result, heard = trained(job(tmp_path / "run", algorithm={"max_iterations": LIMIT, "deterministic": True}))
+    assert not of_kind(heard, RoleLost)
+    assert len(of_kind(heard, EvaluationLost)) <= 1
+    assert path_of(heard) == expected
+    assert heard[-1].seconds < 10.0, "nobody waits for a step that never comes"
+    parameters, _ = gradient_at_the_end(tmp_path / "run")
+    assert torch.equal(nn.utils.parameters_to_vector(result.model.parameters()), parameters)
+    assert torch.equal(parameters, gradient_at_the_end(tmp_path / "undisturbed")[0])
+
+
+@pytest.mark.parametrize("lost", [("step",), ("step", "snapshot")], ids="-".join)
+def test_a_step_swallowed_while_an_interrupted_job_ends_is_not_written_down_as_made(
+    lost: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = undisturbed(tmp_path)
+    cut_at_step(5, 1, lost, monkeypatch, interrupt=True)
+    made = job(tmp_path / "run", algorithm={"max_iterations": LIMIT, "deterministic": True})
+    _, before = trained(made)
+    assert of_kind(before, JobFinished)[0].reason == "Ctrl-C"
+    assert before[-1].seconds < 10.0
+    _, after = trained(made, resume=tmp_path / "run")
+    torch.testing.assert_close(torch.tensor(path_of([*before, *after])), torch.tensor(expected), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("role", ["shard/0", "shard/1"])
+def test_a_shard_that_dies_while_replicas_leave_comes_back_at_the_last_point(
+    role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed(tmp_path)
+    wind_down = SandblasterCoordinator.wind_down
+
+    def die(coordinator: SandblasterCoordinator) -> None:
+        coordinator.engine._die(role)  # type: ignore[attr-defined]
+        wind_down(coordinator)
+
+    monkeypatch.setattr(SandblasterCoordinator, "wind_down", die)
+    result, heard = trained(job(tmp_path / "run", algorithm={"max_iterations": LIMIT, "deterministic": True}))
+    assert [lost.role for lost in of_kind(heard, RoleLost)] == [role]
+    assert of_kind(heard, JobFinished)[0].reason == f"the limit of {LIMIT} iterations was reached"
+    parameters, _ = gradient_at_the_end(tmp_path / "run")
+    assert torch.equal(parameters, gradient_at_the_end(tmp_path / "undisturbed")[0])
+    assert torch.equal(nn.utils.parameters_to_vector(result.model.parameters()), parameters)
 
 
 def test_without_deaths_there_is_one_round_trip_per_evaluation(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ class Connection:
         """By what both ends know this connection, once the peer is proved."""
         self.second: SecondStream | None = None
         """By which every other piece of a large body goes, once there is one."""
+        self._given_away = False
+        """Whether another one has the socket now, as its second stream."""
         self._side: AcceptingSide | CallingSide | None = side
         """The authentication under way; no frame is read or sent before it is over."""
         self.staging: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
@@ -166,6 +168,13 @@ class Connection:
         """Whether a caller has begun to prove himself and has not done so."""
         return isinstance(self._side, AcceptingSide) and bool(self._inbox)
 
+    def give_away(self) -> socket.socket | SecureLink:
+        """The socket, for another connection; nothing is read from it here any more. Raises ProtocolError."""
+        if self._inbox or self._outbox:
+            raise ProtocolError("a peer offered a connection as a second stream on which more is said")
+        self._given_away = True
+        return self.socket
+
     @property
     def closed(self) -> bool:
         """Whether it has ended."""
@@ -182,7 +191,7 @@ class Connection:
     def receive(self) -> None:
         """Take what has arrived and deliver whole frames. Raises PeerLost, ProtocolError, AuthenticationError."""
         self._take()
-        if not self.shares_memory and isinstance(self.socket, socket.socket):
+        if not (self.shares_memory or self._given_away or self.closed) and isinstance(self.socket, socket.socket):
             self._low_water_bytes = links.wake_for(self.socket, sum(map(len, self._body)), self._low_water_bytes)
 
     def go_on(self) -> None:
@@ -215,6 +224,8 @@ class Connection:
             if arrived == 0:
                 raise PeerLost("the peer is gone: it closed the connection")
             self._parse()
+            if self._given_away or self.closed:
+                return
             if isinstance(self.socket, SecureLink) and self.socket.pending:
                 continue  # no selector would tell of it
             if count >= _ROUNDS or (emptied and not self._body):

@@ -203,9 +203,10 @@ class Endpoint:
         with self.lock:
             if pending.settled:
                 return  # the answer came while this was on its way
-            pending.settle(error=DeadlineExceeded(reason))
+            self._pending = {key: other for key, other in self._pending.items() if other is not pending}
             if pending.connection in self._connections:
                 self._drop(pending.connection, PeerLost("the connection was closed after a missed deadline"))
+            pending.settle(error=DeadlineExceeded(reason))
 
     def end(self, connection: Connection, reason: str) -> None:
         """End a connection; calls that wait on it are lost."""
@@ -306,9 +307,8 @@ class Endpoint:
             self._door.count(connection, error)
             self._drop(connection, error)
             return
-        if connection.connecting or connection not in self._connections:
-            return
-        self._watch_for(connection, connection.awaited)
+        if connection in self._connections and not connection.connecting:
+            self._watch_for(connection, connection.awaited)
 
     def _speak(self, connection: Connection, frame: bytes, body: Sequence[Part], wide: bool = False) -> None:
         self.permit()
@@ -319,7 +319,6 @@ class Endpoint:
             return
         self._release(connection)
         connection.close()
-        self._desk.forget(connection)
         for key in [key for key in self._pending if key[0] is connection]:
             self._pending.pop(key).settle(error=error)
 
@@ -329,19 +328,21 @@ class Endpoint:
         self._connecting.pop(connection, None)
         self._widening.forget(connection)
         self._door.forget(connection)
+        self._desk.forget(connection)
         self._watch_for(connection, 0)
 
     def _widen(self, connection: Connection) -> None:
         if asked := self._widening.ask(connection, self.connect):
-            second, frame = asked
-            self._speak(second, frame, [])
+            self._speak(*asked, [])
 
     def _join(self, second: Connection, join: Join) -> None:
+        if any(connection is second for connection, _ in self._pending):
+            raise ProtocolError("a peer offered a connection as a second stream on which it owes answers")
         first = self._widening.first_of(second, join, self._connections)
         if not self._widening.asked_for(second):
             second.send(frames.encode(join), [])
+        self._widening.widen(first, second.give_away())
         self._release(second)
-        self._widening.widen(first, second)
 
     def _hear_news(self) -> None:
         self._wakee.recv(4096)
@@ -360,8 +361,7 @@ class Endpoint:
             pending = self._pending.get((connection, header.number))
             if pending is not None and body_bytes:
                 parts = [codec.incoming(tensor, reference) for tensor, reference in pending.expected]
-        if sum(map(len, parts)) != body_bytes:
-            named = sum(map(len, parts))
+        if (named := sum(map(len, parts))) != body_bytes:
             raise ProtocolError(f"a frame carries {body_bytes} bytes of tensors, its header says {named}")
         return parts
 

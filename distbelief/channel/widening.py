@@ -8,6 +8,7 @@ The identity is the challenge of the first one's proof: both of its ends know it
 """
 
 import functools
+import socket
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from typing import final
@@ -17,6 +18,7 @@ from distbelief.channel.connection import Connection
 from distbelief.channel.frames import Join
 from distbelief.channel.place import Address
 from distbelief.channel.second_stream import StreamThread
+from distbelief.channel.secure import SecureLink
 from distbelief.errors import PeerLost, ProtocolError
 
 
@@ -70,9 +72,9 @@ class Widening:
         """Whether it is this side that asked for it."""
         return second in self._seconds
 
-    def widen(self, first: Connection, second: Connection) -> None:
-        """From now on `first` has the socket of `second`."""
-        first.second = self._thread.serve(second.socket, functools.partial(self._tell, first))
+    def widen(self, first: Connection, link: socket.socket | SecureLink) -> None:
+        """From now on `first` has a second stream, by this socket."""
+        first.second = self._thread.serve(link, functools.partial(self._tell, first))
 
     def _tell(self, connection: Connection) -> None:
         self._news.append(connection)
