@@ -66,8 +66,8 @@ class Coordinator(ABC):
         self._asked: All[ShardStatus] | None = None
         self._asked_at = self._progress_at = now
         self._errands: list[Callable[[], bool]] = []
-        self.restoring: set[int] = set()
-        """Shards that are being given a checkpoint; until they have it, none is begun and none is removed."""
+        self.restoring: list[int] = []
+        """Shards that are being given a checkpoint, one entry a death; until then none is begun and none is removed."""
         self.failure: DistbeliefError | None = None
         """What ends the job at the next tick."""
         self._evaluations = Evaluations(settings.evaluate_examples, wanted=bool(settings.evaluator))
@@ -160,8 +160,7 @@ class Coordinator(ABC):
         self._evaluations.begin(self.examples)
         self.incarnations.start_all()
         if restore is not None:
-            folder, manifest = restore
-            self.wait(self.restore(folder, manifest))
+            self.wait(self.restore(*restore))
             return
         failed = 0
         while not self.begun:
@@ -289,7 +288,7 @@ class Coordinator(ABC):
         if not self.begun:
             return  # the first replica gives it the initial parameters
         shard = self.shards[index]
-        self.restoring.add(index)
+        self.restoring.append(index)
         damaged: list[events.CheckpointRejected] = []
 
         def reject(folder: AnyPath, reason: str) -> None:
@@ -302,17 +301,18 @@ class Coordinator(ABC):
             folder, manifest = str(newest[0]), newest[1]
 
             def restore() -> Future[list[int]]:
-                own = self.is_own(manifest)
-                replaced = self.incarnations.replaced(self.settings.leaders)
-                return shard.call(ParameterServerShard.restore, folder, manifest.shards, replaced, own)
+                given = manifest.shards, self.incarnations.replaced(self.settings.leaders), self.is_own(manifest)
+                return shard.call(ParameterServerShard.restore, folder, *given)
 
             def restored(versions: list[int]) -> None:
-                self.restoring.discard(index)
+                self.restoring.remove(index)
+                if index in self.restoring:
+                    return  # it has died again meanwhile, and is given a checkpoint once more
                 self.counters.restored(index, versions)
                 self.emit(events.ShardRestored(shard=index, version=max(versions)))
                 self.shard_restored(index, manifest)
 
-            # A shard that has its parameters does not take them again, so asking twice undoes nothing.
+            # Asking twice undoes nothing: Downpour's sections keep what they have, Sandblaster awaits the last answer.
             self.later(Insistent(self.engine, restore), restored)
 
         self.later(self.engine.background(partial(checkpoint.newest, self.settings.run, reject)), found)

@@ -20,6 +20,7 @@ from distbelief.model_partition import CutModel, cut_model
 from distbelief.model_replica import Objective, Step, build, scalar
 from distbelief.parameters import Groups, Layout
 from distbelief.partition.footprint import check_memory, footprints
+from distbelief.partition.pipeline import preload
 from distbelief.partition.stages import StagePlan
 from distbelief.portions import Stages
 from distbelief.repeatable import check_batch, check_repeatable
@@ -159,6 +160,8 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
         if job.cluster.memory_bytes is not None:
             check_memory(footprints(cut.plan, len(sample[0]), cut.layout.dtype), job.cluster.memory_bytes)
         _check_algorithm(job, cut.module, cut.layout, isinstance(cut.plan, StagePlan))
+        if isinstance(cut.plan, StagePlan):
+            preload()
         buffers = lay_out_buffers(cut.module, cut.held_buffers)
         return Prepared(job, data, test, cut), Facts(cut.layout, buffers, len(data), test_examples)
     module, layout = build(job.model, job.seed, job.grouping)

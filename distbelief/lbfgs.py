@@ -209,8 +209,12 @@ class Solver:
 
         Before the first point is accepted the direction is zero.
         """
+        return [self.again(), self.state.asked]
+
+    def again(self) -> Step:
+        """The step that forms the present direction again, and moves nothing."""
         last = self.state.last or Step(False, 0.0, None, (), (0.0,))
-        return [msgspec.structs.replace(last, commit=False, slot=None), self.state.asked]
+        return msgspec.structs.replace(last, commit=False, slot=None)
 
     def tell(self, loss: float, sealed: Sealed, shared: tuple[float, float] | None = None) -> list[Command]:
         """What an evaluation gave: the mean loss over all examples, penalties not included, and the merged answer.

@@ -19,7 +19,7 @@ Sandblaster (section 4.2) keeps other vectors there, and the coordinator orders 
       trial(version, t, x[k ∩ m])      ->     x + t d
       contribute(evaluation, bundle, g)->     once per (evaluation, bundle): sum += g
                                               inner products of all vectors             <-      seal(evaluation, trial)
-                                              x += t d;  keep the pair;  next d          <-     step(version, step)
+                                              x += t d;  keep the pair;  next d         <-      step(version, ..., step)
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -7,8 +7,8 @@
     Stop(reason)   ->    leave
 
 Each step that moves is written down by the shards while the next evaluation is under way, so the death of a shard costs
-at most that evaluation: the shard comes back at the same point, and the trial is computed again. Steps are numbered, so
-one that did not reach a shard shows: then all go back to the point that was written down before it.
+at most that evaluation: the shard comes back at the same point, and the trial is computed again. A step that did not
+reach a shard shows by its number: then all go back to the point that was written down before it.
 """
 
 import copy
@@ -72,6 +72,8 @@ class SandblasterCoordinator(Coordinator):
         """The number of the last step, and of the last one that moved the point."""
         self._stepping: All[None] | None = None
         """The last step, until every shard has carried it out."""
+        self._set_back: set[int] = set()
+        """Shards that were restored since all were last known to be at one point."""
         self._writing_down: Writing | None = None
         self._unsaved: set[int] = set()
         """Slots of the history that no checkpoint holds as they are."""
@@ -103,11 +105,10 @@ class SandblasterCoordinator(Coordinator):
             return
         if not math.isfinite(done.loss_sum):
             self._spoilt = self.portions.bundles[done.bundle]
-            self._moment.keep(None)
         else:
             self.portions.finish(replica, done.bundle, done.loss_sum, self.engine.now())
-            if self.portions.complete:
-                self._moment.keep(None)
+        if self._spoilt is not None or self.portions.complete:
+            self._moment.keep(None)
         self._offer()
 
     @exported
@@ -145,6 +146,7 @@ class SandblasterCoordinator(Coordinator):
 
     def shard_restored(self, index: int, manifest: Manifest) -> None:
         """What it had of the evaluation is lost; at which point it is, its version tells."""
+        self._set_back.add(index)
 
     def tell_progress(self, now: float, alive: int) -> None:
         """Emit how far the evaluation is."""
@@ -200,10 +202,8 @@ class SandblasterCoordinator(Coordinator):
         self._gather()
         self._unsaved.update(self.solver.state.history.pairs)
         self._write_down(durable=True)
-        self._finish_writing()
-        again, _ = self.solver.begin()
-        assert isinstance(again, Step)
-        self._step(again)  # replicas may be waiting for a step that a shard has forgotten
+        self._gather()
+        self._step(self.solver.again())  # replicas may be waiting for a step that a shard has forgotten
         self.stopping = True
         self._offer()
         self.wind_down()
@@ -222,6 +222,7 @@ class SandblasterCoordinator(Coordinator):
                 self._watch(self._moment)
         finally:
             self._task = None
+        self._check()
         if self._spoilt is not None:
             if self.solver.state.last is None:
                 raise TrainingFailed(
@@ -258,37 +259,35 @@ class SandblasterCoordinator(Coordinator):
         try:
             while not answers.done():
                 self._watch(answers)
-            self._check_step()
+            self._check()
             return [section for sections in answers.result() for section in sections]
         except (PeerLost, DeadlineExceeded, NotReady) as error:
             raise Setback(str(error)) from error
 
     def _watch(self, until: Any) -> None:
-        """A tick of waiting for an evaluation. Raises Setback when a shard, or the last step, is lost meanwhile."""
+        """A tick of waiting for an evaluation. Raises Setback when it cannot be completed."""
         self.tick(until)
         if self.stopping:
             raise Setback("the job is to stop")
-        if self.restoring:
-            raise Setback(f"shard {min(self.restoring)} was lost")
-        self._check_step()
+        self._check()
         self._offer()
 
-    def _check_step(self) -> None:
-        """Raises Setback when a shard may not have carried out the last step."""
-        if self._stepping is None or not self._stepping.done():
-            return
-        stepping, self._stepping = self._stepping, None
-        try:
-            stepping.result()
-        except (PeerLost, DeadlineExceeded, NotReady) as error:
-            raise Setback(f"a step was lost: {error}") from error
+    def _check(self) -> None:
+        """Raises Setback when a shard was lost, or may not have carried out the last step."""
+        if lost := self._set_back.union(self.restoring):
+            raise Setback(f"shard {min(lost)} was lost")
+        if self._stepping is not None and self._stepping.done():
+            try:
+                self._stepping.result()
+            except (PeerLost, DeadlineExceeded, NotReady) as error:
+                raise Setback(f"a step was lost: {error}") from error
 
     def _offer(self) -> None:
         """Answer replicas that wait, as far as there is anything to say."""
         now = self.engine.now()
         for replica, (promise, since) in list(self._waiting.items()):
             task: Task | None = None
-            if self.stopping or isinstance(self.solver.state.asked, Stop):
+            if self.stopping:
                 task = Task(over=True)
             elif self._task is not None and (bundle := self.portions.next(replica, now)) is not None:
                 mark = Mark(self._number, *self.portions.batch.place(bundle.index))
@@ -341,8 +340,9 @@ class SandblasterCoordinator(Coordinator):
 
     def _at_one_point(self) -> bool:
         """Whether all shards are at the present point now."""
+        self._set_back.clear()
         sections = self._sections()
-        if self.restoring or not all(section.ready for section in sections):
+        if self.restoring or self._set_back or not all(section.ready for section in sections):
             return False
         if all(section.version >= self._moved for section in sections):
             return True

@@ -85,6 +85,7 @@ print(json.dumps([before, torch_threads, threading.active_count(), sorted(set(sy
     assert "distbelief.train" in modules
     packages = {name.partition(".")[0] for name in modules}
     assert not packages & {"ray", "tensorboard", "matplotlib", "sklearn", "scipy"}
+    assert "torch._dynamo" not in modules, "it takes longer than all of the rest, and most commands never need it"
 
 
 def test_the_version_is_the_same_everywhere() -> None:

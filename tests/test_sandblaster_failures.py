@@ -20,8 +20,8 @@ from distbelief.channel.base import Future, Remote, Signature
 from distbelief.checkpoint import complete
 from distbelief.engine.virtual import Answer
 from distbelief.errors import PeerLost
-from distbelief.events import Evaluated, EvaluationLost, Iterated, JobFinished, Observation, RoleLost
-from distbelief.lbfgs import Step
+from distbelief.events import Evaluated, EvaluationLost, Iterated, JobFinished, Observation, RoleLost, ShardRestored
+from distbelief.lbfgs import Step, Stop
 from distbelief.parameter_server import ParameterServerShard
 from distbelief.sandblaster_coordinator import SandblasterCoordinator
 from tests import problems
@@ -175,12 +175,91 @@ def test_a_shard_that_dies_while_replicas_leave_comes_back_at_the_last_point(
         wind_down(coordinator)
 
     monkeypatch.setattr(SandblasterCoordinator, "wind_down", die)
+    cut_at_step(LIMIT, 0, ("snapshot",), monkeypatch)  # so no checkpoint has the point but the last one
     result, heard = trained(job(tmp_path / "run", algorithm={"max_iterations": LIMIT, "deterministic": True}))
     assert [lost.role for lost in of_kind(heard, RoleLost)] == [role]
     assert of_kind(heard, JobFinished)[0].reason == f"the limit of {LIMIT} iterations was reached"
     parameters, _ = gradient_at_the_end(tmp_path / "run")
     assert torch.equal(parameters, gradient_at_the_end(tmp_path / "undisturbed")[0])
     assert torch.equal(nn.utils.parameters_to_vector(result.model.parameters()), parameters)
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+@pytest.mark.parametrize("lost", [("snapshot",), ()], ids=["a step behind", "at the point"])
+@pytest.mark.parametrize("iteration", [1, 5])
+def test_a_shard_that_dies_and_is_back_while_a_checkpoint_is_completed_is_noticed(
+    shard: int, lost: tuple[str, ...], iteration: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every shard has made the step, and before any replica has contributed."""
+    expected = undisturbed(tmp_path)
+    cut_at_step(iteration, shard, lost, monkeypatch)
+    finish, died = SandblasterCoordinator._finish_writing, []
+
+    def finish_while_it_dies(coordinator: SandblasterCoordinator) -> None:
+        due = coordinator.solver.iteration == iteration and not died
+        if due:
+            died.append(shard)
+            assert coordinator._stepping is not None
+            coordinator._stepping.result()
+        finish(coordinator)
+        if due:
+            coordinator.engine._die(f"shard/{shard}")  # type: ignore[attr-defined]
+            while not of_kind(heard, ShardRestored):
+                coordinator.tick()
+
+    monkeypatch.setattr(SandblasterCoordinator, "_finish_writing", finish_while_it_dies)
+    made = job(tmp_path / "run", algorithm={"max_iterations": LIMIT, "deterministic": True})
+    heard: list[Observation] = []
+    db.train(made, view=False, listeners=[heard.append])
+    assert [event.role for event in of_kind(heard, RoleLost)] == [f"shard/{shard}"]
+    assert len(of_kind(heard, EvaluationLost)) == 1
+    assert path_of(heard) == expected
+    assert torch.equal(gradient_at_the_end(tmp_path / "run")[0], gradient_at_the_end(tmp_path / "undisturbed")[0])
+
+
+@pytest.mark.parametrize("role", ["shard/0", "shard/1"])
+@pytest.mark.parametrize("seconds", [0.0001, 0.0005, 0.001, 0.01, 0.05, 0.1001])
+def test_a_shard_that_dies_again_while_it_is_being_restored_changes_no_step(
+    role: str, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore, deaths = SandblasterCoordinator._restore_shard, []
+
+    def restore_and_die(coordinator: SandblasterCoordinator, index: int) -> None:
+        restore(coordinator, index)
+        engine: Any = coordinator.engine
+        deaths.append(engine.clock)
+        if len(deaths) == 1:
+            engine.at(engine.clock + seconds, lambda: engine._die(role))
+
+    monkeypatch.setattr(SandblasterCoordinator, "_restore_shard", restore_and_die)
+    at_step(5, monkeypatch, after=lambda coordinator: coordinator.engine._die(role))  # type: ignore[attr-defined]
+    _, heard = trained(job(tmp_path / "run", algorithm={"max_iterations": LIMIT, "deterministic": True}))
+    assert len(of_kind(heard, RoleLost)) == len(deaths) == 2
+    assert len(of_kind(heard, EvaluationLost)) == len(of_kind(heard, ShardRestored)) == 1
+    assert path_of(heard) == undisturbed(tmp_path)
+
+
+def test_replicas_stay_until_the_last_step_is_known_to_have_been_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who wait are looked at, as when one more asks, while shards go back from a step that one has not made."""
+    expected = undisturbed(tmp_path)
+    cut_at_step(LIMIT, 1, ("step",), monkeypatch)
+    gather, asked = SandblasterCoordinator._gather, []
+
+    def gather_while_one_asks(coordinator: SandblasterCoordinator) -> None:
+        if isinstance(coordinator.solver.state.asked, Stop) and not asked:
+            while len(coordinator._waiting) < len(coordinator.replicas):
+                coordinator.engine.sleep(1e-3)
+            asked.append(len(coordinator._waiting))
+            coordinator._offer()
+        gather(coordinator)
+
+    monkeypatch.setattr(SandblasterCoordinator, "_gather", gather_while_one_asks)
+    _, heard = trained(job(tmp_path / "run", algorithm={"max_iterations": LIMIT, "deterministic": True}))
+    assert asked > [0]
+    assert path_of(heard) == expected
+    assert heard[-1].seconds < 10.0
 
 
 def test_without_deaths_there_is_one_round_trip_per_evaluation(tmp_path: Path) -> None:

@@ -177,8 +177,8 @@ class Connection:
 
     @property
     def closed(self) -> bool:
-        """Whether it has ended."""
-        return self.socket.fileno() < 0
+        """Whether it has ended, at least as a connection."""
+        return self._given_away or self.socket.fileno() < 0
 
     def hung_up(self) -> bool:
         """Whether the peer has closed its end, though something it sent before may still be unread."""
@@ -191,7 +191,7 @@ class Connection:
     def receive(self) -> None:
         """Take what has arrived and deliver whole frames. Raises PeerLost, ProtocolError, AuthenticationError."""
         self._take()
-        if not (self.shares_memory or self._given_away or self.closed) and isinstance(self.socket, socket.socket):
+        if not (self.shares_memory or self.closed) and isinstance(self.socket, socket.socket):
             self._low_water_bytes = links.wake_for(self.socket, sum(map(len, self._body)), self._low_water_bytes)
 
     def go_on(self) -> None:
@@ -224,7 +224,7 @@ class Connection:
             if arrived == 0:
                 raise PeerLost("the peer is gone: it closed the connection")
             self._parse()
-            if self._given_away or self.closed:
+            if self.closed:
                 return
             if isinstance(self.socket, SecureLink) and self.socket.pending:
                 continue  # no selector would tell of it

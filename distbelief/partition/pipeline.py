@@ -15,13 +15,17 @@ from typing import Any, final
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from distbelief.errors import DeadlineExceeded, PeerLost
 from distbelief.partition.stages import Stage, StagePlan
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Of (output, target), a mean over examples."""
+
+
+def preload() -> None:
+    """Import torch's schedules, which takes a second: once, before processes are forked that need them."""
+    import torch.distributed.pipelining  # noqa: F401
 
 
 @final
@@ -77,6 +81,8 @@ class Pipeline:
 
     def _schedule(self, x: Tensor, count: int, *, training: bool) -> Any:
         """Shapes are given: found by the schedule itself, they cost BatchNorm a run on memory of any content."""
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
         micro = torch.empty((x.shape[0] // count, *x.shape[1:]), dtype=x.dtype, device="meta")
         entering, leaving = self._plan.boundaries(micro)[self._partition : self._partition + 2]
         stage = PipelineStage(
