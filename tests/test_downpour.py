@@ -309,11 +309,11 @@ def test_what_is_measured_last_is_the_result_though_an_earlier_evaluation_was_st
             measured.append(observation.event.examples)
 
     cluster = db.Cluster(replicas=1, shards=1, threads_per_replica=1)
-    job = problems.job(cluster=cluster, metrics={"accuracy": slow_accuracy}, epochs=4, evaluate_every=320)
+    job = problems.job(cluster=cluster, metrics={"accuracy": slow_accuracy}, epochs=40, evaluate_every=320)
     result = trained(job, tmp_path, listeners=[listen])
     inputs, targets = problems.points(200, 1).tensors
     with torch.no_grad():
         expected = problems.accuracy(result.model(inputs), targets)
-    assert measured[-1] == result.summary.examples.seen == 2560
+    assert measured[-1] == result.summary.examples.seen == 25_600
     assert len(measured) > 1
     assert result.test["accuracy"] == pytest.approx(expected)
