@@ -324,6 +324,7 @@ def test_each_transport_pushes_and_fetches_at_two_sizes(baseline: Baseline) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_ray_pushes_and_fetches_and_leaves_no_process() -> None:
     pytest.importorskip("ray")
     with Companion(push_fetch_peers.ray, pauses=False, object_store_bytes=100_000_000) as companion:

@@ -70,6 +70,7 @@ def test_the_cluster_of_the_rayjob_has_room_for_its_job(spec: dict[str, Any], jo
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
+@pytest.mark.xdist_group("ray")
 def test_the_entrypoint_of_the_rayjob_runs_as_a_job_of_a_ray_cluster_and_keeps_its_checkpoints_in_s3(
     spec: dict[str, Any], tmp_path: Path
 ) -> None:

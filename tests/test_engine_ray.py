@@ -22,8 +22,6 @@ from distbelief.engines import groups
 from distbelief.errors import ConfigurationError
 from tests import problems
 
-pytestmark = pytest.mark.alone
-
 ray = pytest.mark.skipif(
     __import__("importlib.util").util.find_spec("ray") is None, reason="pip install 'distbelief[ray]'"
 )
@@ -49,7 +47,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 FILES = ["checkpoints", "events.jsonl", "initial.safetensors", "launch.json", "state.json", "summary.json"]
 
-on_two_hosts = [pytest.mark.slow, pytest.mark.timeout(300), ray]
+on_two_hosts = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("ray"), ray]
+by_itself = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.alone, ray]
+"""Whoever looks for processes that are left would find those of others."""
 
 
 def marked(marks: list[Any]) -> Any:
@@ -158,7 +158,7 @@ def train(tmp_path: Path, examples: int, *options: str) -> "subprocess.Popen[str
     )  # fmt: skip
 
 
-@marked(on_two_hosts)
+@marked(by_itself)
 def test_the_command_line_trains_on_a_ray_begun_for_the_job_and_ends_it(tmp_path: Path) -> None:
     before = set(marked_processes())
     with train(tmp_path, 320, "--cluster.replicas", "1") as process:
@@ -168,7 +168,7 @@ def test_the_command_line_trains_on_a_ray_begun_for_the_job_and_ends_it(tmp_path
     assert set(marked_processes()) <= before
 
 
-@marked(on_two_hosts)
+@marked(by_itself)
 def test_when_the_drivers_process_is_killed_neither_roles_nor_ray_are_left(tmp_path: Path) -> None:
     before = set(marked_processes())
     events = tmp_path / "run" / "events.jsonl"

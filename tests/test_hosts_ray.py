@@ -37,6 +37,7 @@ def keepers_of(hosts: Hosts, host: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
+@pytest.mark.xdist_group("ray")
 def test_a_job_on_ray_outlives_a_host_that_is_cut_off_and_never_comes_back(tmp_path: Path) -> None:
     if importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed")

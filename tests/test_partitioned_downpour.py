@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 import distbelief as db
 from distbelief.events import Observation, RoleLost, RoleStarted
+from distbelief.job import attempt, prepare
 from distbelief.plan import Plan, on
 from tests import problems
 
@@ -53,6 +54,11 @@ def trained(tmp_path: Path, partitions: int | Plan, **fields: Any) -> db.Result:
     return db.train(problems.job(**(given | fields)), view=False, listeners=listeners, faults=faults)
 
 
+def uncut(tmp_path: Path, **fields: Any) -> db.Result:
+    """One whole replica that awaits each answer: it takes the same steps in a simulation, without processes."""
+    return trained(tmp_path, 1, cluster=cluster(1, engine="simulated"), **fields)
+
+
 def distance(one: nn.Module, other: nn.Module) -> float:
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
@@ -65,7 +71,7 @@ def distance(one: nn.Module, other: nn.Module) -> float:
 def test_a_replica_cut_into_partitions_takes_the_steps_of_the_uncut_model(
     partitions: int | Plan, shards: int, tmp_path: Path
 ) -> None:
-    whole = trained(tmp_path, 1)
+    whole = uncut(tmp_path)
     cut = trained(tmp_path, partitions, cluster=cluster(partitions, shards=shards))
     assert distance(cut.model, whole.model) < 1e-11
     assert cut.test["accuracy"] == pytest.approx(whole.test["accuracy"], abs=1e-9)
@@ -75,7 +81,7 @@ def test_a_replica_cut_into_partitions_takes_the_steps_of_the_uncut_model(
 
 def test_accruing_clipping_and_parameter_groups_do_not_depend_on_the_cut(tmp_path: Path) -> None:
     options: dict[str, Any] = {"algorithm": awaited(n_push=3, n_fetch=3, clip_norm=0.05), "groups": slower_biases}
-    whole, cut = (trained(tmp_path, partitions, **options) for partitions in (1, 2))
+    whole, cut = uncut(tmp_path, **options), trained(tmp_path, 2, **options)
     assert distance(cut.model, whole.model) < 1e-11
 
 
@@ -106,7 +112,7 @@ def test_a_replica_that_loses_a_partition_forms_again_and_the_others_go_on(
     faults = db.Faults(kill=((moment, member),)) if trouble == "kill" else db.Faults(hang=((moment, 1e9, member),))
     heard: list[Observation] = []
     result = trained(
-        tmp_path, 2, cluster=cluster(2, replicas=2, silence_seconds=2.0), epochs=5, listeners=[heard.append],
+        tmp_path, 2, cluster=cluster(2, replicas=2, silence_seconds=2.0), epochs=4, listeners=[heard.append],
         data=functools.partial(slow_points, 640), test=None, faults=faults,
     )  # fmt: skip
     assert result.summary.examples.missing == 0
@@ -138,7 +144,7 @@ def test_a_run_is_resumed_with_another_number_of_partitions(before: int, after: 
         cluster=cluster(after, shards=3),
     )  # fmt: skip
     second = db.train(job, resume=first.run, view=False)
-    straight = trained(tmp_path, 1, epochs=2)
+    straight = uncut(tmp_path, epochs=2)
     assert second.summary.examples.seen == 640
     assert distance(second.model, straight.model) < 1e-11
 
@@ -186,11 +192,18 @@ def test_a_loss_that_cannot_be_tried_without_the_model_is_used_all_the_same(tmp_
         ({"loss": per_example, "cluster": cluster(Plan.stages(2))}, r"the loss is \[16\], not a scalar"),
     ],
 )
-def test_what_cannot_be_cut_is_refused_before_anything_starts(
-    fields: dict[str, Any], words: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_cut_is_refused(fields: dict[str, Any], words: str) -> None:
+    data = functools.partial(in_double, 320)
     with pytest.raises(db.ConfigurationError, match=words):
-        trained(tmp_path, 2, **({"cluster": cluster(2)} | fields))
+        attempt(
+            prepare(problems.job(**({"model": double_classifier, "data": data, "cluster": cluster(2)} | fields)))[0]
+        )
+
+
+@pytest.mark.parametrize("fields", [{"cluster": cluster(40)}, {"loss": per_example}])
+def test_what_cannot_be_cut_is_refused_before_anything_starts(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(db.ConfigurationError):
+        trained(tmp_path, 2, **fields)
     assert not list(tmp_path.iterdir())
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 from distbelief.errors import DeadlineExceeded, PeerLost
 from distbelief.partition.group import form_default_group
 from distbelief.partition.materialise import record
-from distbelief.partition.pipeline import Pipeline
+from distbelief.partition.pipeline import Pipeline, preload
 from distbelief.partition.stages import Stage, StagePlan, stages
 
 
@@ -192,7 +192,7 @@ def trains(partition: int, partitions: int, device: torch.device = CPU) -> None:
             plan = stages(record(of(name, dtype), 0).module, mini_batch(name, 8, dtype)[0], partitions, microbatches)
             stage = make(plan, partition, of(name, dtype), device)
             pipeline = Pipeline(plan, partition, stage, device)
-            for step, examples in enumerate((8, 8, 7, 4, 8)):
+            for step, examples in enumerate((8, 7, 4, 8)):
                 what = f"{name}, {partitions} stages, {microbatches} micro-batches, step {step}"
                 x, target = (part.to(device) for part in mini_batch(name, examples, dtype, step))
                 uncut.zero_grad()
@@ -327,6 +327,7 @@ def live(folder: str, size: int, index: int, task: str) -> int:
 if __name__ == "__main__":
     folder, partitions, task = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     running = []
+    preload()
     for index in range(partitions):
         if (child := os.fork()) == 0:
             code = live(folder, partitions, index, task)
