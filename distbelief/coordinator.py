@@ -313,7 +313,7 @@ class Coordinator(ABC):
                 self.shard_restored(index, manifest)
 
             # Asking twice undoes nothing: Downpour's sections keep what they have, Sandblaster awaits the last answer.
-            self.later(Insistent(self.engine, restore), restored)
+            self.later(Insistent(self.engine, restore, math.inf), restored)
 
         self.later(self.engine.background(partial(checkpoint.newest, self.settings.run, reject)), found)
 

@@ -84,6 +84,7 @@ class SandblasterCoordinator(Coordinator):
         self._computed = 0
         """Examples whose gradients were added up, over all evaluations."""
         self._rate = (engine.now(), 0)
+        self._errands.append(self._offer)
 
     # what replicas may ask
 
@@ -204,8 +205,6 @@ class SandblasterCoordinator(Coordinator):
         self._write_down(durable=True)
         self._gather()
         self._step(self.solver.again())  # replicas may be waiting for a step that a shard has forgotten
-        self.stopping = True
-        self._offer()
         self.wind_down()
         self._gather()
 
@@ -267,13 +266,12 @@ class SandblasterCoordinator(Coordinator):
     def _watch(self, until: Any) -> None:
         """A tick of waiting for an evaluation. Raises Setback when it cannot be completed."""
         self.tick(until)
-        if self.stopping:
-            raise Setback("the job is to stop")
         self._check()
-        self._offer()
 
     def _check(self) -> None:
-        """Raises Setback when a shard was lost, or may not have carried out the last step."""
+        """Raises Setback when a shard was lost, or may not have carried out the last step, or the job is to stop."""
+        if self.stopping:
+            raise Setback("the job is to stop")
         if lost := self._set_back.union(self.restoring):
             raise Setback(f"shard {min(lost)} was lost")
         if self._stepping is not None and self._stepping.done():
@@ -282,8 +280,8 @@ class SandblasterCoordinator(Coordinator):
             except (PeerLost, DeadlineExceeded, NotReady) as error:
                 raise Setback(f"a step was lost: {error}") from error
 
-    def _offer(self) -> None:
-        """Answer replicas that wait, as far as there is anything to say."""
+    def _offer(self) -> bool:
+        """Answer replicas that wait, as far as there is anything to say. An errand that is never over."""
         now = self.engine.now()
         for replica, (promise, since) in list(self._waiting.items()):
             task: Task | None = None
@@ -297,6 +295,7 @@ class SandblasterCoordinator(Coordinator):
             if task is not None:
                 del self._waiting[replica]
                 promise.keep(task)
+        return False
 
     # what survives a shard
 

@@ -301,7 +301,7 @@ PATIENCE_SECONDS = {
     "trains through host memory": 60.0,
     "hooks": 60.0,
     "dies": 60.0,
-    "hangs": 5.0,
+    "hangs": 3.0,
     "listens": 60.0,
 }
 """How long a partition waits for another."""
