@@ -317,8 +317,8 @@ class Stage:
             self.engine.sleep(0.01)
 
     def died(self) -> list[Death]:
-        """All deaths so far."""
-        self.deaths += self.engine.deaths()
+        """All deaths so far of roles that were started here; an earlier test's may be reported late."""
+        self.deaths += [death for death in self.engine.deaths() if death.role in self.started]
         return self.deaths
 
     def end(self) -> None:
@@ -356,8 +356,6 @@ def shared_engine(kind: Kind) -> Iterator[tuple[Engine, Iterator[str]]]:
 def stage(kind: Kind, shared_engine: tuple[Engine, Iterator[str]], settle: list[Settle]) -> Iterator[Stage]:
     engine, names = shared_engine
     made = Stage(kind, engine, names)
-    made.died()
-    made.deaths.clear()
     yield made
     made.end()
     settle.append(lambda: engine.sleep(0.01))

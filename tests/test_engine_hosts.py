@@ -56,6 +56,11 @@ class Clerk:
         out.copy_(values)
 
     @exported
+    def interface(self) -> str:
+        """What nccl is told to use here."""
+        return os.environ["NCCL_SOCKET_IFNAME"]
+
+    @exported
     def distant(self) -> int:
         """How many TCP connections this process has accepted or made."""
         inodes = {line.split()[9] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
@@ -156,6 +161,7 @@ def test_roles_of_one_host_share_memory_and_others_are_called_over_tcp(pair: Pai
     values, out = torch.randn(1000), torch.empty(1000)
     pair.find(NAMES[1]).call(Clerk.mirror, values, out).result()
     assert torch.equal(values, out)
+    assert {pair.find(name).call(Clerk.interface).result() for name in NAMES[:3]} == {"=lo"}
 
 
 @pytest.mark.slow
