@@ -207,8 +207,7 @@ def test_without_ray_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 def test_processes_that_hide_where_they_come_from_are_ended_with_those_that_started_them(tmp_path: Path) -> None:
-    folder, word = tmp_path / "ray", f"DISTBELIEF_RAY={secrets.token_hex(8)}"
-    folder.mkdir()
+    word = f"DISTBELIEF_RAY={secrets.token_hex(8)}"
     hiding = ["sh", "-c", "env -i sleep 300 & echo $!; wait"]  # its child has no environment at all
     environment = os.environ | {"DISTBELIEF_RAY": word.partition("=")[2]}
     with subprocess.Popen(hiding, env=environment, stdout=subprocess.PIPE, text=True) as shell:
@@ -216,14 +215,37 @@ def test_processes_that_hide_where_they_come_from_are_ended_with_those_that_star
         hidden = Path("/proc", shell.stdout.readline().strip())
         while word.encode() in (hidden / "environ").read_bytes():  # it is becoming what it shall be
             time.sleep(0.01)
-        said = f"{word}\n{folder}\n"
-        subprocess.run([sys.executable, reaper.__file__], input=said, text=True, check=True, timeout=20)
+        reap(word, tmp_path / "ray")
         assert shell.wait(5) == -signal.SIGKILL
-        until = time.monotonic() + 5.0
-        while hidden.exists() and "Z" not in (hidden / "stat").read_text().rpartition(")")[2].split()[:1]:
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        until_gone(hidden)
+
+
+def test_hidden_processes_are_ended_by_the_logs_that_they_write_once_nobody_is_left_who_started_them(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "ray").mkdir()
+    with (tmp_path / "ray" / "agent.out").open("w") as log:  # this process has it open too, and lives
+        hiding = ["sh", "-c", "env -i sleep 300 >&2 & echo $!"]
+        orphan = subprocess.run(hiding, stdout=subprocess.PIPE, stderr=log, text=True, check=True).stdout.strip()
+        with subprocess.Popen(["sleep", "300"]) as other:
+            reap(f"DISTBELIEF_RAY={secrets.token_hex(8)}", tmp_path / "ray")
+            until_gone(Path("/proc", orphan))
+            assert other.poll() is None
+            other.kill()
+
+
+def reap(word: str, folder: Path) -> None:
+    said = f"{word}\n{folder}\n{os.getpid()}\n"
+    folder.mkdir(exist_ok=True)
+    subprocess.run([sys.executable, reaper.__file__], input=said, text=True, check=True, timeout=20)
     assert not folder.exists()
+
+
+def until_gone(process: Path) -> None:
+    until = time.monotonic() + 5.0
+    while process.exists() and "Z" not in (process / "stat").read_text().rpartition(")")[2].split()[:1]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 # decisions

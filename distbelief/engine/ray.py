@@ -234,7 +234,7 @@ def _embedded(asked: Resources) -> Iterator[None]:
     reaping = subprocess.Popen([sys.executable, reaper.__file__], stdin=subprocess.PIPE, start_new_session=True)
     assert reaping.stdin is not None
     mark = f"DISTBELIEF_RAY={secrets.token_hex(8)}"
-    reaping.stdin.write(f"{mark}\n{folder}\n".encode())
+    reaping.stdin.write(f"{mark}\n{folder}\n{os.getpid()}\n".encode())
     reaping.stdin.flush()
     others = {name: amount for name, amount in asked.items() if name not in ("CPU", "GPU")}
     try:

@@ -2,7 +2,8 @@
 """What a Ray begun for one job leaves when that job's process is killed: a program that waits for it and cleans up.
 
 Run by its path, so that it imports nothing of the package. Its standard input says what to end: a word that the
-environment of all those processes holds, and a folder; and that the job's process is gone, by ending.
+environment of all those processes holds, a folder that they write into, and the number of the job's process; and
+that the job is over, by ending.
 """
 
 import contextlib
@@ -17,38 +18,52 @@ ROUNDS = 20
 ROUND_SECONDS = 0.05
 
 
-def marked(word: bytes) -> set[int]:
-    """The processes, other than this one, with the word in their environment, and all that descend from them.
+def found(word: bytes, folder: Path, job: int) -> set[int]:
+    """The processes with the word in their environment or a file of the folder open, and all that descend from them.
 
-    A process that writes its own title, as Ray's agents do, may write it over the environment that others see.
+    A process that writes its own title, as Ray's agents do, writes it over the environment that others see, and once
+    its parent is gone it descends from nobody. The job's own process and this one are none of them.
     """
-    found, children = set(), dict[int, list[int]]()
-    for folder in Path("/proc").glob("[0-9]*"):
+    ours, children = set(), dict[int, list[int]]()
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours to look at
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(folder.name))
-            if word in (folder / "environ").read_bytes():
-                found.add(int(folder.name))
-    unseen = list(found)
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(process.name))
+            if int(process.name) != job and (
+                word in (process / "environ").read_bytes()
+                or (parent != job and writes(process, folder))  # what the job forks has its files open
+            ):
+                ours.add(int(process.name))
+    unseen = list(ours)
     while unseen:
-        born = [child for child in children.get(unseen.pop(), []) if child not in found]
-        found.update(born)
+        born = [child for child in children.get(unseen.pop(), []) if child not in ours]
+        ours.update(born)
         unseen += born
-    return found - {os.getpid()}
+    return ours - {os.getpid()}
+
+
+def writes(process: Path, folder: Path) -> bool:
+    """Whether a process has a file of the folder open."""
+    for opened in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if folder in opened.readlink().parents:
+                return True
+    return False
 
 
 def main() -> None:
     """Wait for the end of the input, then end and remove."""
-    word, folder = (sys.stdin.buffer.readline().strip() for _ in range(2))
+    word, name, job = (sys.stdin.buffer.readline().strip() for _ in range(3))
+    folder = Path(os.fsdecode(name)).resolve()
     sys.stdin.buffer.read()
     for _ in range(ROUNDS):  # one that is being started is not seen at once
-        if not (pids := marked(word)):
+        if not (pids := found(word, folder, int(job))):
             break
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(ROUND_SECONDS)
-    shutil.rmtree(folder.decode(), ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
