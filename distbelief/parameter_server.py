@@ -63,7 +63,7 @@ class ParameterServerShard:
         self._sections: dict[int, Section | BatchSection] = {
             partition: BatchSection(part, layout, keeping)
             if isinstance(keeping, Keeping)
-            else Section(part, layout, keeping)
+            else Section(home, part, layout, keeping)
             for partition, own in enumerate(layout.partitions)
             if len(part := own.overlap(span))
         }

@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from distbelief import shard_file
+from distbelief.engine.base import Home
 from distbelief.errors import CheckpointError, Fenced, NotReady, ProtocolError
 from distbelief.files import AnyPath, path_of
 from distbelief.parameters import Layout, Span
@@ -77,8 +78,8 @@ class Section:
     Memory: the span times (1 + vectors of the rule's state).
     """
 
-    def __init__(self, span: Span, layout: Layout, rule: UpdateRule) -> None:
-        self.span = span
+    def __init__(self, home: Home, span: Span, layout: Layout, rule: UpdateRule) -> None:
+        self._home, self.span = home, span
         self._parameters = torch.zeros(len(span), dtype=layout.dtype)
         self._rule = rule.bind(self._parameters, layout.segments(span), span)
         self._state = ShardState(start=span.start, stop=span.stop)
@@ -122,6 +123,7 @@ class Section:
             # Sequences run without gaps, so a gap is what the restart from an older checkpoint lost of this replica.
             state.lost_updates += stamp.sequence - record.sequence - 1
         answer = Applied(state.version + 1, max(0, state.version - stamp.base_version))
+        self._home.end_loans(self._parameters)
         self._rule.apply(
             gradient, version=state.version, base_version=stamp.base_version, examples=state.examples,
             reader=stamp.replica,
@@ -141,7 +143,7 @@ class Section:
     def read(self, parameters: torch.Tensor) -> int:
         """Copy the parameters into the caller's buffer of shape (len(span),); the answer is their version."""
         self._check_ready()
-        parameters.copy_(self._parameters)
+        self._home.lend(parameters, self._parameters)
         return self._state.version
 
     def fetch(self, replica: int, parameters: torch.Tensor) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from distbelief.channel import frames
 from distbelief.channel.frames import TensorReference
+from distbelief.channel.loan import Loan
 
 PIECE = 1 << 18
 """Numbers that are converted at a time."""
@@ -59,7 +60,7 @@ class Narrowed:
         return Narrowed(self._left[start // 2 : stop // 2], incoming=self._incoming)
 
 
-Part = memoryview | Narrowed
+Part = memoryview | Narrowed | Loan
 """Some bytes of a body."""
 
 

@@ -14,6 +14,7 @@ from distbelief.channel.codec import Part
 from distbelief.channel.connection import Connection
 from distbelief.channel.frames import Answer, Call, Failure
 from distbelief.channel.futures import BackgroundWork, Kept
+from distbelief.channel.loan import Lending
 from distbelief.errors import ProtocolError
 
 FAILURE_CHARACTERS = 1 << 20
@@ -35,6 +36,7 @@ class Desk:
         self._deferred: list[tuple[Connection, Call, list[torch.Tensor], Future[Any]]] = []
         self.answering = False
         """Whether a method is running."""
+        self.lending = Lending()
         self.seat(role)
 
     def seat(self, role: Any) -> None:
@@ -73,16 +75,19 @@ class Desk:
             arguments = signature.join(call.fields, tensors)
             if any(reference.block for reference in call.tensors) and connection.hung_up():
                 return  # the caller has given up, so the memory it shared is its own again
+            self.lending.allow(self._sent_back(call, tensors) if call.wide else ())
             self.answering = True
             try:
                 value = method(self._role, *arguments)
             finally:
                 self.answering = False
             if isinstance(value, BackgroundWork | Kept):
+                self.lending.fill()
                 self._deferred.append((connection, call, tensors, value))
             else:
                 self._say(connection, call, value, tensors)
         except Exception as error:
+            self.lending.allow(())
             self._fail(connection, call, error)
 
     def answer_deferred(self) -> None:
@@ -102,16 +107,28 @@ class Desk:
     def forget(self, connection: Connection) -> None:
         """A connection has ended: nobody waits for its answers."""
         self._deferred = [item for item in self._deferred if item[0] is not connection]
+        self.lending.forget(connection)
+
+    def _sent_back(self, call: Call, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Of the tensors of a call those that its answer carries as they are."""
+        outputs = signature_of(self._methods[call.method]).outputs
+        return [
+            tensor
+            for tensor, reference, written in zip(tensors, call.tensors, outputs, strict=True)
+            if written and not (reference.block or reference.wire)
+        ]
 
     def _say(self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor]) -> None:
         outputs = signature_of(self._methods[call.method]).outputs
         body = [
-            codec.outgoing(tensor, reference)
+            self.lending.instead_of(tensor) or codec.outgoing(tensor, reference)
             for tensor, reference, written in zip(tensors, call.tensors, outputs, strict=True)
             if written and not reference.block
         ]
         answer = Answer(call.number, _encode_value(value), call.wide)
-        self._send(connection, frames.encode(answer, sum(map(len, body))), body, call.wide)
+        frame = frames.encode(answer, sum(map(len, body)))
+        self.lending.grant(connection)
+        self._send(connection, frame, body, call.wide)
 
     def _fail(self, connection: Connection, call: Call, error: Exception) -> None:
         known = type(error).__name__ in _AS_THEMSELVES

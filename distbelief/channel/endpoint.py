@@ -56,7 +56,7 @@ class Endpoint:
         self._key, self._body_limit, self._wire = key, body_limit, wire or Wire()
         self.permit: Callable[[], None] = lambda: None
         """Asked before anything goes out; it may end this process, whose time is over."""
-        self._desk = Desk(role, self._speak)
+        self.desk = Desk(role, self._speak)
         self._selector = selectors.DefaultSelector()
         self._connections: set[Connection] = set()
         self._pending: dict[tuple[Connection, int], PendingCall] = {}
@@ -91,7 +91,7 @@ class Endpoint:
 
     def answer_with(self, role: Any) -> None:
         """Let the exported methods of `role` answer calls from now on."""
-        self._desk.seat(role)
+        self.desk.seat(role)
 
     def background(self) -> None:
         """Poll in a thread from now on. Only for a process whose role exports nothing."""
@@ -113,7 +113,7 @@ class Endpoint:
 
     def take_in(self, seconds: float) -> None:
         """Wait up to `seconds` for something to happen, and let it happen."""
-        if self._desk.answering:
+        if self.desk.answering:
             if seconds > 0:
                 raise RuntimeError("an exported method must not wait for a future; let the activity wait")
             return  # a method that asks whether a future is done runs alone all the same
@@ -134,7 +134,7 @@ class Endpoint:
                     self._serve(key.data, events)
                 else:
                     key.data()
-            self._desk.answer_deferred()
+            self.desk.answer_deferred()
             if time_may_end_some:
                 self._look_after()
             if self._errands:
@@ -328,7 +328,7 @@ class Endpoint:
         self._connecting.pop(connection, None)
         self._widening.forget(connection)
         self._door.forget(connection)
-        self._desk.forget(connection)
+        self.desk.forget(connection)
         self._watch_for(connection, 0)
 
     def _widen(self, connection: Connection) -> None:
@@ -356,7 +356,7 @@ class Endpoint:
         """Where the body of a frame belongs. Raises ProtocolError when it is not as long as announced."""
         parts: Sequence[Part] = []
         if isinstance(header, Call):
-            parts = self._desk.destinations(connection, header, body_bytes)
+            parts = self.desk.destinations(connection, header, body_bytes)
         elif isinstance(header, Answer):
             pending = self._pending.get((connection, header.number))
             if pending is not None and body_bytes:
@@ -367,7 +367,7 @@ class Endpoint:
 
     def _deliver(self, connection: Connection, header: Header) -> None:
         if isinstance(header, Call):
-            self._desk.answer(connection, header)
+            self.desk.answer(connection, header)
             return
         if isinstance(header, Join):
             self._join(connection, header)

@@ -62,6 +62,15 @@ class Home(Protocol):
     def promise(self) -> Promise[Any]:
         """A future that this role completes itself."""
 
+    def lend(self, out: torch.Tensor, own: torch.Tensor) -> None:
+        """For an exported method: fill its `Out` argument with the role's own memory, both of one shape (n,).
+
+        The copy may be spared. So `own` is not changed from then on before `end_loans` was called with this tensor.
+        """
+
+    def end_loans(self, own: torch.Tensor) -> None:
+        """The role is about to change `own`. Cheap when nothing of it is lent; never waits."""
+
     def allocate(self, length: int, dtype: torch.dtype) -> torch.Tensor:
         """A zeroed CPU tensor of shape (length,) that calls to roles of this host hand over without a copy."""
 

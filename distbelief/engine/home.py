@@ -95,6 +95,14 @@ class ProcessHome:
         """A future that this role completes itself."""
         return Kept(self._endpoint)
 
+    def lend(self, out: torch.Tensor, own: torch.Tensor) -> None:
+        """Another host is sent the memory itself; a buffer of this host is filled."""
+        self._endpoint.desk.lending.lend(out, own)
+
+    def end_loans(self, own: torch.Tensor) -> None:
+        """What another host has still to be sent is copied."""
+        self._endpoint.desk.lending.end(own)
+
     def allocate(self, length: int, dtype: torch.dtype) -> torch.Tensor:
         """Memory that other processes can map."""
         return memory.allocate(length, dtype)

@@ -100,6 +100,13 @@ class SimulatedHome:
         """A future that this role completes itself."""
         return Answer(self._engine, math.inf, "a promise")
 
+    def lend(self, out: torch.Tensor, own: torch.Tensor) -> None:
+        """Nothing travels: filled at once."""
+        out.copy_(own)
+
+    def end_loans(self, own: torch.Tensor) -> None:
+        """There are none."""
+
     def allocate(self, length: int, dtype: torch.dtype) -> torch.Tensor:
         """Ordinary memory."""
         return torch.zeros(length, dtype=dtype)
