@@ -227,11 +227,16 @@ def test_hidden_processes_are_ended_by_the_logs_that_they_write_once_nobody_is_l
     with (tmp_path / "ray" / "agent.out").open("w") as log:  # this process has it open too, and lives
         hiding = ["sh", "-c", "env -i sleep 300 >&2 & echo $!"]
         orphan = subprocess.run(hiding, stdout=subprocess.PIPE, stderr=log, text=True, check=True).stdout.strip()
+        reading = ["sh", "-c", 'tail -f "$0" > /dev/null & echo $!', log.name]
+        reader = Path("/proc", subprocess.run(reading, stdout=subprocess.PIPE, text=True, check=True).stdout.strip())
         with subprocess.Popen(["sleep", "300"]) as other:
             reap(f"DISTBELIEF_RAY={secrets.token_hex(8)}", tmp_path / "ray")
             until_gone(Path("/proc", orphan))
             assert other.poll() is None
             other.kill()
+        assert reader.exists()
+        os.kill(int(reader.name), signal.SIGKILL)
+        until_gone(reader)
 
 
 def reap(word: str, folder: Path) -> None:

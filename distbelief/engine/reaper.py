@@ -19,7 +19,7 @@ ROUND_SECONDS = 0.05
 
 
 def found(word: bytes, folder: Path, job: int) -> set[int]:
-    """The processes with the word in their environment or a file of the folder open, and all that descend from them.
+    """Processes with the word in their environment, those that write into the folder, and all that descend from them.
 
     A process that writes its own title, as Ray's agents do, writes it over the environment that others see, and once
     its parent is gone it descends from nobody. The job's own process and this one are none of them.
@@ -43,11 +43,13 @@ def found(word: bytes, folder: Path, job: int) -> set[int]:
 
 
 def writes(process: Path, folder: Path) -> bool:
-    """Whether a process has a file of the folder open."""
+    """Whether a process has a file of the folder open to write into it; somebody may be reading there."""
     for opened in (process / "fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
             if folder in opened.readlink().parents:
-                return True
+                flags = (process / "fdinfo" / opened.name).read_text().partition("flags:")[2].split()[0]
+                if int(flags, 8) & os.O_ACCMODE != os.O_RDONLY:
+                    return True
     return False
 
 
