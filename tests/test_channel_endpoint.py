@@ -443,6 +443,24 @@ def test_a_peer_that_goes_away_in_the_middle_of_a_call_is_lost_at_once(town: Tow
 # beside the role
 
 
+def test_what_lies_behind_on_a_connection_that_has_ended_is_not_answered(
+    town: Town, clerk: Clerk, peer: Peer[Clerk]
+) -> None:
+    town.answer(peer.call(Clerk.note, 1))
+    serving = town.endpoints[0]
+
+    def end() -> None:
+        for connection in list(serving._connections):
+            serving.end(connection, "it is over")
+
+    clerk.meanwhile = end
+    peer.call(Clerk.wait)
+    behind = peer.call(Clerk.note, 2)
+    with pytest.raises(PeerLost):
+        town.answer(behind)
+    assert clerk.notes == [1]
+
+
 def test_background_work_answers_later_while_others_are_served(town: Town, clerk: Clerk, peer: Peer[Clerk]) -> None:
     gate = threading.Event()
     clerk.meanwhile = lambda: gate.wait(20.0)

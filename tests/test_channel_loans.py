@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbelief.channel import links, second_stream
-from distbelief.channel.base import Future, Out, exported
+from distbelief.channel.base import Future, Out, Promise, exported
 from distbelief.channel.codec import Part
 from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.frames import bytes_of
-from distbelief.channel.futures import BackgroundWork
+from distbelief.channel.futures import BackgroundWork, Kept
 from distbelief.channel.loan import Loan
 from distbelief.channel.peer import Peer
 from distbelief.channel.second_stream import WIDE_BYTES
@@ -41,6 +41,7 @@ class Library:
         self.own = torch.zeros(LENGTH)
         self.endpoint: Endpoint
         self.held = threading.Event()
+        self.kept: tuple[Kept, torch.Tensor]
 
     @exported
     def take(self, out: Out) -> int:
@@ -54,6 +55,16 @@ class Library:
 
     def wait(self) -> None:
         self.held.wait(20)
+
+    @exported
+    def take_when_kept(self, out: Out) -> Promise[None]:
+        self.kept = Kept(self.endpoint), out
+        return self.kept[0]
+
+    def keep(self) -> None:
+        promise, out = self.kept
+        self.endpoint.desk.lending.lend(out, self.own)
+        promise.keep(None)
 
     @exported
     def take_and_fail(self, out: Out) -> None:
@@ -148,6 +159,12 @@ def test_what_is_answered_later_or_not_at_all_lends_nothing(
     role.held.set()
     town.answer(later)
     assert number(out) == 0.0
+    kept = peer.call(Library.take_when_kept, out)
+    town.until(lambda: role.endpoint.desk._deferred)
+    role.keep()
+    town.answer(other.call(Library.add, 1))
+    town.answer(kept)
+    assert number(out) == 1.0
     town.answer(other.call(Library.put, torch.full((LENGTH,), 5.0)))
     assert town.answer(other.call(Library.take, again)) == 5
     assert number(again) == 5.0
@@ -161,8 +178,8 @@ def test_who_has_gone_keeps_nothing_lent(library: tuple[Town, Library, Callable[
     assert len(role.endpoint.desk.lending._loans) == 1
     assert peer._connection is not None
     peer.endpoint.end(peer._connection, "it goes")
-    town.answer(other.call(Library.add, 1))
     town.until(lambda: not role.endpoint.desk.lending._loans)
+    town.answer(other.call(Library.add, 1))
     out = torch.full((LENGTH,), -1.0)
     assert (town.answer(other.call(Library.take, out)), number(out)) == (1, 1.0)
 

@@ -271,6 +271,8 @@ class Connection:
                 self._attach(header.block)
             elif header is not None:
                 self._deliver(self, header)
+                if self.closed:
+                    return
 
     def _parse_header(self) -> bool:
         prefix_bytes = frames.PREFIX.size

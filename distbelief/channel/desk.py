@@ -81,13 +81,14 @@ class Desk:
                 value = method(self._role, *arguments)
             finally:
                 self.answering = False
+                self.lending.close()
             if isinstance(value, BackgroundWork | Kept):
                 self.lending.fill()
                 self._deferred.append((connection, call, tensors, value))
             else:
                 self._say(connection, call, value, tensors)
         except Exception as error:
-            self.lending.allow(())
+            self.lending.allow(())  # what was lent for an answer that is not given
             self._fail(connection, call, error)
 
     def answer_deferred(self) -> None:

@@ -78,6 +78,10 @@ class Lending:
         """Another call is answered: these of its tensors will be sent back as they are."""
         self._travelling, self._made = travelling, {}
 
+    def close(self) -> None:
+        """The method has returned: from now on `lend` copies."""
+        self._travelling = ()
+
     def lend(self, out: torch.Tensor, own: torch.Tensor) -> None:
         """Fill `out` with `own`; where `out` would only be sent, that is sent instead. Both of one shape (n,)."""
         alike = (out.shape, out.dtype) == (own.shape, own.dtype) and own.is_contiguous()

@@ -7,6 +7,7 @@ runs a task of this module in so many processes, partitions of a replica that me
 """
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -184,41 +185,51 @@ def check(found: Tensor | None, expected: Tensor | None, what: str) -> None:
 # what partitions are asked to do
 
 
+SETTINGS = [(name, torch.float64, count) for name in MODELS for count in (1, 2, 4)]
+SETTINGS += [(name, torch.float32, 4) for name in MODELS]
+"""Of what is trained: the model, its dtype, the micro-batches."""
+
+
+@functools.cache
+def planned(name: str, dtype: torch.dtype, microbatches: int, partitions: int) -> StagePlan:
+    """A plan, made once for all partitions, which are forked behind it."""
+    return stages(record(of(name, dtype), 0).module, mini_batch(name, 8, dtype)[0], partitions, microbatches)
+
+
 def trains(partition: int, partitions: int, device: torch.device = CPU) -> None:
     """Mini-batches of several sizes, evaluation between them: what the uncut model computes, part by part."""
-    for name, dtype in [(name, dtype) for name in MODELS for dtype in (torch.float64, torch.float32)]:
-        for microbatches in (1, 2, 4) if dtype == torch.float64 else (4,):
-            uncut = plain(name, dtype).to(device)
-            plan = stages(record(of(name, dtype), 0).module, mini_batch(name, 8, dtype)[0], partitions, microbatches)
-            stage = make(plan, partition, of(name, dtype), device)
-            pipeline = Pipeline(plan, partition, stage, device)
-            for step, examples in enumerate((8, 7, 4, 8)):
-                what = f"{name}, {partitions} stages, {microbatches} micro-batches, step {step}"
-                x, target = (part.to(device) for part in mini_batch(name, examples, dtype, step))
-                uncut.zero_grad()
-                stage.zero_grad()
-                total, count = torch.zeros((), dtype=dtype, device=device), plan.micro_batches(examples)
-                for part, part_target in zip(x.chunk(count), target.chunk(count), strict=True):
-                    part_loss = loss(uncut.train()(part), part_target) / count
-                    part_loss.backward()  # type: ignore[no-untyped-call]
-                    total += part_loss.detach()
-                found = pipeline.step(x, target, loss)
-                assert (found is None) == (partition != plan.out)
-                if found is not None:
-                    check(found, total, f"loss of {what}")
-                gradients = dict(uncut.named_parameters())
-                for parameter_name, parameter in stage.parameters_by_name.items():
-                    if parameter.requires_grad:
-                        check(parameter.grad, gradients[parameter_name].grad, f"{parameter_name} of {what}")
-                buffers = dict(uncut.named_buffers())
-                for buffer_name, buffer in stage.buffers_by_name.items():
-                    assert buffer.equal(buffers[buffer_name]), f"{buffer_name} of {what}"
-                x = mini_batch(name, (9, 3)[step % 2], dtype, step)[0].to(device)
-                output = pipeline.evaluate(x)
-                assert stage.training
-                assert (output is None) == (partition != plan.out)
-                if output is not None:
-                    check(output, uncut.eval()(x), f"output of {what}")
+    for name, dtype, microbatches in SETTINGS:
+        uncut = plain(name, dtype).to(device)
+        plan = planned(name, dtype, microbatches, partitions)
+        stage = make(plan, partition, of(name, dtype), device)
+        pipeline = Pipeline(plan, partition, stage, device)
+        for step, examples in enumerate((8, 7, 4, 8)):
+            what = f"{name}, {partitions} stages, {microbatches} micro-batches, step {step}"
+            x, target = (part.to(device) for part in mini_batch(name, examples, dtype, step))
+            uncut.zero_grad()
+            stage.zero_grad()
+            total, count = torch.zeros((), dtype=dtype, device=device), plan.micro_batches(examples)
+            for part, part_target in zip(x.chunk(count), target.chunk(count), strict=True):
+                part_loss = loss(uncut.train()(part), part_target) / count
+                part_loss.backward()  # type: ignore[no-untyped-call]
+                total += part_loss.detach()
+            found = pipeline.step(x, target, loss)
+            assert (found is None) == (partition != plan.out)
+            if found is not None:
+                check(found, total, f"loss of {what}")
+            gradients = dict(uncut.named_parameters())
+            for parameter_name, parameter in stage.parameters_by_name.items():
+                if parameter.requires_grad:
+                    check(parameter.grad, gradients[parameter_name].grad, f"{parameter_name} of {what}")
+            buffers = dict(uncut.named_buffers())
+            for buffer_name, buffer in stage.buffers_by_name.items():
+                assert buffer.equal(buffers[buffer_name]), f"{buffer_name} of {what}"
+            x = mini_batch(name, (9, 3)[step % 2], dtype, step)[0].to(device)
+            output = pipeline.evaluate(x)
+            assert stage.training
+            assert (output is None) == (partition != plan.out)
+            if output is not None:
+                check(output, uncut.eval()(x), f"output of {what}")
 
 
 def trains_through_host_memory(partition: int, partitions: int) -> None:
@@ -328,6 +339,9 @@ if __name__ == "__main__":
     folder, partitions, task = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     running = []
     preload()
+    if task.startswith("trains"):
+        for setting in SETTINGS:
+            planned(*setting, partitions)
     for index in range(partitions):
         if (child := os.fork()) == 0:
             code = live(folder, partitions, index, task)
