@@ -4,6 +4,7 @@
 import ast
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -86,6 +87,30 @@ print(json.dumps([before, torch_threads, threading.active_count(), sorted(set(sy
     packages = {name.partition(".")[0] for name in modules}
     assert not packages & {"ray", "tensorboard", "matplotlib", "sklearn", "scipy"}
     assert "torch._dynamo" not in modules, "it takes longer than all of the rest, and most commands never need it"
+
+
+JOB = """
+from pathlib import Path
+import distbelief
+from tests import problems
+if __name__ == "__main__":
+    distbelief.train(problems.job(run=Path({run!r}), cluster=distbelief.Cluster(replicas=1, shards=1)), view=False)
+"""
+
+
+@pytest.mark.slow
+def test_no_process_of_a_job_imports_the_compiler(tmp_path: Path) -> None:
+    program = tmp_path / "job.py"
+    program.write_text(JOB.format(run=str(tmp_path / "run")))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1"}
+    ran = subprocess.run(
+        [sys.executable, str(program)], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    imported = [line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()]
+    assert imported.count("torch") == 2, "here, and where roles are forked from"
+    assert imported.count("torch.optim") >= 2
+    assert "torch._dynamo" not in imported
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_the_version_is_the_same_everywhere() -> None:

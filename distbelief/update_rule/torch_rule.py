@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.parameters import Options, Segment, Span
 from distbelief.update_rule import trial
+from distbelief.update_rule.bare import bare
 from distbelief.update_rule.schedule import Schedule, check_schedule
 
 _BLOCK = 64
 """Elements; a multiple of every vector register and of the unit that the fused kernels deal out to threads."""
 
 _FUSED = (torch.optim.Adagrad, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-_ASKS_ACCELERATOR = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
-"""Methods of torch's optimizers, in torch 2.11 and later, and before."""
 _FUSED_DTYPES = (torch.float32, torch.float64)
 """Not the 16-bit ones: the fused SGD of torch 2.13 takes wrong steps in them on a CPU."""
 
@@ -86,13 +85,7 @@ class TorchRule:
         options = {**dict(self.options), **override}
         if self.optimizer in _FUSED and dtype in _FUSED_DTYPES and not any(name in options for name in _IMPLEMENTATION):
             options["fused"] = True
-        made = self.optimizer(parameters, **options)
-        # Adam and others ask in each step whether CUDA records a graph. On a machine with an accelerator that makes a
-        # context on it in every shard, and in the process that roles are forked from, after which none can use it.
-        for name in _ASKS_ACCELERATOR:
-            if hasattr(made, name):
-                setattr(made, name, _nothing)
-        return made
+        return bare(self.optimizer)(parameters, **options)  # type: ignore[arg-type]  # a class is hashable
 
     def overrides(self, group: Options) -> dict[str, float]:
         """The options of a parameter group under torch's names: `rate` is `lr`. Raises ConfigurationError."""
@@ -256,10 +249,6 @@ class BoundTorchRule:
             for name, example in numbers.items():
                 value = scalars.get(name + part.group, scalars[name])
                 state[name] = torch.full_like(example, value) if isinstance(example, Tensor) else type(example)(value)
-
-
-def _nothing() -> None:
-    return
 
 
 @final
