@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the engine of several hosts: what is lost with a host, and that nothing of it goes on when it comes back."""
 
+import ctypes
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +28,8 @@ from distbelief.errors import ChannelError, ConfigurationError, TrainingFailed
 pytestmark = pytest.mark.alone
 
 NAMES = [f"role/{index}" for index in range(8)]
+NCCL = [found for folder in sys.path for found in Path(folder).glob("nvidia/nccl/lib/libnccl.so.2")][:1]
+"""The library, where it is installed."""
 
 
 def prepare(number: int) -> tuple[int, int]:
@@ -59,6 +63,14 @@ class Clerk:
     def interface(self) -> str:
         """What nccl is told to use here."""
         return os.environ["NCCL_SOCKET_IFNAME"]
+
+    @exported
+    def meeting_place(self) -> str:
+        """The address at which nccl lets the others of a group come to it."""
+        (library,) = NCCL
+        identifier = ctypes.create_string_buffer(128)
+        assert ctypes.CDLL(str(library)).ncclGetUniqueId(identifier) == 0
+        return socket.inet_ntoa(identifier.raw[12:16])  # a number of eight bytes, then a sockaddr_in
 
     @exported
     def distant(self) -> int:
@@ -162,6 +174,14 @@ def test_roles_of_one_host_share_memory_and_others_are_called_over_tcp(pair: Pai
     pair.find(NAMES[1]).call(Clerk.mirror, values, out).result()
     assert torch.equal(values, out)
     assert {pair.find(name).call(Clerk.interface).result() for name in NAMES[:3]} == {"=lo"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NCCL, reason="pip install nvidia-nccl-cu12, which needs no accelerator to listen")
+def test_nccl_listens_where_its_host_is_called_and_nowhere_else(pair: Pair) -> None:
+    pair.up(*NAMES[:2])
+    # Of its own accord nccl takes the loopback interface last, and these hosts are called at 127.0.0.1.
+    assert {pair.find(name).call(Clerk.meeting_place).result() for name in NAMES[:2]} == {"127.0.0.1"}
 
 
 @pytest.mark.slow
