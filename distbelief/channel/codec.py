@@ -6,6 +6,7 @@ NaN stay what they are, and what lies beyond the largest bfloat16 becomes infini
 piece at a time that stays in the processor's cache, while the kernel carries the piece before it.
 """
 
+import socket
 from collections import deque
 from typing import final
 
@@ -14,6 +15,7 @@ import torch
 from distbelief.channel import frames
 from distbelief.channel.frames import TensorReference
 from distbelief.channel.loan import Loan
+from distbelief.channel.secure import SecureLink
 
 PIECE = 1 << 18
 """Numbers that are converted at a time."""
@@ -45,6 +47,10 @@ class Narrowed:
                 self._left = self._left[count:]
             self._piece = frames.bytes_of(self._scratch)[: 2 * count]
         return self._piece
+
+    def send_by(self, link: socket.socket | SecureLink) -> int:
+        """Send some bytes; how many. Raises OSError."""
+        return link.send(self.piece())
 
     def advance(self, count: int) -> None:
         """So many bytes of the piece have travelled."""

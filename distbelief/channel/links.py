@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator
 
 from distbelief.channel.codec import Part, advance
-from distbelief.channel.loan import Loan
 from distbelief.channel.place import Address
 from distbelief.channel.secure import SecureLink
 from distbelief.errors import PeerLost
@@ -73,10 +72,7 @@ _PARTS = 16
 def send_some(link: socket.socket | SecureLink, parts: deque[Part]) -> int:
     """Send some bytes, of which the first parts are freed; how many. Raises OSError."""
     first = parts[0]
-    if isinstance(first, memoryview):
-        sent = link.sendmsg(list(_plain(parts)))
-    else:
-        sent = first.send_by(link) if isinstance(first, Loan) else link.send(first.piece())
+    sent = link.sendmsg(list(_plain(parts))) if isinstance(first, memoryview) else first.send_by(link)
     advance(parts, sent)
     return sent
 
