@@ -72,6 +72,11 @@ class Clerk:
         return os.environ["NCCL_SOCKET_IFNAME"]
 
     @exported
+    def listens(self) -> list[str]:
+        """Where other hosts may call this process."""
+        return own_sockets("0A")
+
+    @exported
     def nccl_listens(self) -> list[str]:
         """Where this process listens since nccl has made the identifier of a group, which it tells to all others."""
         (library,) = NCCL
@@ -177,6 +182,14 @@ def test_roles_of_one_host_share_memory_and_others_are_called_over_tcp(pair: Pai
     pair.find(NAMES[1]).call(Clerk.mirror, values, out).result()
     assert torch.equal(values, out)
     assert {pair.find(name).call(Clerk.interface).result() for name in NAMES[:3]} == {"=lo"}
+
+
+@pytest.mark.slow
+def test_roles_listen_at_their_hosts_address_only(pair: Pair) -> None:
+    pair.up(*NAMES[:2])
+    for name in NAMES[:2]:
+        (address,) = pair.find(name).call(Clerk.listens).result()
+        assert address.startswith("0100007F:")  # 127.0.0.1
 
 
 @pytest.mark.slow

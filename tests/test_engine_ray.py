@@ -30,7 +30,7 @@ FOLDERS = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": FOLDERS, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    return {"RAY_USAGE_STATS_ENABLED": "0", **os.environ, "PYTHONPATH": FOLDERS, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -169,16 +169,25 @@ def test_the_command_line_trains_on_a_ray_begun_for_the_job_and_ends_it(tmp_path
 
 
 @marked(by_itself)
-def test_when_the_drivers_process_is_killed_neither_roles_nor_ray_are_left(tmp_path: Path) -> None:
+def test_the_ray_of_a_job_asks_for_a_token_tells_nobody_and_is_gone_when_the_drivers_process_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = set(marked_processes())
     events = tmp_path / "run" / "events.jsonl"
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
     with train(tmp_path, 640_000) as process:
         until = time.monotonic() + 120
         while not (events.exists() and "Progress" in events.read_text()):
             assert process.poll() is None
             assert time.monotonic() < until
             time.sleep(0.1)
-        assert len(set(marked_processes()) - before) > 6
+        begun = set(marked_processes()) - before
+        assert len(begun) > 6
+        (server,) = (one for one in begun if one.endswith(" gcs_server"))
+        told = Path("/proc", server.split()[0], "environ").read_bytes().split(b"\0")
+        assert {b"RAY_USAGE_STATS_ENABLED=0", b"RAY_AUTH_MODE=token"} <= set(told)
+        (token,) = (entry.partition(b"=")[2] for entry in told if entry.startswith(b"RAY_AUTH_TOKEN="))
+        assert len(token) == 64
         process.send_signal(signal.SIGKILL)
     until = time.monotonic() + 20.0
     while left := set(marked_processes()) - before:
