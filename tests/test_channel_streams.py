@@ -206,6 +206,17 @@ def test_nothing_is_written_into_a_callers_memory_once_it_has_given_up(town: Tow
         assert torch.equal(out, torch.full_like(out, 7.0))
 
 
+def test_a_second_stream_that_nobody_has_taken_up_ends_with_the_first(town: Town) -> None:
+    peer = town.peer(town.serve(Clerk()))
+    town.answer(peer.call(Clerk.who))
+    first = connection_of(peer)
+    call(peer, WIDE)
+    assert len(peer.endpoint._connections) == 2
+    peer.endpoint.poll(0.5)  # it is connected, and the other side does not look
+    peer.endpoint.end(first, "its peer is gone")
+    assert not peer.endpoint._connections
+
+
 def test_others_are_served_while_a_body_waits_for_its_second_stream(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:

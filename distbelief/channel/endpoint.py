@@ -326,7 +326,8 @@ class Endpoint:
         self._connections.discard(connection)
         self._distant.discard(connection)
         self._connecting.pop(connection, None)
-        self._widening.forget(connection)
+        for second in self._widening.forget(connection):
+            self._drop(second, PeerLost("the connection whose second stream this was to be has ended"))
         self._door.forget(connection)
         self.desk.forget(connection)
         self._watch_for(connection, 0)
@@ -357,10 +358,9 @@ class Endpoint:
         parts: Sequence[Part] = []
         if isinstance(header, Call):
             parts = self.desk.destinations(connection, header, body_bytes)
-        elif isinstance(header, Answer):
-            pending = self._pending.get((connection, header.number))
-            if pending is not None and body_bytes:
-                parts = [codec.incoming(tensor, reference) for tensor, reference in pending.expected]
+        elif isinstance(header, Answer) and body_bytes and (connection, header.number) in self._pending:
+            expected = self._pending[connection, header.number].expected
+            parts = [codec.incoming(tensor, reference) for tensor, reference in expected]
         if (named := sum(map(len, parts))) != body_bytes:
             raise ProtocolError(f"a frame carries {body_bytes} bytes of tensors, its header says {named}")
         return parts

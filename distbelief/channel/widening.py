@@ -85,10 +85,11 @@ class Widening:
         while self._news:
             yield self._news.popleft()
 
-    def forget(self, connection: Connection) -> None:
-        """A connection has ended, or was one no more."""
+    def forget(self, connection: Connection) -> list[Connection]:
+        """A connection has ended, or was one no more; those that were to be its second stream are of no use now."""
         self._addresses.pop(connection, None)
         self._seconds.pop(connection, None)
+        return [second for second, first in self._seconds.items() if first is connection]
 
     def close(self) -> None:
         """End the thread, after all connections."""
