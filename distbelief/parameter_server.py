@@ -217,51 +217,57 @@ class ParameterServer:
     def initialise(self, values: torch.Tensor) -> Future[list[None]]:
         """Start setting the initial parameters; sections that have some keep them."""
         return self._all(
-            partial(shard.call, ParameterServerShard.initialise, self._partition, values[part])
+            partial(shard.call, ParameterServerShard.initialise, self._partition, _part(values, part))
             for shard, part in self.routes
         )
 
     def read(self, into: torch.Tensor) -> Future[list[int]]:
         """Start copying the parameters, as they are, into `into`; the answer is one version per shard."""
         return self._all(
-            partial(shard.call, ParameterServerShard.read, self._partition, into[part]) for shard, part in self.routes
+            partial(shard.call, ParameterServerShard.read, self._partition, _part(into, part))
+            for shard, part in self.routes
         )
 
     def fetch(self, into: torch.Tensor) -> Future[list[int]]:
         """Start copying the parameters into `into` to train with them; the answer is one version per shard."""
         assert self._replica is not None, "who only reads does not fetch"
         return self._all(
-            partial(shard.call, ParameterServerShard.fetch, self._replica, self._partition, into[part])
+            partial(shard.call, ParameterServerShard.fetch, self._replica, self._partition, _part(into, part))
             for shard, part in self.routes
         )
 
     def push(self, stamps: Sequence[Stamp], gradient: torch.Tensor) -> Future[list[Applied]]:
         """Start pushing `gradient`, a stamp per shard; the memory stays untouched until it is done."""
         return self._all(
-            partial(shard.call, ParameterServerShard.push, stamp, gradient[part])
+            partial(shard.call, ParameterServerShard.push, stamp, _part(gradient, part))
             for (shard, part), stamp in zip(self.routes, stamps, strict=True)
         )
 
     def exchange(self, stamps: Sequence[Stamp], gradient: torch.Tensor, into: torch.Tensor) -> Future[list[int]]:
         """Start a push and the fetch behind it, one call a shard; the answer is one version per shard."""
         return self._all(
-            partial(shard.call, ParameterServerShard.exchange, stamp, gradient[part], into[part])
+            partial(shard.call, ParameterServerShard.exchange, stamp, _part(gradient, part), _part(into, part))
             for (shard, part), stamp in zip(self.routes, stamps, strict=True)
         )
 
     def trial(self, version: int, t: float, into: torch.Tensor) -> Future[list[None]]:
         """Start writing the trial at `t` after step `version` into `into`."""
         return self._all(
-            partial(shard.call, ParameterServerShard.trial, self._partition, version, t, into[part])
+            partial(shard.call, ParameterServerShard.trial, self._partition, version, t, _part(into, part))
             for shard, part in self.routes
         )
 
     def contribute(self, mark: Mark, gradient: torch.Tensor) -> Future[list[bool]]:
         """Start adding the gradient of one bundle; the memory stays untouched until it is done."""
         return self._all(
-            partial(shard.call, ParameterServerShard.contribute, self._partition, mark, gradient[part])
+            partial(shard.call, ParameterServerShard.contribute, self._partition, mark, _part(gradient, part))
             for shard, part in self.routes
         )
 
     def _all(self, calls: Iterable[Callable[[], Future[Any]]]) -> All[Any]:
         return All(self._home, [Insistent(self._home, call) for call in calls])
+
+
+def _part(vector: torch.Tensor, part: slice) -> torch.Tensor:
+    """A shard's part of a vector: the vector itself where there is one shard."""
+    return vector if part.stop - part.start == vector.numel() else vector[part]

@@ -79,7 +79,7 @@ class Section:
     """
 
     def __init__(self, home: Home, span: Span, layout: Layout, rule: UpdateRule) -> None:
-        self._home, self.span = home, span
+        self._home, self.span, self._length = home, span, len(span)
         self._parameters = torch.zeros(len(span), dtype=layout.dtype)
         self._rule = rule.bind(self._parameters, layout.segments(span), span)
         self._state = ShardState(start=span.start, stop=span.stop)
@@ -93,9 +93,9 @@ class Section:
             raise NotReady(f"shard {self.span.start}..{self.span.stop} waits for its parameters")
 
     def _check_length(self, vector: torch.Tensor) -> None:
-        if len(vector) != len(self.span):
+        if vector.numel() != self._length:
             raise ProtocolError(
-                f"a vector of {len(vector)} numbers for the section {self.span.start}..{self.span.stop}, which has "
+                f"a vector of {vector.numel()} numbers for the section {self.span.start}..{self.span.stop}, which has "
                 f"{len(self.span)}"
             )
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from conftest import Town
@@ -438,6 +439,37 @@ def test_a_peer_that_goes_away_in_the_middle_of_a_call_is_lost_at_once(town: Tow
     with pytest.raises(PeerLost, match="nothing answers at"):
         caller.call(Clerk.note, 3).result()
     assert time.monotonic() - started < 1.0
+
+
+@pytest.mark.parametrize("numbers", [0, 3, 5])
+def test_a_call_whose_body_is_not_as_long_as_its_tensors_is_not_answered(
+    town: Town, clerk: Clerk, peer: Peer[Clerk], numbers: int
+) -> None:
+    town.answer(peer.call(Clerk.note, 1))
+    clerk.meanwhile = lambda: clerk.note(2)
+    own, serving = (next(iter(endpoint._connections)) for endpoint in reversed(town.endpoints))
+    for method, tensors in (("wait", []), ("total", [frames.TensorReference("float32", 4)])):
+        call = frames.Call(7, method, msgspec.msgpack.encode([]), tensors)
+        body = bytes(4 * numbers if tensors else 0)
+        own.send(frames.encode(call, len(body)), [memoryview(body)])
+    town.work(5)
+    assert serving.closed
+    assert clerk.notes == [1, 2]
+
+
+@pytest.mark.parametrize("numbers", [0, 3, 5])
+def test_an_answer_whose_body_is_not_as_long_as_its_tensors_is_none(
+    town: Town, peer: Peer[Clerk], numbers: int
+) -> None:
+    town.answer(peer.call(Clerk.note, 1))
+    serving = next(iter(town.endpoints[0]._connections))
+    out = torch.zeros(4)
+    future = peer.call(Clerk.fill, 1.0, out)
+    body = bytes(4 * numbers)
+    serving.send(frames.encode(frames.Answer(2, msgspec.msgpack.encode(4)), len(body)), [memoryview(body)])
+    with pytest.raises(ProtocolError, match=f"carries {4 * numbers} bytes of tensors, its header says 16"):
+        town.answer(future)
+    assert out.tolist() == [0.0] * 4
 
 
 # beside the role

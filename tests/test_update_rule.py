@@ -157,7 +157,7 @@ def test_every_rule_on_any_number_of_shards_equals_the_plain_loop_bit_for_bit(na
 
 
 @pytest.mark.parametrize("name", ["adagrad", "adagrad with everything", "sgd"])
-@pytest.mark.parametrize("length", [1, 37, 1003])
+@pytest.mark.parametrize("length", [1, 37, 1003, 5003])
 def test_adagrad_and_sgd_equal_the_plain_loop_on_any_length(name: str, length: int) -> None:
     rule, make = RULES[name]
     start, pushed = numbers(length, 0), gradients(length, 6)
@@ -181,7 +181,7 @@ def test_no_rule_asks_for_an_accelerator(name: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", [*RULES, "adaptive revision"])
 def test_the_cut_never_changes_the_result(name: str) -> None:
     rule = RULES[name][0] if name in RULES else rules.adaptive_revision(0.1)
-    for length in (7, 129, 1003):
+    for length in (7, 129, 1003, 10_007):
         start, pushed = numbers(length, 1), gradients(length, 7)
         results = []
         for count in (1, 2, 3, 7):
@@ -231,10 +231,11 @@ def test_damping_divides_the_rate_by_a_power_of_one_plus_the_staleness(damping: 
     assert steps == pytest.approx([(1 + staleness) ** -damping for staleness in (0, 1, 2, 1, 0)], rel=1e-12)
 
 
+@pytest.mark.parametrize("length", [500, 10_007])
 @pytest.mark.parametrize("name", [*RULES, "adaptive revision"])
-def test_saved_state_loaded_on_another_cut_goes_on_bit_for_bit(name: str) -> None:
+def test_saved_state_loaded_on_another_cut_goes_on_bit_for_bit(name: str, length: int) -> None:
     rule = RULES[name][0] if name in RULES else rules.adaptive_revision(0.1)
-    start, pushed = numbers(500, 3), gradients(500, 8)
+    start, pushed = numbers(length, 3), gradients(length, 8)
     straight = Shards(rule, start, 2)
     for pushes_before in (0, 4):
         # Load into shards that have stepped before, and into fresh ones.

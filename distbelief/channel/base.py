@@ -77,7 +77,8 @@ class Remote(ABC, Generic[R]):
         """Start a call. Never raises for the peer's sake: what goes wrong is raised by the future."""
         signature = signature_of(method)
         fields, tensors = signature.split(args, kwargs)
-        return typing.cast("Future[T]", self.start(signature, fields, tensors))
+        future: Future[T] = self.start(signature, fields, tensors)
+        return future
 
     @abstractmethod
     def start(self, signature: "Signature", fields: bytes, tensors: list[torch.Tensor]) -> Future[Any]:

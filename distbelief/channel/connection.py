@@ -57,8 +57,9 @@ class Connection:
         """By what both ends know this connection, once the peer is proved."""
         self.second: SecondStream | None = None
         """By which every other piece of a large body goes, once there is one."""
-        self._given_away = False
-        """Whether another one has the socket now, as its second stream."""
+        self._hang_up: select.poll | None = None
+        self.closed = False
+        """Whether it has ended, at least as a connection: another one may have the socket, as its second stream."""
         self._side: AcceptingSide | CallingSide | None = side
         """The authentication under way; no frame is read or sent before it is over."""
         self.staging: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
@@ -84,7 +85,7 @@ class Connection:
 
         `narrow` lets a float32 tensor that must travel do so as bfloat16.
         """
-        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        if not (tensor.is_contiguous() and tensor.is_cpu):
             raise TypeError(f"tensors travel as contiguous CPU memory; this one is on {tensor.device}, strided")
         name = frames.NAMES[tensor.dtype]
         found = find_block(tensor) if self.shares_memory else None
@@ -130,17 +131,17 @@ class Connection:
 
     def flush(self) -> None:
         """Send what fits; frames only to a peer that is proved. Raises PeerLost."""
-        while self.sending:
-            try:
-                if self._proofs:
-                    del self._proofs[: self.socket.send(self._proofs)]
-                    continue
-                sent = self._send_once()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise PeerLost(f"the peer is gone: {error.strerror or error}") from error
-            self._sent_bytes += sent
+        if self.connecting:
+            return
+        try:
+            while self._proofs:
+                del self._proofs[: self.socket.send(self._proofs)]
+            while self._outbox and self._side is None:
+                self._sent_bytes += self._send_once()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise PeerLost(f"the peer is gone: {error.strerror or error}") from error
 
     def _send_once(self) -> int:
         first = self._outbox[0]
@@ -172,19 +173,15 @@ class Connection:
         """The socket, for another connection; nothing is read from it here any more. Raises ProtocolError."""
         if self._inbox or self._outbox:
             raise ProtocolError("a peer offered a connection as a second stream on which more is said")
-        self._given_away = True
+        self.closed = True
         return self.socket
-
-    @property
-    def closed(self) -> bool:
-        """Whether it has ended, at least as a connection."""
-        return self._given_away or self.socket.fileno() < 0
 
     def hung_up(self) -> bool:
         """Whether the peer has closed its end, though something it sent before may still be unread."""
-        watch = select.poll()
-        watch.register(self.socket, 0)  # a hang-up is reported without being asked for
-        return bool(watch.poll(0))
+        if self._hang_up is None:
+            self._hang_up = select.poll()
+            self._hang_up.register(self.socket, 0)  # a hang-up is reported without being asked for
+        return bool(self._hang_up.poll(0))
 
     # receiving
 
@@ -337,6 +334,7 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket and descriptors that were never mapped."""
+        self.closed = True
         if self.second is not None:
             self.second.close()
         self.socket.close()

@@ -44,7 +44,9 @@ class Desk:
         self._role, self._methods = role, exported_methods(type(role))
 
     def destinations(self, connection: Connection, call: Call, body_bytes: int) -> list[Part]:
-        """Where the body of a call belongs; nothing when it is shorter than its tensors. Raises ProtocolError."""
+        """Where the body of a call belongs. Raises ProtocolError when it is not as long as its tensors."""
+        if not body_bytes and all(reference.block for reference in call.tensors):
+            return []
         if connection.reading or any(waiting is connection for waiting, *_ in self._deferred):
             connection.staging = {}  # an earlier call's answer is still being read from the old one
         connection.bound_staging()
@@ -56,8 +58,7 @@ class Desk:
             for reference, (place, written) in zip(call.tensors, kinds, strict=False)
             if not reference.block and not written
         ]
-        if sum(map(frames.body_bytes, (reference for _, reference in carried))) > body_bytes:
-            return []
+        frames.check_body(body_bytes, sum(frames.body_bytes(reference) for _, reference in carried))
         return [codec.incoming(connection.stage(place, reference), reference) for place, reference in carried]
 
     def answer(self, connection: Connection, call: Call) -> None:

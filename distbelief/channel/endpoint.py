@@ -16,28 +16,25 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-import msgspec
 import torch
 
 from distbelief.channel import codec, frames, links
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
-from distbelief.channel.base import RAISED_AS_IS
 from distbelief.channel.codec import Part
 from distbelief.channel.connection import Connection
 from distbelief.channel.desk import Desk
 from distbelief.channel.door import Door
-from distbelief.channel.frames import Answer, Call, Failure, Header, Join
+from distbelief.channel.frames import Answer, Call, Header, Join
 from distbelief.channel.futures import PendingCall
 from distbelief.channel.place import Address
 from distbelief.channel.second_stream import WIDE_BYTES
 from distbelief.channel.secure import SecureLink
 from distbelief.channel.widening import Widening
 from distbelief.channel.wire import Wire
-from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost, ProtocolError, RemoteError
+from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost, ProtocolError
 
 LOOK_SECONDS = 0.25
 """How often the connections are looked at that time may end."""
-_RAISED_AS_IS = {kind.__name__: kind for kind in RAISED_AS_IS}
 
 
 @final
@@ -139,7 +136,8 @@ class Endpoint:
                 self._look_after()
             if self._errands:
                 self._run_errands()
-            self._answered.notify_all()
+            if self._thread is not None:
+                self._answered.notify_all()
         return bool(ready)
 
     def attend(self, errand: Callable[[], bool]) -> None:
@@ -181,17 +179,19 @@ class Endpoint:
                 return
             self._number += 1
             narrow = signature.rounded and self._wire.dtype == "bfloat16"
-            references = [connection.reference(tensor, narrow) for tensor in tensors]
-            travelling = [
-                (tensor, reference, written)
-                for tensor, reference, written in zip(tensors, references, signature.outputs, strict=True)
-                if not reference.block
-            ]
-            body = [codec.outgoing(tensor, reference) for tensor, reference, written in travelling if not written]
-            pending.expected = [(tensor, reference) for tensor, reference, written in travelling if written]
+            references, body, travelling_bytes = [], [], 0
+            for tensor, written in zip(tensors, signature.outputs, strict=True):
+                reference = connection.reference(tensor, narrow)
+                references.append(reference)
+                if not reference.block:
+                    travelling_bytes += frames.body_bytes(reference)
+                    if written:
+                        pending.expected.append((tensor, reference))
+                    else:
+                        body.append(codec.outgoing(tensor, reference))
             pending.connection = connection
             self._pending[connection, self._number] = pending
-            wide = sum(frames.body_bytes(reference) for _, reference, _ in travelling) >= WIDE_BYTES
+            wide = travelling_bytes >= WIDE_BYTES
             if wide and connection.second is None:
                 wide = False
                 self._widen(connection)
@@ -355,14 +355,12 @@ class Endpoint:
 
     def _destinations(self, connection: Connection, header: Header, body_bytes: int) -> Sequence[Part]:
         """Where the body of a frame belongs. Raises ProtocolError when it is not as long as announced."""
-        parts: Sequence[Part] = []
         if isinstance(header, Call):
-            parts = self.desk.destinations(connection, header, body_bytes)
-        elif isinstance(header, Answer) and body_bytes and (connection, header.number) in self._pending:
-            expected = self._pending[connection, header.number].expected
-            parts = [codec.incoming(tensor, reference) for tensor, reference in expected]
-        if (named := sum(map(len, parts))) != body_bytes:
-            raise ProtocolError(f"a frame carries {body_bytes} bytes of tensors, its header says {named}")
+            return self.desk.destinations(connection, header, body_bytes)
+        parts: Sequence[Part] = []
+        if isinstance(header, Answer) and (pending := self._pending.get((connection, header.number))):
+            parts = [codec.incoming(tensor, reference) for tensor, reference in pending.expected]
+        frames.check_body(body_bytes, sum(map(len, parts)))
         return parts
 
     def _deliver(self, connection: Connection, header: Header) -> None:
@@ -373,17 +371,8 @@ class Endpoint:
             self._join(connection, header)
             return
         assert not isinstance(header, frames.Attach)
-        pending = self._pending.pop((connection, header.number), None)
-        if pending is None:
-            return
-        if isinstance(header, Failure):
-            kind = _RAISED_AS_IS.get(header.kind)
-            pending.settle(error=kind(header.message) if kind else RemoteError(header.message))
-            return
-        try:
-            pending.settle(pending.signature.answer_decoder.decode(header.value))
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            pending.settle(error=ProtocolError(f"answer to {pending.signature.name}: {error}"))
+        if (pending := self._pending.pop((connection, header.number), None)) is not None:
+            pending.take(header)
 
     def close(self) -> None:
         """Close every socket; pending calls fail with PeerLost."""

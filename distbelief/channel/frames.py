@@ -84,6 +84,7 @@ class Join(msgspec.Struct, array_like=True, frozen=True):
 
 Header = Call | Answer | Failure | Attach | Join
 _types = {Kind.CALL: Call, Kind.ANSWER: Answer, Kind.FAILURE: Failure, Kind.ATTACH: Attach, Kind.JOIN: Join}
+_numbered = {int(kind): kind for kind in Kind}
 _decoders = {kind: msgspec.msgpack.Decoder(header) for kind, header in _types.items()}
 _kinds = {header: kind for kind, header in _types.items()}
 _encoder = msgspec.msgpack.Encoder()
@@ -107,14 +108,14 @@ def decode_prefix(prefix: bytes | bytearray | memoryview, body_limit: int) -> tu
     magic, kind, header_bytes, body_bytes = PREFIX.unpack(prefix)
     if magic != MAGIC:
         raise ProtocolError(f"a peer sent {bytes(magic)!r} where a frame should begin")
-    if kind not in _types:
+    if kind not in _numbered:
         raise ProtocolError(f"a peer sent a frame of unknown kind {kind}")
     if header_bytes > HEADER_LIMIT or body_bytes > body_limit:
         raise ProtocolError(
             f"a peer announced a frame of {header_bytes} + {body_bytes} bytes; "
             f"the limits are {HEADER_LIMIT} + {body_limit}"
         )
-    return Kind(kind), header_bytes, body_bytes
+    return _numbered[kind], header_bytes, body_bytes
 
 
 def decode_header(kind: Kind, text: bytes | bytearray | memoryview) -> Header:
@@ -142,6 +143,12 @@ def body_bytes(reference: TensorReference) -> int:
     if (reference.dtype, reference.wire) != ("float32", "bfloat16"):
         raise ProtocolError(f"a peer announced a tensor that cannot be: {reference}")
     return memory_bytes // 2
+
+
+def check_body(carried_bytes: int, named_bytes: int) -> None:
+    """Raise ProtocolError unless a frame carries as many bytes as the tensors that its header names."""
+    if carried_bytes != named_bytes:
+        raise ProtocolError(f"a frame carries {carried_bytes} bytes of tensors, its header says {named_bytes}")
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -7,16 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
+import msgspec
 import torch
 
-from distbelief.channel.base import Signature
+from distbelief.channel.base import RAISED_AS_IS, Signature
 from distbelief.channel.connection import Connection
-from distbelief.channel.frames import TensorReference
+from distbelief.channel.frames import Answer, Failure, TensorReference
+from distbelief.errors import ProtocolError, RemoteError
 
 if TYPE_CHECKING:
     from distbelief.channel.endpoint import Endpoint
 
 T = TypeVar("T")
+_RAISED_AS_IS = {kind.__name__: kind for kind in RAISED_AS_IS}
 
 
 @final
@@ -35,6 +38,17 @@ class PendingCall:
         self._value: Any = None
         self._error: Exception | None = None
         self.settled = False
+
+    def take(self, header: Answer | Failure) -> None:
+        """Complete the future with what the callee says."""
+        if isinstance(header, Failure):
+            kind = _RAISED_AS_IS.get(header.kind)
+            self.settle(error=kind(header.message) if kind else RemoteError(header.message))
+            return
+        try:
+            self.settle(self.signature.answer_decoder.decode(header.value))
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            self.settle(error=ProtocolError(f"answer to {self.signature.name}: {error}"))
 
     def settle(self, value: Any = None, error: Exception | None = None) -> None:
         """Complete the future, unless it is done already."""

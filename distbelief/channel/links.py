@@ -72,7 +72,10 @@ _PARTS = 16
 def send_some(link: socket.socket | SecureLink, parts: deque[Part]) -> int:
     """Send some bytes, of which the first parts are freed; how many. Raises OSError."""
     first = parts[0]
-    sent = link.sendmsg(list(_plain(parts))) if isinstance(first, memoryview) else first.send_by(link)
+    if not isinstance(first, memoryview):
+        sent = first.send_by(link)
+    else:
+        sent = link.send(first) if len(parts) == 1 else link.sendmsg(list(_plain(parts)))
     advance(parts, sent)
     return sent
 

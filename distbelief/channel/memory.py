@@ -82,6 +82,11 @@ def allocate(length: int, dtype: torch.dtype) -> torch.Tensor:
 
 def find(tensor: torch.Tensor) -> tuple[Block, int] | None:
     """The block of this process that holds the tensor, and its offset there in bytes; None for ordinary memory."""
-    storage = tensor.untyped_storage()
-    block = _own.get(storage.data_ptr()) if tensor.numel() else None  # an empty tensor has no address
-    return None if block is None else (block, tensor.data_ptr() - storage.data_ptr())
+    if not tensor.numel():
+        return None  # an empty tensor has no address
+    start = tensor.data_ptr()
+    if (block := _own.get(start)) is not None:
+        return block, 0
+    base = tensor.untyped_storage().data_ptr()
+    block = _own.get(base)
+    return None if block is None else (block, start - base)

@@ -27,6 +27,8 @@ from distbelief.update_rule.schedule import Schedule, check_schedule
 
 _BLOCK = 64
 """Elements; a multiple of every vector register and of the unit that the fused kernels deal out to threads."""
+_SHORT = 1 << 12
+"""Elements; where a segment is no longer, a step on two parts of it takes more time than to copy all of it."""
 
 _FUSED = (torch.optim.Adagrad, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 _FUSED_DTYPES = (torch.float32, torch.float64)
@@ -267,7 +269,7 @@ class _Part:
     def own(self, flat: Tensor) -> Tensor:
         """This part of a vector of the span: a view of it, or a copy padded with zeros."""
         part = flat[self.where]
-        return nn.functional.pad(part, (0, _BLOCK - len(part))) if self.padded else part
+        return nn.functional.pad(part, (0, -len(part) % _BLOCK)) if self.padded else part
 
     def take(self, gradient: Tensor) -> None:
         """Hand this part of the pushed gradient to the optimizer."""
@@ -288,7 +290,8 @@ class _Part:
 
 def _cut(parameters: Tensor, segment: Segment, span: Span, *, copies_gradient: bool) -> list[_Part]:
     where = segment.span.within(span)
-    middle = where.stop - len(segment.span) % _BLOCK
+    rest = len(segment.span) % _BLOCK
+    middle = where.start if rest and len(segment.span) <= _SHORT else where.stop - rest
     group = f"[{', '.join(f'{name}={value}' for name, value in segment.options)}]" if segment.options else ""
     cuts = [(slice(where.start, middle), False), (slice(middle, where.stop), True)]
     return [
