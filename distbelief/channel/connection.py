@@ -288,7 +288,8 @@ class Connection:
                     raise ProtocolError("a peer sends by a second stream, and there is none")
                 parts, beside = deal(parts)
                 self.second.receive(beside)
-            self._body.extend(part for part in parts if len(part))
+            if parts:
+                self._body.extend(part for part in parts if len(part))
         elif body_bytes or not self.shares_memory:
             raise ProtocolError("a peer that does not share our memory offered a block")
         return True
