@@ -18,11 +18,14 @@ from conftest import children_of
 from keepers import Subprocesses, wait_for
 
 from distbelief.channel.base import Out, Remote, exported
+from distbelief.channel.endpoint import Endpoint
+from distbelief.channel.place import Place
 from distbelief.engine import hosts
 from distbelief.engine.base import Death, Home
 from distbelief.engine.hosts import HostsEngine
 from distbelief.engine.listener import interface_of
-from distbelief.errors import ChannelError, ConfigurationError, TrainingFailed
+from distbelief.engine.registry import Introduction, Registry
+from distbelief.errors import ChannelError, ConfigurationError, Fenced, TrainingFailed
 
 pytestmark = pytest.mark.alone
 
@@ -271,15 +274,32 @@ def test_hosts_of_other_versions_are_refused_and_both_are_named(monkeypatch: pyt
     own = hosts.versions()
     monkeypatch.setattr(hosts, "versions", lambda: {**own, "torch": "1.0"})
     message = re.escape(f"host host0 has torch {own['torch']}, the coordinator's, driver, has 1.0")
-    with closing(HostsEngine(NAMES, Subprocesses(2))) as engine, pytest.raises(ConfigurationError, match=message):
-        engine.load(prepare, 21)
+    is_refused(Subprocesses(2), message)
 
 
 @pytest.mark.slow
 def test_a_host_that_cannot_take_part_is_named_with_the_reason() -> None:
-    keepers = Subprocesses(2, addresses=["127.0.0.1", "192.0.2.1"])
-    with closing(HostsEngine(NAMES, keepers)) as engine, pytest.raises(ConfigurationError, match="host1 does not take"):
-        engine.load(prepare, 21)
+    is_refused(Subprocesses(2, addresses=["127.0.0.1", "192.0.2.1"]), "host1 does not take part")
+
+
+def is_refused(keepers: Subprocesses, message: str) -> None:
+    """Load a job on these hosts, which is refused; those that have joined end by themselves, and soon."""
+    with closing(HostsEngine(NAMES, keepers)) as engine:
+        with pytest.raises(ConfigurationError, match=message):
+            engine.load(prepare, 21)
+        started = time.monotonic()
+        engine.close()
+        assert time.monotonic() - started < 4.0, "they were waited for and killed"
+
+
+def test_a_host_that_comes_when_the_job_is_over_is_told_so() -> None:
+    with closing(Endpoint(b"the key")) as endpoint:
+        registry = Registry(endpoint)
+        early, late = (Introduction(name, Place("", "", ("127.0.0.1", 1)), {}) for name in ("early", "late"))
+        registry.join(early)
+        assert registry.end() == {"early": early}
+        with pytest.raises(Fenced, match="host late has come when the job was over"):
+            registry.join(late)
 
 
 @pytest.mark.slow

@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 LOST_SECONDS = 1.5
 GATHER_SECONDS = 60.0
+FAREWELL_SECONDS = 1.0
+"""How long keepers are given to hear that the job is over; one that was never called has still to be connected to."""
 PART_BYTES = 16 << 20
 """The job travels to a host in parts of this size."""
 
@@ -103,6 +105,7 @@ class HostsEngine(ProcessHome):
         self._alive: dict[str, tuple[int, str]] = {}
         """Role -> (incarnation, host)."""
         self._deaths: list[Death] = []
+        self._closed = False
         self.processes: dict[str, int] = {}
         """Process id of each live role, as its host counts them."""
 
@@ -147,10 +150,11 @@ class HostsEngine(ProcessHome):
             self.sleep(0.02)
         joined = self._registry.joined()
         self._hosts = {host: joined[host] for host in expected}
-        for host, introduction in self._hosts.items():
-            place = introduction.place.nearest(self._keepers.host)
-            self._keeper_peers[host] = Peer(self._endpoint, at(place), COORDINATOR_SECONDS)
+        self._keeper_peers = {host: self._keeper(introduction) for host, introduction in self._hosts.items()}
         self._check_versions()
+
+    def _keeper(self, introduction: Introduction) -> Peer[Host]:
+        return Peer(self._endpoint, at(introduction.place.nearest(self._keepers.host)), COORDINATOR_SECONDS)
 
     def _check_versions(self) -> None:
         own = versions()
@@ -304,8 +308,16 @@ class HostsEngine(ProcessHome):
 
     def close(self) -> None:
         """End every role, every keeper and close every socket."""
-        for host in self._hosts:
-            self._keeper_peers[host].call(Host.end)
+        if self._closed:
+            return
+        self._closed = True
+        farewells = [
+            (self._keeper_peers.get(host) or self._keeper(introduction)).call(Host.end)
+            for host, introduction in self._registry.end().items()
+        ]
+        until = time.monotonic() + FAREWELL_SECONDS
+        for farewell in farewells:
+            farewell.wait(until - time.monotonic())
         self._hosts = {}
         self._keepers.end()
         self.leave()

@@ -67,13 +67,16 @@ class Registry:
         """Where each role lives or has lived."""
         self._sought: dict[str, list[Promise[Place]]] = {}
         self._moves = 0
+        self._over = False
 
     # what keepers and roles may call
 
     @exported
     def join(self, introduction: Introduction) -> None:
-        """A keeper is up."""
+        """A keeper is up. Raises Fenced when the job is over already."""
         with self._lock:
+            if self._over:
+                raise Fenced(f"host {introduction.host} has come when the job was over")
             self._hosts.setdefault(introduction.host, HostRecord(introduction, time.monotonic()))
 
     @exported
@@ -132,6 +135,12 @@ class Registry:
         """The hosts that are not lost."""
         with self._lock:
             return {name: record.introduction for name, record in self._hosts.items() if not record.lost}
+
+    def end(self) -> dict[str, Introduction]:
+        """The job is over: the hosts that are to be told. Who comes later is told when it joins."""
+        with self._lock:
+            self._over = True
+        return self.joined()
 
     def hear(self) -> list[tuple[str, Note]]:
         """(host, what happened there) since last asked, in order for each host."""
