@@ -58,6 +58,7 @@ class Connection:
         self.second: SecondStream | None = None
         """By which every other piece of a large body goes, once there is one."""
         self._hang_up: select.poll | None = None
+        """Tells whether the peer has hung up; made when that is first asked."""
         self.closed = False
         """Whether it has ended, at least as a connection: another one may have the socket, as its second stream."""
         self._side: AcceptingSide | CallingSide | None = side
