@@ -96,7 +96,7 @@ class Section:
         if vector.numel() != self._length:
             raise ProtocolError(
                 f"a vector of {vector.numel()} numbers for the section {self.span.start}..{self.span.stop}, which has "
-                f"{len(self.span)}"
+                f"{self._length}"
             )
 
     def initialise(self, values: torch.Tensor) -> None:

@@ -46,7 +46,7 @@ class Desk:
     def destinations(self, connection: Connection, call: Call, body_bytes: int) -> list[Part]:
         """Where the body of a call belongs. Raises ProtocolError when it is not as long as its tensors."""
         if not body_bytes and all(reference.block for reference in call.tensors):
-            return []
+            return []  # all of it is shared memory
         if connection.reading or any(waiting is connection for waiting, *_ in self._deferred):
             connection.staging = {}  # an earlier call's answer is still being read from the old one
         connection.bound_staging()

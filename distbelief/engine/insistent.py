@@ -41,13 +41,12 @@ class Insistent(Generic[T]):
     def wait(self, seconds: float) -> bool:
         """Wait for the answer, at most so long."""
         until = self._home.now() + seconds
-        while not self._settled and (left := until - self._home.now()) > 0:
+        while not self.done() and (left := until - self._home.now()) > 0:
             if self._future is None:
                 self._home.sleep(min(left, max(0.0, self._again - self._home.now())))
-                self.done()
-            elif self._future.wait(left):
-                self._take()
-        return self.done()
+            else:
+                self._future.wait(left)
+        return self._settled
 
     def result(self) -> T:
         """Wait for the answer. Raises what is no loss of the peer, and PeerLost when patience ends."""
