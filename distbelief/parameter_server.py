@@ -52,8 +52,8 @@ def shard_name(index: int) -> str:
 class ParameterServerShard:
     """One shard: the owner of one span of the flat parameter vector.
 
-    Memory: that of its sections. Over shared memory a gradient is read where the replica accrued it; over TCP each
-    connected partition has one staging buffer here.
+    Memory: that of its sections. Over shared memory a gradient is read where the replica accrued it; over TCP there
+    are as many staging buffers here as bodies are under way at once.
     """
 
     def __init__(self, home: Home, span: Span, layout: Layout, keeping: UpdateRule | Keeping) -> None:

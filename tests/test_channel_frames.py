@@ -11,10 +11,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from distbelief.channel import frames
+from distbelief.channel import frames, staging
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
 from distbelief.channel.connection import Connection
 from distbelief.channel.frames import PREFIX, Answer, Attach, Call, Failure, Header, Kind, TensorReference
+from distbelief.channel.staging import Staging
 from distbelief.errors import PeerLost, ProtocolError
 
 KEY = b"k" * 32
@@ -197,26 +198,27 @@ def test_half_a_frame_is_waited_for_and_its_end_is_a_lost_peer(wires: Callable[[
 def test_a_tensor_larger_than_the_limit_is_refused_before_memory_is_taken(
     wires: Callable[[], Wire], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connection = wires().connection
+    connection, buffers = wires().connection, Staging(BODY_LIMIT, lambda _: True)
+    buffers.begin(connection)
     taken: list[int] = []
-    empty = torch.empty
+    new_memory = staging._buffer
 
-    def watched(length: int, dtype: torch.dtype) -> torch.Tensor:
-        taken.append(length)
-        return empty(length, dtype=dtype)
+    def watched(size_bytes: int) -> torch.Tensor:
+        taken.append(size_bytes)
+        return new_memory(size_bytes)
 
-    monkeypatch.setattr(torch, "empty", watched)
+    monkeypatch.setattr(staging, "_buffer", watched)
     for length in (BODY_LIMIT // 4 + 1, 2**62, -1):
         with pytest.raises(ProtocolError):
-            connection.stage(0, TensorReference("float32", length))
+            buffers.take(connection, 0, TensorReference("float32", length))
     assert taken == []
-    assert connection.stage(0, TensorReference("float32", BODY_LIMIT // 4)).nbytes == BODY_LIMIT
-    assert taken == [BODY_LIMIT // 4]
+    assert buffers.take(connection, 0, TensorReference("float32", BODY_LIMIT // 4)).nbytes == BODY_LIMIT
+    assert taken == [BODY_LIMIT]
 
 
 def test_a_tensor_of_unknown_dtype_is_refused(wires: Callable[[], Wire]) -> None:
     with pytest.raises(ProtocolError):
-        wires().connection.stage(0, TensorReference("object", 1))
+        Staging(BODY_LIMIT, lambda _: True).take(wires().connection, 0, TensorReference("object", 1))
 
 
 def test_a_tensor_that_no_memory_can_hold_ends_the_connection_only() -> None:
@@ -225,5 +227,7 @@ def test_a_tensor_that_no_memory_can_hold_ends_the_connection_only() -> None:
         connection = Connection(
             own, AcceptingSide(KEY), destinations=lambda *_: [], deliver=lambda *_: None, body_limit=1 << 62
         )
+        buffers = Staging(1 << 62, lambda _: True)
+        buffers.begin(connection)
         with pytest.raises(ProtocolError, match="no memory"):
-            connection.stage(0, TensorReference("uint8", 1 << 61))
+            buffers.take(connection, 0, TensorReference("uint8", 1 << 61))

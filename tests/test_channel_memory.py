@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import Town
 
-from distbelief.channel import frames, memory
+from distbelief.channel import frames, memory, staging
 from distbelief.channel.base import Future, Out, exported
 from distbelief.channel.connection import Connection
 from distbelief.channel.memory import Block
@@ -322,16 +322,17 @@ def test_a_reference_to_memory_that_is_not_shared_is_refused_and_others_are_serv
 def test_a_body_that_is_shorter_than_its_tensors_costs_no_memory_and_others_are_served(
     town: Town, peer: Peer[Keeper], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, empty, taken = Connection.reference, torch.empty, [0]
+    honest, new_memory, taken = Connection.reference, staging._buffer, list[int]()
 
-    def watched(length: int, dtype: torch.dtype) -> torch.Tensor:
-        taken.append(length)
-        return empty(length, dtype=dtype)
+    def watched(size_bytes: int) -> torch.Tensor:
+        taken.append(size_bytes)
+        return new_memory(size_bytes)
 
+    monkeypatch.setattr(staging, "_buffer", watched)
     with monkeypatch.context() as patch:
         patch.setattr(Connection, "reference", lambda *given: msgspec.structs.replace(honest(*given), length=1 << 30))
-        patch.setattr(torch, "empty", watched)
         with pytest.raises(PeerLost):
             town.answer(peer.call(Keeper.total, torch.ones(3)))
-    assert taken == [0]
+    assert taken == []
     assert town.answer(town.peer(peer.locate().result()).call(Keeper.total, torch.ones(3))) == 3.0
+    assert taken == [12]

@@ -63,8 +63,6 @@ class Connection:
         """Whether it has ended, at least as a connection: another one may have the socket, as its second stream."""
         self._side: AcceptingSide | CallingSide | None = side
         """The authentication under way; no frame is read or sent before it is over."""
-        self.staging: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
-        """Memory for bodies of this peer, kept from call to call: (place, length, dtype) -> tensor."""
         self._destinations, self._deliver, self._body_limit = destinations, deliver, body_limit
         self._low_water_bytes = 1
         self._inbox = bytearray()
@@ -200,6 +198,11 @@ class Connection:
         self.receive()
 
     @property
+    def receiving(self) -> bool:
+        """Whether a frame has come in part."""
+        return self._header is not None
+
+    @property
     def _body_is_beside(self) -> bool:
         """Whether all of a frame is here but what the second stream is receiving: no other frame may be begun."""
         return self._header is not None and not self._body and self.second is not None and self.second.receiving
@@ -312,27 +315,6 @@ class Connection:
             found = block.tensor(reference.offset_bytes, reference.length, frames.DTYPES[reference.dtype])
             self._views[reference] = found
         return found
-
-    def stage(self, place: int, reference: TensorReference) -> torch.Tensor:
-        """Memory of this process for a tensor that travels in a body, the same for one read and one written.
-
-        `place` as in `Signature.places`. Raises ProtocolError when it is too large.
-        """
-        if frames.size_bytes(reference) > self._body_limit:
-            raise ProtocolError(f"a peer announced a tensor out of bounds: {reference}")
-        dtype = frames.DTYPES[reference.dtype]
-        key = (place, reference.length, dtype)
-        if key not in self.staging:
-            try:
-                self.staging[key] = torch.empty(reference.length, dtype=dtype)
-            except RuntimeError as error:
-                raise ProtocolError(f"no memory for a tensor that a peer announced: {reference}") from error
-        return self.staging[key]
-
-    def bound_staging(self) -> None:
-        """Before a call is staged: forget what earlier ones left when that is more than one call may take."""
-        if sum(tensor.nbytes for tensor in self.staging.values()) > self._body_limit:
-            self.staging = {}
 
     def close(self) -> None:
         """Close the socket and descriptors that were never mapped."""

@@ -15,6 +15,7 @@ from distbelief.channel.connection import Connection
 from distbelief.channel.frames import Answer, Call, Failure
 from distbelief.channel.futures import BackgroundWork, Kept
 from distbelief.channel.loan import Lending
+from distbelief.channel.staging import Staging
 from distbelief.errors import ProtocolError
 
 FAILURE_CHARACTERS = 1 << 20
@@ -28,11 +29,12 @@ Send = Callable[[Connection, bytes, Sequence[Part], bool], None]
 class Desk:
     """A role, its exported methods, and the answers it still owes.
 
-    `send` takes a frame, its body, and whether it is wide.
+    `send` takes a frame, its body, and whether it is wide. `body_limit` bounds, in bytes, the tensors of one call.
     """
 
-    def __init__(self, role: object, send: Send) -> None:
+    def __init__(self, role: object, send: Send, body_limit: int) -> None:
         self._send = send
+        self._staging = Staging(body_limit, self._is_answering)
         self._deferred: list[tuple[Connection, Call, list[torch.Tensor], Future[Any]]] = []
         self.answering = False
         """Whether a method is running."""
@@ -47,9 +49,7 @@ class Desk:
         """Where the body of a call belongs. Raises ProtocolError when it is not as long as its tensors."""
         if not body_bytes and all(reference.block for reference in call.tensors):
             return []  # all of it is shared memory
-        if connection.reading or any(waiting is connection for waiting, *_ in self._deferred):
-            connection.staging = {}  # an earlier call's answer is still being read from the old one
-        connection.bound_staging()
+        self._staging.begin(connection)
         method = self._methods.get(call.method)
         signature = signature_of(method) if method else None
         kinds = zip(signature.places, signature.outputs, strict=True) if signature else ()
@@ -59,7 +59,9 @@ class Desk:
             if not reference.block and not written
         ]
         frames.check_body(body_bytes, sum(frames.body_bytes(reference) for _, reference in carried))
-        return [codec.incoming(connection.stage(place, reference), reference) for place, reference in carried]
+        return [
+            codec.incoming(self._staging.take(connection, place, reference), reference) for place, reference in carried
+        ]
 
     def answer(self, connection: Connection, call: Call) -> None:
         """Answer one call, now or later."""
@@ -70,7 +72,7 @@ class Desk:
             signature = signature_of(method)
             signature.expect(len(call.tensors))
             tensors = [
-                connection.view(reference) if reference.block else connection.stage(place, reference)
+                connection.view(reference) if reference.block else self._staging.take(connection, place, reference)
                 for reference, place in zip(call.tensors, signature.places, strict=True)
             ]
             arguments = signature.join(call.fields, tensors)
@@ -110,6 +112,11 @@ class Desk:
         """A connection has ended: nobody waits for its answers."""
         self._deferred = [item for item in self._deferred if item[0] is not connection]
         self.lending.forget(connection)
+        self._staging.forget(connection)
+
+    def _is_answering(self, connection: Connection) -> bool:
+        """Whether a call of this connection is worked on, or its answer being sent."""
+        return connection.reading or any(waiting is connection for waiting, *_ in self._deferred)
 
     def _sent_back(self, call: Call, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Of the tensors of a call those that its answer carries as they are."""

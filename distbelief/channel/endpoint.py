@@ -53,7 +53,7 @@ class Endpoint:
         self._key, self._body_limit, self._wire = key, body_limit, wire or Wire()
         self.permit: Callable[[], None] = lambda: None
         """Asked before anything goes out; it may end this process, whose time is over."""
-        self.desk = Desk(role, self._speak)
+        self.desk = Desk(role, self._speak, body_limit)
         self._selector = selectors.DefaultSelector()
         self._connections: set[Connection] = set()
         self._pending: dict[tuple[Connection, int], PendingCall] = {}

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of this process for tensors that travel in bodies.
+
+A buffer serves one call at a time, of whichever connection, and the next call takes the buffer that was used last. So
+there are as many buffers as bodies are under way at once, not as many as there are peers, and what a rush of calls
+needed is given back after it.
+"""
+
+import mmap
+import time
+from collections.abc import Callable
+from typing import final
+
+import torch
+
+from distbelief.channel import frames
+from distbelief.channel.connection import Connection
+from distbelief.channel.frames import TensorReference
+from distbelief.errors import ProtocolError
+
+IDLE_SECONDS = 0.25
+"""A buffer that was not needed for so long is given back."""
+_MAPPED_BYTES = 1 << 20
+"""Larger buffers are mapped by themselves. They begin with a page, into which the kernel copies up to twice as fast,
+and they are given back to it, not to an allocator that would keep them."""
+
+Key = tuple[int, int, torch.dtype]
+"""Place (as in `Signature.places`), length, dtype."""
+
+
+@final
+class Staging:
+    """The buffers of one process.
+
+    `body_limit` bounds, in bytes, one tensor and all idle ones. `answering` tells whether calls of a connection are
+    worked on, or their answers being sent.
+    """
+
+    def __init__(self, body_limit: int, answering: Callable[[Connection], bool]) -> None:
+        self._body_limit, self._answering = body_limit, answering
+        self._held: dict[Connection, list[dict[Key, torch.Tensor]]] = {}
+        """What calls of a connection were given since it was last idle, the latest last."""
+        self._idle: list[tuple[float, Key, torch.Tensor]] = []
+        """(Since when, place and kind, buffer), the one used last is the last."""
+
+    def begin(self, connection: Connection) -> None:
+        """The header of a call has come by `connection`."""
+        now = time.monotonic()
+        for other in list(self._held):
+            if not (self._answering(other) or (other is not connection and other.receiving)):
+                self._idle += [(now, key, tensor) for given in self._held.pop(other) for key, tensor in given.items()]
+        self._idle = [item for item in self._idle if now - item[0] < IDLE_SECONDS]
+        while sum(tensor.nbytes for *_, tensor in self._idle) > self._body_limit:
+            del self._idle[0]
+        self._held.setdefault(connection, []).append({})
+
+    def take(self, connection: Connection, place: int, reference: TensorReference) -> torch.Tensor:
+        """Memory for a tensor of the call that began last, the same for one read and one written at the same place.
+
+        Raises ProtocolError when it is too large.
+        """
+        if frames.size_bytes(reference) > self._body_limit:
+            raise ProtocolError(f"a peer announced a tensor out of bounds: {reference}")
+        given = self._held[connection][-1]
+        key = place, reference.length, frames.DTYPES[reference.dtype]
+        if key not in given:
+            given[key] = self._free(key, reference)
+        return given[key]
+
+    def _free(self, key: Key, reference: TensorReference) -> torch.Tensor:
+        for index in reversed(range(len(self._idle))):
+            if self._idle[index][1] == key:
+                return self._idle.pop(index)[-1]
+        try:
+            return _buffer(frames.size_bytes(reference)).view(key[-1])
+        except (OSError, RuntimeError) as error:
+            raise ProtocolError(f"no memory for a tensor that a peer announced: {reference}") from error
+
+    def forget(self, connection: Connection) -> None:
+        """A connection has ended."""
+        self._held.pop(connection, None)
+
+
+def _buffer(size_bytes: int) -> torch.Tensor:
+    """New memory, uint8 of shape (size_bytes,). Raises OSError, RuntimeError."""
+    if size_bytes <= _MAPPED_BYTES:
+        return torch.empty(size_bytes, dtype=torch.uint8)
+    mapped = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(mapped, dtype=torch.uint8)
