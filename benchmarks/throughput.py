@@ -2,7 +2,8 @@
 """Examples per second of the speech model: the plain loop, DistributedDataParallel, and Downpour.
 
 All methods compute the same mini-batches of synthetic frames with one thread in each process. They take turns of a few
-seconds; what is compared are ratios to the plain loop, or to DDP, in the same round.
+seconds; what is compared are ratios to the plain loop, or to DDP, in the same round. Two plain loops at once show what
+two processes can reach at most on this machine, whose cores share caches and memory.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from benchmarks.processes import Companion
 from benchmarks.table import Measured, Row, Spread, interleave, ratio, table_text, verdict
 
 SLOWDOWN = 4.0
-PLAIN, DDP, DDP_SLOW = "plain loop", "DDP, 2 processes", "DDP, 2 processes, one 4x slower"
+PLAIN, TWO_PLAIN, DDP, DDP_SLOW = (
+    "plain loop", "2 plain loops, nothing shared", "DDP, 2 processes", "DDP, 2 processes, one 4x slower",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,12 @@ def measure_all(plan: Plan, frames: int = throughput_peers.FRAMES) -> list[Row]:
     rows: list[Row] = []
     with ExitStack() as opened:
         plain = opened.enter_context(Companion(throughput_peers.plain, frames=frames))
+        apart = opened.enter_context(Companion(throughput_peers.two_plain, frames=frames))
         parallel = opened.enter_context(Companion(throughput_peers.data_parallel, frames=frames))
         for batch_size in plan.batch_sizes:
             methods: dict[str, Callable[[], float]] = {
                 PLAIN: partial(plain.ask, batch_size, plan.seconds),
+                TWO_PLAIN: partial(apart.ask, batch_size, plan.seconds),
                 DDP: partial(parallel.ask, batch_size, plan.seconds, 1.0),
                 DDP_SLOW: partial(parallel.ask, batch_size, plan.seconds, SLOWDOWN),
             }

@@ -89,6 +89,29 @@ def plain(frames: int = FRAMES) -> Iterator[Callable[[int, float], float]]:
 
 
 @contextmanager
+def two_plain(frames: int = FRAMES) -> Iterator[Callable[[int, float], float]]:
+    """The same loop in two processes that share nothing but the machine: what two replicas could reach at most.
+
+    Yields `measure(batch_size, seconds)`.
+    """
+    with forked(_second_plain, frames) as second, plain(frames) as measure_here:
+
+        def measure(batch_size: int, seconds: float) -> float:
+            second.send((batch_size, seconds))
+            here = measure_here(batch_size, seconds)
+            there: Any = second.recv()
+            return here + float(there)
+
+        yield measure
+
+
+def _second_plain(frames: int, orders: Any) -> None:
+    with plain(frames) as measure:
+        while (order := orders.recv()) is not None:
+            orders.send(measure(*order))
+
+
+@contextmanager
 def data_parallel(frames: int = FRAMES) -> Iterator[Callable[[int, float, float], float]]:
     """DistributedDataParallel on two gloo processes, `batch_size` examples in each.
 

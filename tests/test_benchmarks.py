@@ -336,8 +336,12 @@ def test_ray_pushes_and_fetches_and_leaves_no_process() -> None:
 
 @pytest.mark.slow
 def test_the_plain_loop_and_data_parallel_train_and_a_slow_process_slows_both() -> None:
-    with Companion(throughput_peers.plain, frames=500) as companion:
-        assert companion.ask(32, 0.2) > 0
+    for loops in (throughput_peers.plain, throughput_peers.two_plain):
+        with Companion(loops, frames=500) as companion:
+            assert companion.ask(32, 0.2) > 0
+            processes = companion.descendants()
+        assert len(processes) == (1 if loops is throughput_peers.two_plain else 0)
+        assert not [pid for pid in processes if is_alive(pid)]
     with Companion(throughput_peers.data_parallel, frames=500) as companion:
         assert companion.ask(32, 0.5, 1.0) > 1.3 * companion.ask(32, 0.5, 4.0)
 
