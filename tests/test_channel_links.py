@@ -65,7 +65,7 @@ def clerk() -> Clerk:
 def held_by(endpoint: Endpoint) -> list[torch.Tensor]:
     """Its staging buffers."""
     staging = endpoint.desk._staging
-    given = [tensor for calls in staging._held.values() for call in calls for tensor in call.values()]
+    given = [tensor for call in staging._held.values() for tensor in call.values()]
     return [*given, *(tensor for *_, tensor in staging._idle)]
 
 

@@ -52,7 +52,7 @@ def clerk(town: Town) -> Clerk:
 def buffers(town: Town) -> list[torch.Tensor]:
     """Those of the town's clerk."""
     staging = town.endpoints[0].desk._staging
-    given = [tensor for calls in staging._held.values() for call in calls for tensor in call.values()]
+    given = [tensor for call in staging._held.values() for tensor in call.values()]
     return [*given, *(tensor for *_, tensor in staging._idle)]
 
 

@@ -38,8 +38,8 @@ class Staging:
 
     def __init__(self, body_limit: int, answering: Callable[[Connection], bool]) -> None:
         self._body_limit, self._answering = body_limit, answering
-        self._held: dict[Connection, list[dict[Key, torch.Tensor]]] = {}
-        """What calls of a connection were given since it was last idle, the latest last."""
+        self._held: dict[Connection, dict[Key, torch.Tensor]] = {}
+        """What the latest call of a connection was given."""
         self._idle: list[tuple[float, Key, torch.Tensor]] = []
         """(Since when, place and kind, buffer), the one used last is the last."""
 
@@ -48,11 +48,11 @@ class Staging:
         now = time.monotonic()
         for other in list(self._held):
             if not (self._answering(other) or (other is not connection and other.receiving)):
-                self._idle += [(now, key, tensor) for given in self._held.pop(other) for key, tensor in given.items()]
+                self._idle += [(now, *given) for given in self._held.pop(other).items()]
         self._idle = [item for item in self._idle if now - item[0] < IDLE_SECONDS]
         while sum(tensor.nbytes for *_, tensor in self._idle) > self._body_limit:
             del self._idle[0]
-        self._held.setdefault(connection, []).append({})
+        self._held[connection] = {}  # what an earlier call of it still uses ends with that
 
     def take(self, connection: Connection, place: int, reference: TensorReference) -> torch.Tensor:
         """Memory for a tensor of the call that began last, the same for one read and one written at the same place.
@@ -61,7 +61,7 @@ class Staging:
         """
         if frames.size_bytes(reference) > self._body_limit:
             raise ProtocolError(f"a peer announced a tensor out of bounds: {reference}")
-        given = self._held[connection][-1]
+        given = self._held[connection]
         key = place, reference.length, frames.DTYPES[reference.dtype]
         if key not in given:
             given[key] = self._free(key, reference)
