@@ -246,6 +246,12 @@ class Town:
         self.until(future.done, 30.0)
         return future.result()
 
+    def staged(self) -> list[torch.Tensor]:
+        """The staging buffers of the endpoint that was made first."""
+        staging = self.endpoints[0].desk._staging
+        given = [tensor for call in staging._held.values() for tensor in call.values()]
+        return [*given, *(tensor for *_, tensor in staging._idle)]
+
     def close(self) -> None:
         """Close every endpoint."""
         for endpoint in self.endpoints:

@@ -62,13 +62,6 @@ def clerk() -> Clerk:
     return Clerk()
 
 
-def held_by(endpoint: Endpoint) -> list[torch.Tensor]:
-    """Its staging buffers."""
-    staging = endpoint.desk._staging
-    given = [tensor for call in staging._held.values() for tensor in call.values()]
-    return [*given, *(tensor for *_, tensor in staging._idle)]
-
-
 @contextmanager
 def nobody() -> Iterator[tuple[str, int]]:
     """An address that says nothing, as a host that is gone: its backlog is full, and the kernel drops more callers."""
@@ -369,7 +362,7 @@ def test_whatever_is_said_the_process_lives_takes_no_memory_and_serves_others(sa
             town.work(3)
             held = sum(len(connection._inbox) for connection in endpoint._connections)
             assert held <= len(said)
-            assert not held_by(endpoint)
+            assert not town.staged()
         town.until(lambda: not endpoint._connections)
         assert sum(endpoint.refused.values()) <= 1
         assert town.answer(town.peer(address).call(Clerk.note, 5))[-1] == 5
@@ -382,7 +375,8 @@ def test_tensors_of_ever_other_lengths_do_not_pile_up(town: Town, clerk: Clerk) 
         values, out = torch.randn(length), torch.zeros(length)
         town.answer(peer.call(Clerk.keep, values, out))
         assert torch.equal(out, values)
-    assert sum(tensor.nbytes for tensor in held_by(town.endpoints[0])) <= 2 << 20
+    assert len(town.endpoints[0]._connections) == 1
+    assert sum(tensor.nbytes for tensor in town.staged()) <= 2 << 20
     clerk.kept.clear()
 
 

@@ -3,17 +3,18 @@
 
 import random
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from conftest import Town
 
 from distbelief.channel import staging
 from distbelief.channel.base import Future, Out, Promise, exported
 from distbelief.channel.futures import Kept
 from distbelief.channel.second_stream import WIDE_BYTES
-from tests.conftest import Town
+
+pytestmark = pytest.mark.parametrize("town", ["tcp"], indirect=True)
 
 
 class Clerk:
@@ -36,24 +37,10 @@ class Clerk:
 
 
 @pytest.fixture
-def town() -> Iterator[Town]:
-    made = Town("tcp")
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def clerk(town: Town) -> Clerk:
     clerk = Clerk()
     clerk.town = town
     return clerk
-
-
-def buffers(town: Town) -> list[torch.Tensor]:
-    """Those of the town's clerk."""
-    staging = town.endpoints[0].desk._staging
-    given = [tensor for call in staging._held.values() for tensor in call.values()]
-    return [*given, *(tensor for *_, tensor in staging._idle)]
 
 
 @pytest.mark.parametrize("length", [1000, WIDE_BYTES // 4 + 1000], ids=["short", "by two streams"])
@@ -66,7 +53,7 @@ def test_callers_who_take_turns_share_one_buffer(town: Town, clerk: Clerk, lengt
             town.answer(peer.call(Clerk.twice, values, out))
             assert torch.equal(out, 2 * values)
             town.until(lambda: not any(link.reading for link in town.endpoints[0]._connections))
-    assert len(buffers(town)) == 1
+    assert len(town.staged()) == 1
 
 
 def test_a_caller_who_is_still_waiting_keeps_his_buffer(town: Town, clerk: Clerk) -> None:
@@ -76,7 +63,7 @@ def test_a_caller_who_is_still_waiting_keeps_his_buffer(town: Town, clerk: Clerk
     waiting = first.call(Clerk.later, values, out)
     town.until(lambda: clerk.promises)
     town.answer(second.call(Clerk.twice, torch.full((1000,), -1.0), other))
-    assert len(buffers(town)) == 2
+    assert len(town.staged()) == 2
     clerk.promises[0].keep(1)
     town.answer(waiting)
     assert torch.equal(out, 2 * values)
@@ -92,11 +79,11 @@ def test_what_a_rush_needed_is_given_back_after_it(town: Town, clerk: Clerk, mon
         promise.keep(1)
     for future in waiting:
         town.answer(future)
-    assert len(buffers(town)) == 5
+    assert len(town.staged()) == 5
     for turn in range(5):
         time.sleep(0.1)
         town.answer(peers[turn].call(Clerk.twice, torch.ones(1000), torch.zeros(1000)))
-    assert len(buffers(town)) == 1
+    assert len(town.staged()) == 1
 
 
 def test_a_caller_who_has_gone_leaves_no_buffer(town: Town, clerk: Clerk) -> None:
@@ -105,7 +92,7 @@ def test_a_caller_who_has_gone_leaves_no_buffer(town: Town, clerk: Clerk) -> Non
     town.endpoints.remove(peer.endpoint)
     peer.endpoint.close()
     town.until(lambda: not town.endpoints[0]._connections)
-    assert not buffers(town)
+    assert not town.staged()
 
 
 @pytest.mark.parametrize("seed", range(12))

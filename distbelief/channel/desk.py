@@ -29,7 +29,7 @@ Send = Callable[[Connection, bytes, Sequence[Part], bool], None]
 class Desk:
     """A role, its exported methods, and the answers it still owes.
 
-    `send` takes a frame, its body, and whether it is wide. `body_limit` bounds, in bytes, the tensors of one call.
+    `send` takes a frame, its body, and whether it is wide. `body_limit` as in Staging.
     """
 
     def __init__(self, role: object, send: Send, body_limit: int) -> None:
