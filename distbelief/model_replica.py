@@ -3,7 +3,7 @@
 
     host memory      parameters A | parameters B | gradient A | gradient B      (shared with the shards)
     model            its parameters are views of A or B; a fetch fills the other one, `adopt` switches
-    gradient         each parameter's gradient is added into its place as soon as backward has made it
+    gradient         each parameter's gradient is added into its place as soon as backward has made it, or made there
 
 On a CPU the model computes on the host buffers themselves. On an accelerator the model's flat vector and gradient live
 there, and the host buffers, pinned, stage them.
@@ -12,6 +12,7 @@ there, and the host buffers, pinned, stage them.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -19,6 +20,8 @@ from torch import nn
 
 from distbelief.data_shard import to_device
 from distbelief.errors import ConfigurationError
+from distbelief.freed import freed_at_once
+from distbelief.gradient_place import write_in_place
 from distbelief.parameters import Groups, Layout, lay_out, trainable
 from distbelief.partition.group import Group
 
@@ -62,7 +65,8 @@ def scalar(value: Any) -> torch.Tensor:
 def build(model: Callable[[], nn.Module], seed: int, groups: Groups | None) -> tuple[nn.Module, Layout]:
     """The user's model with the initial values of `seed`, and where its parameters lie."""
     torch.manual_seed(seed)
-    module = model()
+    with freed_at_once():  # the replica moves the values to where they are to be, and lets these go
+        module = model()
     return module, lay_out(module, groups)
 
 
@@ -141,6 +145,8 @@ class ModelReplica:
         self._weight = 1.0
         self.local_rate: float | None = None
         """Rate of the local step after each mini-batch; None for none."""
+        self._promised = [False] * len(self._parameters)
+        """Whose place backward is writing to, or has written to without having said so yet."""
         for index, parameter in enumerate(self._parameters):
             parameter.register_post_accumulate_grad_hook(self._accrue_hook(index))  # type: ignore[no-untyped-call]
         offset = 0
@@ -148,6 +154,9 @@ class ModelReplica:
             self.spare[offset : offset + parameter.numel()] = parameter.detach().reshape(-1)
             offset += parameter.numel()
         self._point()
+        if on_cpu:
+            places = {each: partial(self._place, index) for index, each in enumerate(self._parameters)}
+            write_in_place(part.module, places)
 
     # parameters
 
@@ -192,16 +201,25 @@ class ModelReplica:
             if self._written[index]:
                 view.add_(gradient, alpha=self._weight)
             elif self._weight == 1.0:
-                view.copy_(gradient)  # a quarter faster than to multiply by one
+                if gradient.data_ptr() != view.data_ptr():
+                    view.copy_(gradient)  # a quarter faster than to multiply by one
             else:
                 torch.mul(gradient, self._weight, out=view)
-            self._written[index] = True
+            self._written[index], self._promised[index] = True, False
             if self.local_rate is not None:
                 # The paper's local step: parameters -= rate * gradient, as soon as backward needs this one no more.
                 parameter.data.add_(gradient, alpha=-self.local_rate)
             parameter.grad = None
 
         return accrue
+
+    def _place(self, index: int) -> torch.Tensor | None:
+        """Where backward may write a gradient instead of into new memory, if nothing is there yet."""
+        if self._written[index] or self._promised[index]:
+            return None
+        self._promised[index] = True
+        view = self._gradient_views[self._filling][index]
+        return view.view(view.shape)
 
     def _zero_what_is_missing(self) -> None:
         """A parameter that had no part in the loss has gradient zero."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distbelief import gradient_place
 from distbelief.errors import ConfigurationError
 from distbelief.model_replica import (
     ModelReplica,
@@ -24,6 +25,13 @@ from distbelief.parameters import Layout
 from distbelief.partition.group import Group
 
 OBJECTIVE = Objective(nn.functional.mse_loss)
+
+
+@pytest.fixture(autouse=True, params=["copied", "in place"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How gradients of linear layers get into the flat gradient."""
+    if request.param == "in place":
+        monkeypatch.setattr(gradient_place, "LARGE_NUMBERS", 1)
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:

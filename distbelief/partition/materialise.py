@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distbelief.errors import ConfigurationError
+from distbelief.freed import freed_at_once
 from distbelief.partition.box import Box, inside, whole
-from distbelief.partition.tape import Sharing, Tape, View, every, freed_at_once
+from distbelief.partition.tape import Sharing, Tape, View, every
 
 Part = tuple[tuple[int, ...], Box]
 """A box of a tensor that is looked at in this shape."""

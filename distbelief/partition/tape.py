@@ -8,7 +8,6 @@ end, by going through the few operations that led to its content and no others.
 """
 
 import contextlib
-import ctypes
 import gc
 import weakref
 from bisect import bisect_left
@@ -32,26 +31,6 @@ _UNSEEN = frozenset(
      Tensor.__reduce_ex__, Tensor.__dlpack__, Tensor.share_memory_]
 )  # fmt: skip
 """What reads a tensor's memory, or gives it away, without an operation."""
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Options of the C library's mallopt."""
-
-
-@contextlib.contextmanager
-def freed_at_once() -> Iterator[None]:
-    """Give the memory of tensors back to the system as soon as it is freed.
-
-    Otherwise glibc soon keeps freed blocks of up to 32 MiB, and carves them up: a model that is built and freed layer
-    by layer ends up in memory as a whole. Afterwards its thresholds are where freeing large blocks would have led
-    them. Not to be nested.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
-    mallopt(_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        mallopt(_MMAP_THRESHOLD, 1 << 25)
-        mallopt(_TRIM_THRESHOLD, 1 << 26)
 
 
 @dataclass(frozen=True, slots=True)
