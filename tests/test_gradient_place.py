@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of gradients that backward writes into the flat gradient: the numbers of ordinary autograd, and nobody's copy."""
+"""Laws of gradients that backward writes into the flat gradient: the numbers of autograd, and nobody else's memory."""
 
 import copy
 import pickle

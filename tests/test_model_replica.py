@@ -222,6 +222,25 @@ def test_a_gradient_that_was_taken_stays_untouched_while_the_next_one_accrues() 
     assert len({gradient.data_ptr() for gradient, _ in kept}) == 2
 
 
+def test_backward_makes_the_first_gradient_of_a_large_weight_where_it_is_accrued() -> None:
+    made: list[int] = []
+
+    def watched() -> nn.Module:
+        module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+        module[0].weight.register_post_accumulate_grad_hook(lambda weight: made.append(weight.grad.data_ptr()))
+        return module
+
+    replica = Replica(watched)
+    for number in range(6):
+        place = replica.layout.views(replica.host[2 + number % 2])["0.weight"].data_ptr()
+        for batch in batches(2):
+            replica.it.compute(batch)
+        in_place = gradient_place.LARGE_NUMBERS == 1
+        assert [found == place for found in made] == [in_place, False]
+        made.clear()
+        assert replica.it.take_gradient(mean=True, clip_norm=None) is not None
+
+
 def test_a_fetch_fills_the_spare_buffer_unseen_until_it_is_adopted() -> None:
     replica = Replica(Tied)
     parameters = list(replica.module.parameters())
