@@ -199,7 +199,7 @@ def test_a_tensor_larger_than_the_limit_is_refused_before_memory_is_taken(
     wires: Callable[[], Wire], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connection, buffers = wires().connection, Staging(BODY_LIMIT, lambda _: True)
-    buffers.begin(connection)
+    buffers.begin(connection, 0)
     taken: list[int] = []
     new_memory = staging._buffer
 
@@ -228,6 +228,6 @@ def test_a_tensor_that_no_memory_can_hold_ends_the_connection_only() -> None:
             own, AcceptingSide(KEY), destinations=lambda *_: [], deliver=lambda *_: None, body_limit=1 << 62
         )
         buffers = Staging(1 << 62, lambda _: True)
-        buffers.begin(connection)
+        buffers.begin(connection, 0)
         with pytest.raises(ProtocolError, match="no memory"):
             buffers.take(connection, 0, TensorReference("uint8", 1 << 61))

@@ -192,8 +192,8 @@ def test_who_has_gone_keeps_nothing_lent(library: tuple[Town, Library, Callable[
 def test_a_loan_sends_what_was_lent_whenever_it_is_ended(
     length: int, steps: list[int], ended: int, dealt: bool
 ) -> None:
-    own, aside = torch.arange(length, dtype=torch.uint8), torch.zeros(length, dtype=torch.uint8)
-    loan = Loan(bytes_of(own), bytes_of(aside))
+    own = torch.arange(length, dtype=torch.uint8)
+    loan = Loan(bytes_of(own))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("distbelief.channel.second_stream.PIECE_BYTES", 7)
         streams = [deque[Part](parts) for parts in second_stream.deal([loan])] if dealt else [deque[Part]([loan])]
@@ -227,7 +227,7 @@ def test_a_loan_is_not_ended_while_a_thread_is_sending_of_it() -> None:
             release.wait(20)
             return 1
 
-    loan = Loan(memoryview(bytearray(b"abc")), memoryview(bytearray(3)))
+    loan = Loan(memoryview(bytearray(b"abc")))
     with Link() as link:
         sender = threading.Thread(target=loan.send_by, args=(link,))
         ender = threading.Thread(target=loan.end)

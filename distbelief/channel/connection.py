@@ -33,7 +33,8 @@ _DESCRIPTOR_SPACE = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 _ROUNDS = 64
 """Receives per call of `receive`, so that one fast sender cannot starve the others."""
 
-Destinations = Callable[["Connection", Header, int], Sequence[Part]]
+Destinations = Callable[["Connection", Header, int], Sequence[Part] | None]
+"""Where a body belongs; None where it is not to be begun yet."""
 Deliver = Callable[["Connection", Header], None]
 
 
@@ -67,6 +68,8 @@ class Connection:
         self._low_water_bytes = 1
         self._inbox = bytearray()
         self._header: Header | None = None
+        self._announced_bytes: int | None = None
+        """Length of a body that has not been begun: it waits until the owner says `go_on`."""
         self._body: deque[Part] = deque()
         self._outbox: deque[Part] = deque()
         self._descriptors: deque[tuple[int, Block]] = deque()
@@ -126,7 +129,7 @@ class Connection:
     @property
     def awaited(self) -> int:
         """What the endpoint's selector is to watch the socket for."""
-        return (0 if self._body_is_beside else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self.sending else 0)
+        return (0 if self._pauses else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self.sending else 0)
 
     def flush(self) -> None:
         """Send what fits; frames only to a peer that is proved. Raises PeerLost."""
@@ -191,7 +194,10 @@ class Connection:
             self._low_water_bytes = links.wake_for(self.socket, sum(map(len, self._body)), self._low_water_bytes)
 
     def go_on(self) -> None:
-        """The second stream has received all that it was to receive, or has broken. Raises as `receive` does."""
+        """The second stream has all that it was to receive, or has broken; or a body that had to wait may begin.
+
+        Raises as `receive` does.
+        """
         if self.second is not None and self.second.error is not None:
             raise PeerLost(f"the peer is gone: {self.second.error}")
         self._parse()
@@ -203,13 +209,18 @@ class Connection:
         return self._header is not None
 
     @property
+    def _pauses(self) -> bool:
+        """Whether nothing is to be read now."""
+        return self._announced_bytes is not None or self._body_is_beside
+
+    @property
     def _body_is_beside(self) -> bool:
         """Whether all of a frame is here but what the second stream is receiving: no other frame may be begun."""
         return self._header is not None and not self._body and self.second is not None and self.second.receiving
 
     def _take(self) -> None:
         for count in itertools.count(1):
-            if self._body_is_beside:
+            if self._pauses:
                 return
             emptied = False
             try:
@@ -258,6 +269,8 @@ class Connection:
                 continue
             if self._header is None and not self._parse_header():
                 return
+            if self._announced_bytes is not None and not self._begin_body(self._announced_bytes):
+                return
             while self._body and self._inbox:
                 first = self._body[0]
                 space = first if isinstance(first, memoryview) else first.piece()
@@ -286,16 +299,25 @@ class Connection:
         del self._inbox[: prefix_bytes + header_bytes]
         self._header = header
         if kind is not Kind.ATTACH:
-            parts = self._destinations(self, header, body_bytes)
-            if isinstance(header, Call | Answer) and header.wide:
-                if self.second is None:
-                    raise ProtocolError("a peer sends by a second stream, and there is none")
-                parts, beside = deal(parts)
-                self.second.receive(beside)
-            if parts:
-                self._body.extend(part for part in parts if len(part))
+            self._announced_bytes = body_bytes
         elif body_bytes or not self.shares_memory:
             raise ProtocolError("a peer that does not share our memory offered a block")
+        return True
+
+    def _begin_body(self, body_bytes: int) -> bool:
+        header = self._header
+        assert header is not None
+        parts = self._destinations(self, header, body_bytes)
+        if parts is None:
+            return False
+        self._announced_bytes = None
+        if isinstance(header, Call | Answer) and header.wide:
+            if self.second is None:
+                raise ProtocolError("a peer sends by a second stream, and there is none")
+            parts, beside = deal(parts)
+            self.second.receive(beside)
+        if parts:
+            self._body.extend(part for part in parts if len(part))
         return True
 
     def _attach(self, identifier: int) -> None:

@@ -14,7 +14,7 @@ from distbelief.channel.codec import Part
 from distbelief.channel.connection import Connection
 from distbelief.channel.frames import Answer, Call, Failure
 from distbelief.channel.futures import BackgroundWork, Kept
-from distbelief.channel.loan import Lending
+from distbelief.channel.loan import Lending, Loan
 from distbelief.channel.staging import Staging
 from distbelief.errors import ProtocolError
 
@@ -36,6 +36,8 @@ class Desk:
         self._send = send
         self._staging = Staging(body_limit, self._is_answering)
         self._deferred: list[tuple[Connection, Call, list[torch.Tensor], Future[Any]]] = []
+        self.held_up: list[Connection] = []
+        """Those that are to ask again where their body belongs, the first one first."""
         self.answering = False
         """Whether a method is running."""
         self.lending = Lending()
@@ -45,11 +47,17 @@ class Desk:
         """Let the exported methods of `role` answer from now on."""
         self._role, self._methods = role, exported_methods(type(role))
 
-    def destinations(self, connection: Connection, call: Call, body_bytes: int) -> list[Part]:
-        """Where the body of a call belongs. Raises ProtocolError when it is not as long as its tensors."""
+    def destinations(self, connection: Connection, call: Call, body_bytes: int) -> list[Part] | None:
+        """Where the body of a call belongs; None where it is to wait for other bodies: then it is `held_up`.
+
+        Raises ProtocolError when it is not as long as its tensors.
+        """
         if not body_bytes and all(reference.block for reference in call.tensors):
             return []  # all of it is shared memory
-        self._staging.begin(connection)
+        if self._staging.must_wait(body_bytes):
+            self.held_up.append(connection)
+            return None
+        self._staging.begin(connection, body_bytes)
         method = self._methods.get(call.method)
         signature = signature_of(method) if method else None
         kinds = zip(signature.places, signature.outputs, strict=True) if signature else ()
@@ -89,7 +97,7 @@ class Desk:
                 self.lending.fill()
                 self._deferred.append((connection, call, tensors, value))
             else:
-                self._say(connection, call, value, tensors)
+                self._say(connection, call, value, tensors, at_once=True)
         except Exception as error:
             self.lending.allow(())  # what was lent for an answer that is not given
             self._fail(connection, call, error)
@@ -127,7 +135,9 @@ class Desk:
             if written and not (reference.block or reference.wire)
         ]
 
-    def _say(self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor]) -> None:
+    def _say(
+        self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor], *, at_once: bool = False
+    ) -> None:  # fmt: skip
         outputs = signature_of(self._methods[call.method]).outputs
         body = [
             self.lending.instead_of(tensor) or codec.outgoing(tensor, reference)
@@ -137,6 +147,8 @@ class Desk:
         answer = Answer(call.number, _encode_value(value), call.wide)
         frame = frames.encode(answer, sum(map(len, body)))
         self.lending.grant(connection)
+        if at_once and all(isinstance(part, Loan) for part in body):
+            self._staging.release(connection)
         self._send(connection, frame, body, call.wide)
 
     def _fail(self, connection: Connection, call: Call, error: Exception) -> None:

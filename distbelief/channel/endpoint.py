@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import torch
@@ -35,6 +35,8 @@ from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost, Protocol
 
 LOOK_SECONDS = 0.25
 """How often the connections are looked at that time may end."""
+HELD_UP_SECONDS = 0.002
+"""How often it is asked whether a body may begin that waits for others."""
 
 
 @final
@@ -124,7 +126,9 @@ class Endpoint:
     def poll(self, seconds: float) -> bool:
         """One round: wait for sockets, receive, answer, send; whether there was anything."""
         time_may_end_some = bool(self._distant or self._connecting or self._door.has_strangers)
-        ready = self._selector.select(min(seconds, LOOK_SECONDS) if time_may_end_some else seconds)
+        if time_may_end_some:
+            seconds = min(seconds, HELD_UP_SECONDS if self.desk.held_up else LOOK_SECONDS)
+        ready = self._selector.select(seconds)
         with self.lock:
             for key, events in ready:
                 if isinstance(key.data, Connection):
@@ -132,6 +136,9 @@ class Endpoint:
                 else:
                     key.data()
             self.desk.answer_deferred()
+            if self.desk.held_up:
+                held_up, self.desk.held_up = self.desk.held_up, []
+                self._go_on(held_up)
             if time_may_end_some:
                 self._look_after()
             if self._errands:
@@ -347,14 +354,17 @@ class Endpoint:
 
     def _hear_news(self) -> None:
         self._wakee.recv(4096)
-        for connection in self._widening.news():
+        self._go_on(self._widening.news())
+
+    def _go_on(self, connections: Iterable[Connection]) -> None:
+        for connection in connections:
             if connection in self._connections:
                 self._guarded(connection, connection.go_on)
 
     # frames
 
-    def _destinations(self, connection: Connection, header: Header, body_bytes: int) -> Sequence[Part]:
-        """Where the body of a frame belongs. Raises ProtocolError when it is not as long as announced."""
+    def _destinations(self, connection: Connection, header: Header, body_bytes: int) -> Sequence[Part] | None:
+        """Where the body of a frame belongs, None for not yet. Raises ProtocolError when its length is another one."""
         if isinstance(header, Call):
             return self.desk.destinations(connection, header, body_bytes)
         parts: Sequence[Part] = []

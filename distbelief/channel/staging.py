@@ -2,8 +2,8 @@
 """Memory of this process for tensors that travel in bodies.
 
 A buffer serves one call at a time, of whichever connection, and the next call takes the buffer that was used last. So
-there are as many buffers as bodies are under way at once, not as many as there are peers, and what a rush of calls
-needed is given back after it.
+there are as many buffers as calls use at once, not as many as there are peers, and what a rush of calls needed is given
+back after it. Large bodies are received one after another, as long as they come fast: nobody loses anything by that.
 """
 
 import mmap
@@ -20,7 +20,10 @@ from distbelief.errors import ProtocolError
 
 IDLE_SECONDS = 0.25
 """A buffer that was not needed for so long is given back."""
-_MAPPED_BYTES = 1 << 20
+FAST_BYTES_PER_SECOND = 1e9
+"""While a large body may be all there at this speed, no other one is begun. So the links of slow peers are used at the
+same time, and what begins at all is no less than this."""
+LARGE_BYTES = 1 << 20
 """Larger buffers are mapped by themselves. They begin with a page, into which the kernel copies up to twice as fast,
 and they are given back to it, not to an allocator that would keep them."""
 
@@ -42,13 +45,25 @@ class Staging:
         """What the latest call of a connection was given."""
         self._idle: list[tuple[float, Key, torch.Tensor]] = []
         """(Since when, place and kind, buffer), the one used last is the last."""
+        self._large: dict[Connection, float] = {}
+        """Whose large body is being received, and until when others wait for it."""
 
-    def begin(self, connection: Connection) -> None:
-        """The header of a call has come by `connection`."""
+    def must_wait(self, body_bytes: int) -> bool:
+        """Whether a body is not to be begun yet, since another one is being received."""
+        if body_bytes <= LARGE_BYTES:
+            return False
         now = time.monotonic()
+        self._large = {other: until for other, until in self._large.items() if other.receiving and until > now}
+        return bool(self._large)
+
+    def begin(self, connection: Connection, body_bytes: int) -> None:
+        """A call has come by `connection`, and so many bytes follow."""
+        now = time.monotonic()
+        if body_bytes > LARGE_BYTES:
+            self._large[connection] = now + body_bytes / FAST_BYTES_PER_SECOND
         for other in list(self._held):
             if not (self._answering(other) or (other is not connection and other.receiving)):
-                self._idle += [(now, *given) for given in self._held.pop(other).items()]
+                self.release(other)
         self._idle = [item for item in self._idle if now - item[0] < IDLE_SECONDS]
         while sum(tensor.nbytes for *_, tensor in self._idle) > self._body_limit:
             del self._idle[0]
@@ -76,14 +91,20 @@ class Staging:
         except (OSError, RuntimeError) as error:
             raise ProtocolError(f"no memory for a tensor that a peer announced: {reference}") from error
 
+    def release(self, connection: Connection) -> None:
+        """What the latest call of a connection was given is not used any more, though it may still be answered."""
+        now = time.monotonic()
+        self._idle += [(now, *given) for given in self._held.pop(connection, {}).items()]
+
     def forget(self, connection: Connection) -> None:
         """A connection has ended."""
         self._held.pop(connection, None)
+        self._large.pop(connection, None)
 
 
 def _buffer(size_bytes: int) -> torch.Tensor:
     """New memory, uint8 of shape (size_bytes,). Raises OSError, RuntimeError."""
-    if size_bytes <= _MAPPED_BYTES:
+    if size_bytes <= LARGE_BYTES:
         return torch.empty(size_bytes, dtype=torch.uint8)
     mapped = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(mapped, dtype=torch.uint8)
