@@ -54,7 +54,7 @@ class Desk:
         """
         if not body_bytes and all(reference.block for reference in call.tensors):
             return []  # all of it is shared memory
-        if self._staging.must_wait(body_bytes):
+        if self._staging.must_wait(connection, body_bytes):
             self.held_up.append(connection)
             return None
         self._staging.begin(connection, body_bytes)

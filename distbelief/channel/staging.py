@@ -48,12 +48,16 @@ class Staging:
         self._large: dict[Connection, float] = {}
         """Whose large body is being received, and until when others wait for it."""
 
-    def must_wait(self, body_bytes: int) -> bool:
-        """Whether a body is not to be begun yet, since another one is being received."""
+    def must_wait(self, connection: Connection, body_bytes: int) -> bool:
+        """Whether a body is not to be begun yet, since that of another connection is being received."""
         if body_bytes <= LARGE_BYTES:
             return False
         now = time.monotonic()
-        self._large = {other: until for other, until in self._large.items() if other.receiving and until > now}
+        self._large = {
+            other: until
+            for other, until in self._large.items()
+            if other is not connection and other.receiving and until > now
+        }
         return bool(self._large)
 
     def begin(self, connection: Connection, body_bytes: int) -> None:
