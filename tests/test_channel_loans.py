@@ -72,6 +72,12 @@ class Library:
         raise ValueError("no")
 
     @exported
+    def take_before_adding(self, out: Out, number: int) -> None:
+        self.endpoint.desk.lending.lend(out, self.own)
+        self.endpoint.desk.lending.end(self.own)
+        self.own += number
+
+    @exported
     def put(self, values: torch.Tensor) -> None:
         self.endpoint.desk.lending.end(self.own)
         self.own.copy_(values)
@@ -168,6 +174,17 @@ def test_what_is_answered_later_or_not_at_all_lends_nothing(
     town.answer(other.call(Library.put, torch.full((LENGTH,), 5.0)))
     assert town.answer(other.call(Library.take, again)) == 5
     assert number(again) == 5.0
+
+
+def test_what_changes_in_the_call_that_lends_it_arrives_as_it_was(
+    library: tuple[Town, Library, Callable[[], Peer[Library]]],
+) -> None:
+    town, role, reader = library
+    peer, out = reader(), torch.full((LENGTH,), -1.0)
+    for round_ in range(3):
+        town.answer(peer.call(Library.take_before_adding, out, 2))
+        assert number(out) == 2.0 * round_
+    assert number(role.own) == 6.0
 
 
 def test_who_has_gone_keeps_nothing_lent(library: tuple[Town, Library, Callable[[], Peer[Library]]]) -> None:

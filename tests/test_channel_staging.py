@@ -132,11 +132,12 @@ def test_long_bodies_that_come_fast_are_received_into_one_buffer(
     peers = [town.peer(address) for _ in range(4)]
     desk = town.endpoints[0].desk
     for turn in range(3):
-        futures = []
-        for number, peer in enumerate(peers):
-            futures.append(peer.call(Clerk.first, torch.full((LONG,), 10.0 * turn + number)))
-            town.until(lambda number=number: len(desk.held_up) == number or futures[0].done())  # type: ignore[misc]
-        assert [town.answer(future) for future in futures] == [10 * turn + number for number in range(4)]
+        numbers = [10 * turn + number for number in range(4)]
+        futures = [
+            peer.call(Clerk.first, torch.full((LONG,), float(number)))
+            for peer, number in zip(peers, numbers, strict=True)
+        ]
+        assert [town.answer(future) for future in futures] == numbers
         assert len(town.staged()) == 1
     assert not desk.held_up
 
