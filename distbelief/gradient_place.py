@@ -13,6 +13,7 @@ from typing import Any, Self, final
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 LARGE_NUMBERS = 1 << 19
 """Weights from here on are written in place. For smaller ones the copy costs less than what this takes in Python."""
@@ -55,23 +56,26 @@ class PlacingLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As nn.Linear, shapes (..., in_features) to (..., out_features)."""
-        place = self.places.of(self.weight)
-        if place is None or not _ordinary_backward(input, self.weight):
+        if torch.compiler.is_compiling() or (place := self.places.of(self.weight)) is None:
+            return super().forward(input)
+        if not _is_plain(input, self.weight):
             return super().forward(input)
         output: torch.Tensor = _Linear.apply(input, self.weight, self.bias, place)  # type: ignore[no-untyped-call]
         return output
 
 
-def _ordinary_backward(input: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the call is recorded as it stands, in the weight's own type, and no hook sees the weight's gradient."""
+def _is_plain(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the call is an ordinary one of ordinary tensors in the weight's own type, recorded for backward."""
     return (
         torch.is_grad_enabled()
         and weight.requires_grad
+        and type(input) in (torch.Tensor, nn.Parameter)
+        and input.layout is torch.strided
+        and not input.is_nested
         and input.dtype == weight.dtype
-        and not weight._backward_hooks
         and not torch.is_autocast_enabled(input.device.type)
-        and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )
 
 
@@ -82,33 +86,36 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, place: Place
     ) -> torch.Tensor:  # fmt: skip
-        ctx.save_for_backward(input, weight)
+        ctx.save_for_backward(input, weight if ctx.needs_input_grad[0] else None)
         ctx.place = place
-        return nn.functional.linear(input, weight, bias)
+        output = nn.functional.linear(input, weight, bias)
+        # Autograd forbids to change a view that a Function returns, which nn.ReLU(inplace=True) does.
+        return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
         outer = gradients[0].reshape(-1, gradients[0].shape[-1])
         rows = input.reshape(-1, input.shape[-1])
-        place = ctx.place() if of_weight and _accumulates(ctx.next_functions[1][0]) else None
         return (
-            outer.mm(weight).view(input.shape) if of_input else None,
-            (outer.t().mm(rows) if place is None else torch.mm(outer.t(), rows, out=place)) if of_weight else None,
-            outer.sum(0) if of_bias else None,
+            outer.mm(weight).view(input.shape) if ctx.needs_input_grad[0] else None,
+            _of_weight(ctx.next_functions[1][0], outer.t(), rows, ctx.place),
+            outer.sum(0) if ctx.needs_input_grad[2] else None,
             None,
         )
 
 
-def _accumulates(leaf: Any) -> bool:
-    """Whether the pass under way adds to `.grad` of this leaf, once and for all.
+def _of_weight(leaf: Any, outer: torch.Tensor, rows: torch.Tensor, place: Place) -> torch.Tensor | None:
+    """The gradient of the weight, in its place where this pass adds it to `.grad`, and nobody looks at it before.
 
-    torch.autograd.grad hands gradients to its caller, who may keep them, and with create_graph they have a history.
+    `leaf` is the node of the graph that does so. None where this pass has no use for it.
     """
-    if torch.is_grad_enabled():
-        return False
     try:
-        return bool(torch._C._will_engine_execute_node(leaf))
-    except RuntimeError:  # what torch says of a leaf in torch.autograd.grad
-        return False
+        if not torch._C._will_engine_execute_node(leaf):
+            return None
+        kept = torch.is_grad_enabled()  # create_graph: it has a history
+    except RuntimeError:  # what torch says of a leaf whose gradient torch.autograd.grad hands to its caller
+        kept = True
+    watched = leaf.variable._backward_hooks or len(leaf.variable._post_accumulate_grad_hooks or ()) > 1
+    own = None if kept or watched else place()
+    return outer.mm(rows) if own is None else torch.mm(outer, rows, out=own)

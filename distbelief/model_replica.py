@@ -146,7 +146,9 @@ class ModelReplica:
         self.local_rate: float | None = None
         """Rate of the local step after each mini-batch; None for none."""
         self._promised = [False] * len(self._parameters)
-        """Whose place backward is writing to, or has written to without having said so yet."""
+        """Whose place backward has been given, and has not yet handed back as the gradient."""
+        self._aside: dict[int, torch.Tensor] = {}
+        """What came meanwhile, by parameter."""
         for index, parameter in enumerate(self._parameters):
             parameter.register_post_accumulate_grad_hook(self._accrue_hook(index))  # type: ignore[no-untyped-call]
         offset = 0
@@ -189,6 +191,8 @@ class ModelReplica:
         self._weight = weight
         loss = self._differentiate(self.part.module, to_device(batch, self._device))
         self._mini_batches += 1
+        if self._aside:
+            self._add_what_is_aside()
         if not all(self._written):
             self._zero_what_is_missing()
         return loss
@@ -198,20 +202,38 @@ class ModelReplica:
             view = self._gradient_views[self._filling if len(self._accruing) == 2 else 0][index]
             assert parameter.grad is not None
             gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-            if self._written[index]:
-                view.add_(gradient, alpha=self._weight)
-            elif self._weight == 1.0:
-                if gradient.data_ptr() != view.data_ptr():
-                    view.copy_(gradient)  # a quarter faster than to multiply by one
-            else:
-                torch.mul(gradient, self._weight, out=view)
-            self._written[index], self._promised[index] = True, False
             if self.local_rate is not None:
                 # The paper's local step: parameters -= rate * gradient, as soon as backward needs this one no more.
                 parameter.data.add_(gradient, alpha=-self.local_rate)
+            if self._promised[index] and gradient.data_ptr() != view.data_ptr():
+                # What lies in the place is a part of this, or belongs to a pass of autograd around this one.
+                gradient = gradient * self._weight
+                self._aside[index] = self._aside[index] + gradient if index in self._aside else gradient
+            else:
+                self._accrue(view, gradient, again=self._written[index])
+                self._written[index], self._promised[index] = True, False
             parameter.grad = None
 
         return accrue
+
+    def _accrue(self, view: torch.Tensor, gradient: torch.Tensor, *, again: bool) -> None:
+        """Put `gradient` into its place, or add it to what is there; it may lie there already."""
+        if again:
+            view.add_(gradient, alpha=self._weight)
+        elif self._weight != 1.0:
+            torch.mul(gradient, self._weight, out=view)
+        elif gradient.data_ptr() != view.data_ptr():
+            view.copy_(gradient)  # a quarter faster than to multiply by one
+
+    def _add_what_is_aside(self) -> None:
+        for index, gradient in self._aside.items():
+            view = self._gradient_views[self._filling][index]
+            if self._written[index]:
+                view.add_(gradient)
+            else:
+                view.copy_(gradient)
+            self._written[index], self._promised[index] = True, False
+        self._aside.clear()
 
     def _place(self, index: int) -> torch.Tensor | None:
         """Where backward may write a gradient instead of into new memory, if nothing is there yet."""

@@ -3,6 +3,7 @@
 
 import random
 import time
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -23,12 +24,18 @@ class Clerk:
 
     def __init__(self) -> None:
         self.promises: list[Promise[int]] = []
+        self.pings = 0
         self.town: Town
 
     @exported
     def twice(self, values: torch.Tensor, out: Out) -> int:
         torch.mul(values, 2, out=out)
         return len(values)
+
+    @exported
+    def ping(self) -> int:
+        self.pings += 1
+        return self.pings
 
     @exported
     def first(self, values: torch.Tensor) -> int:
@@ -212,19 +219,64 @@ def test_a_caller_who_goes_midway_holds_nobody_up(
     assert not town.endpoints[0].desk.held_up
 
 
+@pytest.mark.parametrize("transport", ["tcp", "shared_memory"])
 def test_a_body_that_is_held_up_goes_on_in_time_though_nothing_else_happens(
-    town: Town, clerk: Clerk, monkeypatch: pytest.MonkeyPatch
+    clerk: Clerk, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     monkeypatch.setattr(staging, "FAST_BYTES_PER_SECOND", LONG * 4 / 0.1)
+    with closing(Town(transport)) as town:
+        address = town.serve(clerk)
+        peers = [town.peer(address) for _ in range(2)]
+        for number, peer in enumerate(peers):
+            began(town, peer, float(number))
+        assert len(town.endpoints[0].desk.held_up) == 1
+        started = time.monotonic()
+        while town.endpoints[0].desk.held_up:
+            town.endpoints[0].poll(5.0)
+        assert time.monotonic() - started < 0.2
+
+
+def test_who_sends_one_long_body_after_another_lets_others_come_between(
+    town: Town, clerk: Clerk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "FAST_BYTES_PER_SECOND", 1.0)
     address = town.serve(clerk)
-    peers = [town.peer(address) for _ in range(2)]
-    for number, peer in enumerate(peers):
-        began(town, peer, float(number))
-    assert len(town.endpoints[0].desk.held_up) == 1
-    started = time.monotonic()
-    while town.endpoints[0].desk.held_up:
-        town.endpoints[0].poll(5.0)
-    assert time.monotonic() - started < 0.2
+    busy, other = town.peer(address), town.peer(address)
+    many = [busy.call(Clerk.first, torch.full((LONG,), float(number))) for number in range(5)]
+    while not many[0].done():
+        busy.endpoint.poll(0.0)
+        town.endpoints[0].poll(0.0)
+    one = other.call(Clerk.first, torch.full((LONG,), 7.0))
+    town.until(lambda: town.endpoints[0].desk.held_up or one.done())
+    assert town.answer(one) == 7
+    assert not many[4].done()
+    assert [town.answer(future) for future in many] == list(range(5))
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["being sent", "to be answered later"])
+def test_a_call_without_tensors_leaves_the_buffers_of_the_one_before_alone(
+    town: Town, clerk: Clerk, deferred: bool
+) -> None:
+    address = town.serve(clerk)
+    patient, other = town.peer(address), town.peer(address)
+    method = Clerk.later if deferred else Clerk.twice
+    out, answers = torch.zeros(LONG), []
+    slow = patient.call(method, torch.full((LONG,), 1.0), out)
+    answers.append(patient.call(Clerk.ping))
+    server = town.endpoints[0]
+    while not clerk.pings:
+        patient.endpoint.poll(0.0)
+        server.poll(0.0)
+    again = torch.zeros(LONG)
+    quick = other.call(Clerk.twice, torch.full((LONG,), 50.0), again)
+    while not quick.done():
+        other.endpoint.poll(0.0)
+        server.poll(0.0)
+    assert not slow.done()
+    for promise in clerk.promises:
+        promise.keep(LONG)
+    finish(town, [(slow, out), (quick, again)], [1.0, 50.0])
+    assert town.answer(answers[0]) == 1
 
 
 class Library:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from distbelief import gradient_place
 from distbelief.gradient_place import PlacingLinear, write_in_place
@@ -56,6 +58,11 @@ class Scaled(nn.Linear):
         return 2 * super().forward(input)
 
 
+def changed_in_place() -> nn.Module:
+    """What its layers yield is changed where it lies."""
+    return nn.Sequential(nn.Linear(FEATURES, 5), nn.ReLU(inplace=True), nn.Linear(5, 4), nn.Hardtanh(inplace=True))
+
+
 def layers() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 3))
 
@@ -73,7 +80,7 @@ def frozen_weight() -> nn.Module:
 
 
 MODELS: list[Model] = [
-    layers, frozen_bias, frozen_weight, Twice, lambda: Recomputed(False), lambda: Recomputed(True),
+    layers, frozen_bias, frozen_weight, changed_in_place, Twice, lambda: Recomputed(False), lambda: Recomputed(True),
     lambda: nn.Sequential(Scaled(FEATURES, 3), nn.Linear(3, 3)),
 ]  # fmt: skip
 
@@ -196,15 +203,81 @@ def test_backward_towards_some_of_the_weights_leaves_the_others_places_alone() -
     assert placed.asked <= {placed.model[2].weight}
 
 
-def test_a_hook_that_looks_at_a_gradient_may_keep_it() -> None:
+@pytest.mark.parametrize("how", ["before forward", "before backward", "when it is accumulated"])
+def test_a_hook_that_looks_at_a_gradient_may_keep_it(how: str) -> None:
     placed = Placed(layers)
     kept: list[Tensor] = []
-    placed.model[0].weight.register_hook(kept.append)
+    weight = placed.model[0].weight
+    if how == "before forward":
+        weight.register_hook(kept.append)
+    weight.register_post_accumulate_grad_hook(lambda parameter: None)  # a replica's own
     x, _ = inputs(9)
-    placed.model(x).sum().backward()
-    assert kept[0].data_ptr() != placed.places[placed.model[0].weight].data_ptr()
+    output = placed.model(x)
+    if how == "before backward":
+        weight.register_hook(kept.append)
+    if how == "when it is accumulated":
+        weight.register_post_accumulate_grad_hook(lambda parameter: kept.append(parameter.grad))
+    output.sum().backward()
+    assert kept[0].data_ptr() != placed.places[weight].data_ptr()
     assert not placed.in_place()[0]
     assert any(placed.in_place())
+
+
+def test_gradients_of_the_input_alone_take_no_more_work_than_with_ordinary_layers() -> None:
+    placed = Placed(layers)
+    found = []
+    for module, x in zip((placed.model, placed.ordinary), inputs(9), strict=True):
+        loss = module(x).square().sum()
+        with FlopCounterMode(display=False) as counter:
+            (given,) = torch.autograd.grad(loss, [x])
+        found.append((counter.get_total_flops(), given))
+    assert found[0][0] == found[1][0] > 0
+    assert torch.equal(found[0][1], found[1][1])
+    assert placed.untouched()
+
+
+def test_a_weight_may_change_before_backward_where_the_layer_does_not_need_it_any_more() -> None:
+    placed = Placed(lambda: nn.Linear(FEATURES, 5))
+    for module, x in zip((placed.model, placed.ordinary), inputs(9), strict=True):
+        loss = module(x.detach()).square().sum()
+        with torch.no_grad():
+            module.weight.mul_(2)
+        loss.backward()
+    placed.check()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("kind", ["sparse", "compressed", "jagged", "derived"])
+def test_inputs_that_are_no_plain_tensors_go_the_ordinary_way(kind: str) -> None:
+    class Derived(Tensor):
+        pass
+
+    def made(x: Tensor) -> Tensor:
+        plain = x.detach()
+        if kind == "sparse":
+            return plain.to_sparse()
+        if kind == "compressed":
+            return plain.to_sparse_csr()
+        if kind == "jagged":
+            return torch.nested.nested_tensor([plain[:4], plain[4:]], layout=torch.jagged)
+        return plain.as_subclass(Derived)
+
+    placed = Placed(lambda: nn.Linear(FEATURES, 5))
+    for module, x in zip((placed.model, placed.ordinary), inputs(9), strict=True):
+        output = module(made(x))
+        (output.values() if output.is_nested else output).square().sum().backward()
+    placed.check()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_forward_derivatives_are_those_of_ordinary_layers() -> None:
+    placed = Placed(layers)
+    found = []
+    for module, x in zip((placed.model, placed.ordinary), inputs(9), strict=True):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
+            found.append(forward_ad.unpack_dual(module(dual)).tangent)
+    assert torch.equal(*found)
 
 
 def test_under_autocast_layers_are_ordinary() -> None:

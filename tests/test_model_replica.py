@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from distbelief import gradient_place
 from distbelief.errors import ConfigurationError
@@ -58,6 +59,20 @@ class Tied(nn.Module):
         return self.out(self.second(self.frozen(self.first(inputs)).tanh()).tanh())
 
 
+class Again(nn.Module):
+    """One layer used around itself, where autograd goes through the inner use in a pass of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, inputs: Tensor) -> Any:
+        once = self.layer(inputs).tanh()
+        for _ in range(2):
+            once = checkpoint.checkpoint(self.layer, once, use_reentrant=True).tanh()
+        return self.out(self.layer(once).tanh())
+
+
 class SometimesUsed(nn.Module):
     """Its second layer takes part only when the first input is positive."""
 
@@ -98,7 +113,7 @@ def doubled() -> nn.Module:
     return perceptron().double()
 
 
-MODELS = [perceptron, Tied, SometimesUsed, convolutional, doubled, Sparse, channels_last]
+MODELS = [perceptron, Tied, Again, SometimesUsed, convolutional, doubled, Sparse, channels_last]
 ROUNDED = (Sparse, channels_last)
 """Torch adds up sparse gradients, and convolves in another memory format, in another order."""
 
@@ -223,14 +238,16 @@ def test_a_gradient_that_was_taken_stays_untouched_while_the_next_one_accrues() 
 
 
 def test_backward_makes_the_first_gradient_of_a_large_weight_where_it_is_accrued() -> None:
-    made: list[int] = []
+    replica = Replica()
+    layer, made = replica.module.get_submodule("0"), list[int]()
 
-    def watched() -> nn.Module:
-        module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
-        module[0].weight.register_post_accumulate_grad_hook(lambda weight: made.append(weight.grad.data_ptr()))
-        return module
+    def note(_: nn.Module, __: Any, output: Tensor) -> None:
+        assert output.grad_fn is not None
+        output.grad_fn.register_hook(lambda given, _: made.extend(
+            each.data_ptr() for each in given if each is not None and each.shape in [(5, 6), (6, 5)]
+        ))  # fmt: skip
 
-    replica = Replica(watched)
+    layer.register_forward_hook(note)
     for number in range(6):
         place = replica.layout.views(replica.host[2 + number % 2])["0.weight"].data_ptr()
         for batch in batches(2):

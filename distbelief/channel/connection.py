@@ -201,12 +201,13 @@ class Connection:
         if self.second is not None and self.second.error is not None:
             raise PeerLost(f"the peer is gone: {self.second.error}")
         self._parse()
-        self.receive()
+        if not self.closed:
+            self.receive()
 
     @property
     def receiving(self) -> bool:
-        """Whether a frame has come in part."""
-        return self._header is not None
+        """Whether a frame has come in part, and its body has been begun."""
+        return self._header is not None and self._announced_bytes is None
 
     @property
     def _pauses(self) -> bool:

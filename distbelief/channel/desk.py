@@ -54,8 +54,9 @@ class Desk:
         """
         if not body_bytes and all(reference.block for reference in call.tensors):
             return []  # all of it is shared memory
-        if self._staging.must_wait(connection, body_bytes):
-            self.held_up.append(connection)
+        if self._staging.must_wait(connection, body_bytes, bool(self.held_up)):
+            if connection not in self.held_up:  # news of its second stream may make it ask once more
+                self.held_up.append(connection)
             return None
         self._staging.begin(connection, body_bytes)
         method = self._methods.get(call.method)
@@ -147,7 +148,8 @@ class Desk:
         answer = Answer(call.number, _encode_value(value), call.wide)
         frame = frames.encode(answer, sum(map(len, body)))
         self.lending.grant(connection)
-        if at_once and all(isinstance(part, Loan) for part in body):
+        began = any(not reference.block for reference in call.tensors)
+        if at_once and began and all(isinstance(part, Loan) for part in body):
             self._staging.release(connection)
         self._send(connection, frame, body, call.wide)
 

@@ -48,8 +48,8 @@ class Staging:
         self._large: dict[Connection, float] = {}
         """Whose large body is being received, and until when others wait for it."""
 
-    def must_wait(self, connection: Connection, body_bytes: int) -> bool:
-        """Whether a body is not to be begun yet, since that of another connection is being received."""
+    def must_wait(self, connection: Connection, body_bytes: int, others_wait: bool) -> bool:
+        """Whether a body is not to be begun yet, since that of another connection is being received, or came first."""
         if body_bytes <= LARGE_BYTES:
             return False
         now = time.monotonic()
@@ -58,7 +58,7 @@ class Staging:
             for other, until in self._large.items()
             if other is not connection and other.receiving and until > now
         }
-        return bool(self._large)
+        return others_wait or bool(self._large)
 
     def begin(self, connection: Connection, body_bytes: int) -> None:
         """A call has come by `connection`, and so many bytes follow."""
