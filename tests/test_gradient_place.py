@@ -246,27 +246,45 @@ def test_a_weight_may_change_before_backward_where_the_layer_does_not_need_it_an
     placed.check()
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
-@pytest.mark.parametrize("kind", ["sparse", "compressed", "jagged", "derived"])
+class Doubling(Tensor):
+    """What linear layers make of it is twice of what they make of others."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [each.as_subclass(Tensor) if isinstance(each, cls) else each for each in args]
+        found = function(*plain, **(kwargs or {}))
+        return 2 * found if function is nn.functional.linear else found
+
+
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse": Tensor.to_sparse,
+    "compressed": Tensor.to_sparse_csr,
+    "nested": lambda x: torch.nested.nested_tensor([x[:4], x[4:]]),
+    "jagged": lambda x: torch.nested.nested_tensor([x[:4], x[4:]], layout=torch.jagged),
+    "derived": lambda x: x.as_subclass(Doubling),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Sparse CSR tensor support:UserWarning", "ignore:The PyTorch API of nested:UserWarning"
+)
+@pytest.mark.parametrize("kind", INPUTS)
 def test_inputs_that_are_no_plain_tensors_go_the_ordinary_way(kind: str) -> None:
-    class Derived(Tensor):
-        pass
-
-    def made(x: Tensor) -> Tensor:
-        plain = x.detach()
-        if kind == "sparse":
-            return plain.to_sparse()
-        if kind == "compressed":
-            return plain.to_sparse_csr()
-        if kind == "jagged":
-            return torch.nested.nested_tensor([plain[:4], plain[4:]], layout=torch.jagged)
-        return plain.as_subclass(Derived)
-
     placed = Placed(lambda: nn.Linear(FEATURES, 5))
     for module, x in zip((placed.model, placed.ordinary), inputs(9), strict=True):
-        output = module(made(x))
-        (output.values() if output.is_nested else output).square().sum().backward()
+        output = module(INPUTS[kind](x.detach()))
+        (torch.nested.to_padded_tensor(output, 0.0) if output.is_nested else output).square().sum().backward()
     placed.check()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
+def test_gradients_that_are_accumulated_with_a_history_are_memory_of_their_own() -> None:
+    placed = Placed(layers)
+    for module, x in zip((placed.model, placed.ordinary), inputs(9), strict=True):
+        module(x).square().sum().backward(create_graph=True)
+    placed.check()
+    assert placed.untouched()
+    assert all(parameter.grad.requires_grad for parameter in placed.places if parameter.grad is not None)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
