@@ -151,14 +151,13 @@ def product_near(address: str, far: str, parameters: int) -> Iterator[Measure]:
 
 @contextmanager
 def echo_near(address: str, far: str, parameters: int) -> Iterator[Measure]:
-    """The same bytes over the same channel without an optimizer: one tensor there, then one back."""
+    """The same bytes over the same channel without an optimizer: one tensor there, then one back, in one call."""
     home, _ = _home("replica/0", address, far)
     role = home.find("echo", Echo)
     there, back = (home.allocate(parameters, torch.float32).normal_() for _ in range(2))
 
     def there_and_back() -> None:
-        role.call(Echo.take, there).result()
-        role.call(Echo.give, back).result()
+        role.call(Echo.exchange, there, back).result()
 
     def measure(parameters: int, calls: int) -> float:
         return timed(there_and_back, calls)

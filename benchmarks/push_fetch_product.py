@@ -25,12 +25,8 @@ class Echo:
         torch.set_num_threads(1)
 
     @exported
-    def take(self, values: torch.Tensor) -> None:
-        """Receive."""
-
-    @exported
-    def give(self, values: Out) -> None:
-        """Send back what lies in the buffer."""
+    def exchange(self, values: torch.Tensor, back: Out) -> None:
+        """Receive, and send what lies in the buffer for the answer."""
 
 
 def whole(parameters: int) -> tuple[Span, Layout]:
@@ -74,7 +70,7 @@ def product(parameters: int, transport: Transport) -> Iterator[Callable[[], None
 
 @contextmanager
 def echo(parameters: int, transport: Transport) -> Iterator[Callable[[], None]]:
-    """Each call moves one tensor there and one back, without an optimizer."""
+    """Each call moves one tensor there and one back, as a push and the fetch behind it do, without an optimizer."""
     engine = LocalEngine(["echo"], transport=transport)
     try:
         engine.load(_nothing)
@@ -83,8 +79,7 @@ def echo(parameters: int, transport: Transport) -> Iterator[Callable[[], None]]:
         there, back = (engine.allocate(parameters, torch.float32) for _ in range(2))
 
         def there_and_back() -> None:
-            role.call(Echo.take, there).result()
-            role.call(Echo.give, back).result()
+            role.call(Echo.exchange, there, back).result()
 
         yield there_and_back
     finally:
