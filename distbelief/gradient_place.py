@@ -56,9 +56,8 @@ class PlacingLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As nn.Linear, shapes (..., in_features) to (..., out_features)."""
-        if torch.compiler.is_compiling() or (place := self.places.of(self.weight)) is None:
-            return super().forward(input)
-        if not _is_plain(input, self.weight):
+        place = None if torch.compiler.is_compiling() else self.places.of(self.weight)
+        if place is None or not _is_plain(input, self.weight):
             return super().forward(input)
         output: torch.Tensor = _Linear.apply(input, self.weight, self.bias, place)  # type: ignore[no-untyped-call]
         return output

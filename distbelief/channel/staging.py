@@ -3,7 +3,7 @@
 
 A buffer serves one call at a time, of whichever connection, and the next call takes the buffer that was used last. So
 there are as many buffers as calls use at once, not as many as there are peers, and what a rush of calls needed is given
-back after it. Large bodies are received one after another, as long as they come fast: nobody loses anything by that.
+back after it. Large bodies are received one after another, as long as they come fast.
 """
 
 import mmap
