@@ -25,7 +25,8 @@ def bare(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     if (add := _of_torch(kind.add_param_group)) is not None:
         methods["add_param_group"] = add
     if (step := _of_torch(kind.step)) is not None:
-        methods["step"] = torch.no_grad()(step)
+        plain = torch.no_grad()(step)
+        methods["step"] = _adagrad_step(plain) if kind is torch.optim.Adagrad else plain
         methods["step"].hooked = True  # by which torch knows that its profiler's hook is there already
     return type(kind.__name__, (kind,), methods)
 
@@ -34,6 +35,32 @@ def _of_torch(method: Callable[..., Any]) -> Callable[..., Any] | None:
     """The function that torch.optim has wrapped, if this is one of its own."""
     inner = inspect.unwrap(method)
     return inner if inner.__module__.startswith("torch.optim.") else None
+
+
+def _adagrad_step(plain: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The step of torch.optim.Adagrad, or where it is fused what that does in the end, a third of its time for 1e3
+    parameters: for every push torch would ask anew of what dtype the tensors are and where they lie.
+    """  # fmt: skip
+
+    def step(self: torch.optim.Optimizer) -> None:
+        if not self.defaults["fused"]:
+            plain(self)
+            return
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            states = [self.state[parameter] for parameter in parameters]
+            for state in states:
+                state["step"].add_(1)
+            torch._fused_adagrad_(
+                [parameter.data for parameter in parameters], [parameter.grad for parameter in parameters],
+                [state["sum"] for state in states], [state["step"] for state in states],
+                lr=group["lr"], lr_decay=group["lr_decay"], weight_decay=group["weight_decay"], eps=group["eps"],
+                maximize=group["maximize"],
+            )  # fmt: skip
+
+    return step
 
 
 def _nothing(self: torch.optim.Optimizer) -> None:
