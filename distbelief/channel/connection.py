@@ -30,6 +30,7 @@ from distbelief.errors import PeerLost, ProtocolError
 
 _CHUNK = 1 << 16
 _DESCRIPTOR_SPACE = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+_WIDENED = (Call, Answer)
 _ROUNDS = 64
 """Receives per call of `receive`, so that one fast sender cannot starve the others."""
 
@@ -312,7 +313,7 @@ class Connection:
         if parts is None:
             return False
         self._announced_bytes = None
-        if isinstance(header, Call | Answer) and header.wide:
+        if isinstance(header, _WIDENED) and header.wide:
             if self.second is None:
                 raise ProtocolError("a peer sends by a second stream, and there is none")
             parts, beside = deal(parts)

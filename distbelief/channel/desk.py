@@ -20,6 +20,7 @@ from distbelief.errors import ProtocolError
 
 FAILURE_CHARACTERS = 1 << 20
 _AS_THEMSELVES = {kind.__name__ for kind in RAISED_AS_IS}
+_LATER = (BackgroundWork, Kept)
 _encode_value = msgspec.msgpack.Encoder().encode
 
 Send = Callable[[Connection, bytes, Sequence[Part], bool], None]
@@ -94,7 +95,7 @@ class Desk:
             finally:
                 self.answering = False
                 self.lending.close()
-            if isinstance(value, BackgroundWork | Kept):
+            if isinstance(value, _LATER):
                 self.lending.fill()
                 self._deferred.append((connection, call, tensors, value))
             else:
@@ -139,17 +140,19 @@ class Desk:
     def _say(
         self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor], *, at_once: bool = False
     ) -> None:  # fmt: skip
+        answer = Answer(call.number, _encode_value(value), call.wide)
+        if all(reference.block for reference in call.tensors):
+            self._send(connection, frames.encode(answer), (), call.wide)
+            return
         outputs = signature_of(self._methods[call.method]).outputs
         body = [
             self.lending.instead_of(tensor) or codec.outgoing(tensor, reference)
             for tensor, reference, written in zip(tensors, call.tensors, outputs, strict=True)
             if written and not reference.block
         ]
-        answer = Answer(call.number, _encode_value(value), call.wide)
         frame = frames.encode(answer, sum(map(len, body)))
         self.lending.grant(connection)
-        began = any(not reference.block for reference in call.tensors)
-        if at_once and began and all(isinstance(part, Loan) for part in body):
+        if at_once and all(isinstance(part, Loan) for part in body):
             self._staging.release(connection)
         self._send(connection, frame, body, call.wide)
 

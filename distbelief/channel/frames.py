@@ -153,4 +153,7 @@ def check_body(carried_bytes: int, named_bytes: int) -> None:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes, writable, without a copy."""
-    return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(bytearray())
+    if not tensor.numel():
+        return memoryview(bytearray())
+    known_to_numpy = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+    return memoryview(known_to_numpy.numpy()).cast("B")
