@@ -156,4 +156,4 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(bytearray())
     known_to_numpy = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
-    return memoryview(known_to_numpy.numpy()).cast("B")
+    return known_to_numpy.numpy().data.cast("B")

@@ -38,9 +38,10 @@ def _of_torch(method: Callable[..., Any]) -> Callable[..., Any] | None:
 
 
 def _adagrad_step(plain: Callable[[Any], None]) -> Callable[[Any], None]:
-    """The step of torch.optim.Adagrad, or where it is fused what that does in the end, a third of its time for 1e3
-    parameters: for every push torch would ask anew of what dtype the tensors are and where they lie.
-    """  # fmt: skip
+    """The step of torch.optim.Adagrad, or where it is fused what that does in the end, in a third of the time.
+
+    For every push torch would ask anew of what dtype the tensors are and where they lie.
+    """
 
     def step(self: torch.optim.Optimizer) -> None:
         if not self.defaults["fused"]:
