@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +390,9 @@ def test_tensorboard_reads_back_every_number_at_its_examples(tmp_path: Path) -> 
 
 def test_tensorboard_hides_what_resuming_undid(tmp_path: Path) -> None:
     write_board(tmp_path, [*killed_run(), Observation(2.5, progress(150, loss=9.0))])
+    written = int(time.time())
+    while int(time.time()) == written:  # TensorBoard reads files by their names, and those are seconds
+        time.sleep(0.01)
     write_board(tmp_path, resumed_run())
     assert [scalar.step for scalar in read_board(tmp_path).Scalars("loss")] == [50, 200]
 
