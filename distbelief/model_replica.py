@@ -138,6 +138,8 @@ class ModelReplica:
         self._parameters = [part.parameters[piece.name] for piece in layout.pieces]
         self._filling = 0
         """Which gradient buffer is accrued into."""
+        self._places = self._gradient_views[0]
+        """Where in it, by parameter."""
         self._current = 1
         """Which parameter buffer the model uses; the other one is the spare."""
         self._written = [False] * len(self._parameters)
@@ -199,35 +201,40 @@ class ModelReplica:
 
     def _accrue_hook(self, index: int) -> Callable[[torch.Tensor], None]:
         def accrue(parameter: torch.Tensor) -> None:
-            view = self._gradient_views[self._filling if len(self._accruing) == 2 else 0][index]
-            assert parameter.grad is not None
-            gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+            gradient = parameter.grad
+            assert gradient is not None
+            parameter.grad = None
+            if gradient.is_sparse:
+                gradient = gradient.to_dense()
             if self.local_rate is not None:
                 # The paper's local step: parameters -= rate * gradient, as soon as backward needs this one no more.
                 parameter.data.add_(gradient, alpha=-self.local_rate)
-            if self._promised[index] and gradient.data_ptr() != view.data_ptr():
+            view = self._places[index]
+            if not self._promised[index]:
+                self._accrue(view, gradient, again=self._written[index])
+            elif gradient.data_ptr() != view.data_ptr():
                 # What lies in the place is a part of this, or belongs to a pass of autograd around this one.
                 gradient = gradient * self._weight
                 self._aside[index] = self._aside[index] + gradient if index in self._aside else gradient
-            else:
-                self._accrue(view, gradient, again=self._written[index])
-                self._written[index], self._promised[index] = True, False
-            parameter.grad = None
+                return
+            elif self._weight != 1.0:
+                view.mul_(self._weight)
+            self._written[index], self._promised[index] = True, False
 
         return accrue
 
     def _accrue(self, view: torch.Tensor, gradient: torch.Tensor, *, again: bool) -> None:
-        """Put `gradient` into its place, or add it to what is there; it may lie there already."""
+        """Put `gradient` into its place, or add it to what is there."""
         if again:
             view.add_(gradient, alpha=self._weight)
         elif self._weight != 1.0:
             torch.mul(gradient, self._weight, out=view)
-        elif gradient.data_ptr() != view.data_ptr():
+        else:
             view.copy_(gradient)  # a quarter faster than to multiply by one
 
     def _add_what_is_aside(self) -> None:
         for index, gradient in self._aside.items():
-            view = self._gradient_views[self._filling][index]
+            view = self._places[index]
             if self._written[index]:
                 view.add_(gradient)
             else:
@@ -240,14 +247,14 @@ class ModelReplica:
         if self._written[index] or self._promised[index]:
             return None
         self._promised[index] = True
-        view = self._gradient_views[self._filling][index]
+        view = self._places[index]
         return view.view(view.shape)
 
     def _zero_what_is_missing(self) -> None:
         """A parameter that had no part in the loss has gradient zero."""
         for index, written in enumerate(self._written):
             if not written:
-                self._gradient_views[self._filling if len(self._accruing) == 2 else 0][index].zero_()
+                self._places[index].zero_()
                 self._written[index] = True
 
     @property
@@ -279,6 +286,7 @@ class ModelReplica:
         if source is not host:
             host.copy_(source)
         self._filling = 1 - self._filling
+        self._places = self._gradient_views[self._filling % len(self._gradient_views)]
         return host
 
     # buffers
