@@ -113,8 +113,9 @@ class Wire:
         side = AcceptingSide(KEY)
         reply, _ = proof.take(side.challenge)
         self.connection = Connection(
-            own, side, destinations=self._destinations, deliver=self._deliver, body_limit=BODY_LIMIT
-        )
+            own, side, destinations=self._destinations, deliver=self._deliver, permit=lambda: None,
+            body_limit=BODY_LIMIT,
+        )  # fmt: skip
         self.feed(reply)
         assert self.connection.proved
 
@@ -225,8 +226,9 @@ def test_a_tensor_that_no_memory_can_hold_ends_the_connection_only() -> None:
     own, peer = socket.socketpair()
     with own, peer:
         connection = Connection(
-            own, AcceptingSide(KEY), destinations=lambda *_: [], deliver=lambda *_: None, body_limit=1 << 62
-        )
+            own, AcceptingSide(KEY), destinations=lambda *_: [], deliver=lambda *_: None, permit=lambda: None,
+            body_limit=1 << 62,
+        )  # fmt: skip
         buffers = Staging(1 << 62, lambda _: True)
         buffers.begin(connection, 0)
         with pytest.raises(ProtocolError, match="no memory"):

@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 import torch
@@ -204,6 +204,40 @@ def test_nothing_is_written_into_a_callers_memory_once_it_has_given_up(town: Tow
             town.work()
             time.sleep(0.002)
         assert torch.equal(out, torch.full_like(out, 7.0))
+
+
+class Over(Exception):
+    """The time in which somebody might speak is over."""
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_who_may_speak_no_more_does_not_even_finish_what_it_has_begun(
+    town: Town, streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = asked = False
+
+    def permit() -> None:
+        nonlocal asked
+        if over:
+            asked = True
+            raise Over
+
+    clerk = Clerk()
+    peer = town.peer(town.serve(clerk), permit=permit)
+    if streams == 2:
+        widened(town, peer)
+        clerk.seen = []
+    else:
+        monkeypatch.setattr("distbelief.channel.endpoint.WIDE_BYTES", FOREVER)
+    town.answer(peer.call(Clerk.who))
+    call(peer, 1_000_000)
+    over = True
+    for _ in range(200):
+        with suppress(Over):
+            town.work()
+        time.sleep(0.001)
+    assert asked
+    assert clerk.seen == []
 
 
 def test_a_second_stream_that_nobody_has_taken_up_ends_with_the_first(town: Town) -> None:

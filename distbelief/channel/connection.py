@@ -45,7 +45,7 @@ class Connection:
 
     def __init__(
         self, link: socket.socket, side: AcceptingSide | CallingSide, *,
-        destinations: Destinations, deliver: Deliver, body_limit: int,
+        destinations: Destinations, deliver: Deliver, permit: Callable[[], None], body_limit: int,
     ) -> None:  # fmt: skip
         link.setblocking(False)
         self.socket: socket.socket | SecureLink = link
@@ -66,6 +66,7 @@ class Connection:
         self._side: AcceptingSide | CallingSide | None = side
         """The authentication under way; no frame is read or sent before it is over."""
         self._destinations, self._deliver, self._body_limit = destinations, deliver, body_limit
+        self._permit = permit
         self._low_water_bytes = 1
         self._inbox = bytearray()
         self._header: Header | None = None
@@ -147,6 +148,7 @@ class Connection:
             raise PeerLost(f"the peer is gone: {error.strerror or error}") from error
 
     def _send_once(self) -> int:
+        self._permit()
         first = self._outbox[0]
         if not self._descriptors or not isinstance(first, memoryview):
             return links.send_some(self.socket, self._outbox)

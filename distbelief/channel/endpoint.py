@@ -45,16 +45,16 @@ class Endpoint:
 
     `role` answers calls that arrive. `listeners` are bound already: a Unix socket, whose callers share memory with this
     process, and TCP, or one of them. `body_limit` bounds, in bytes, what one frame may make this process allocate;
-    `wire` says how calls travel between hosts.
+    `wire` says how calls travel between hosts. `permit` is asked before any part of a frame goes out, by whichever
+    thread sends it; it may end this process, whose time is over.
     """
 
     def __init__(
         self, key: bytes, *, role: object = None, listeners: Sequence[socket.socket] = (),
-        body_limit: int = 1 << 40, wire: Wire | None = None,
+        body_limit: int = 1 << 40, wire: Wire | None = None, permit: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._key, self._body_limit, self._wire = key, body_limit, wire or Wire()
-        self.permit: Callable[[], None] = lambda: None
-        """Asked before anything goes out; it may end this process, whose time is over."""
+        self._permit = permit
         self.desk = Desk(role, self._speak, body_limit)
         self._selector = selectors.DefaultSelector()
         self._connections: set[Connection] = set()
@@ -77,7 +77,7 @@ class Endpoint:
         """Those that were when they were last looked at."""
         self._look_again = 0.0
         self._errands: list[Callable[[], bool]] = []
-        self._widening = Widening(self.wake)
+        self._widening = Widening(self.wake, permit)
         self._listeners = tuple(listeners)
         for listener in self._listeners:
             listener.setblocking(False)
@@ -239,8 +239,9 @@ class Endpoint:
     def _adopt(self, link: socket.socket, side: AcceptingSide | CallingSide) -> Connection:
         links.tune(link)
         connection = Connection(
-            link, side, destinations=self._destinations, deliver=self._deliver, body_limit=self._body_limit
-        )
+            link, side, destinations=self._destinations, deliver=self._deliver, permit=self._permit,
+            body_limit=self._body_limit,
+        )  # fmt: skip
         with self.lock:
             self._connections.add(connection)
             if not connection.shares_memory:
@@ -318,7 +319,6 @@ class Endpoint:
             self._watch_for(connection, connection.awaited)
 
     def _speak(self, connection: Connection, frame: bytes, body: Sequence[Part], wide: bool = False) -> None:
-        self.permit()
         self._guarded(connection, lambda: connection.send(frame, body, wide=wide))
 
     def _drop(self, connection: Connection, error: ChannelError) -> None:

@@ -41,10 +41,14 @@ class SecondStream:
     """The second socket of a connection, which is connected and proved. It takes the socket over.
 
     `notice` is called, by the thread that serves it, when all that was to be received is there, and when it has broken.
+    `permit` as an Endpoint's.
     """
 
-    def __init__(self, link: socket.socket | SecureLink, wake: Callable[[], None], notice: Callable[[], None]) -> None:
-        self.link, self._wake, self._notice = link, wake, notice
+    def __init__(
+        self, link: socket.socket | SecureLink, wake: Callable[[], None], notice: Callable[[], None],
+        permit: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.link, self._wake, self._notice, self._permit = link, wake, notice, permit
         self.error: BaseException | None = None
         """Why it broke."""
         self._outbox: deque[Part] = deque()
@@ -101,8 +105,11 @@ class SecondStream:
         return (select.POLLIN if self._inbox else 0) | (select.POLLOUT if self._outbox else 0)
 
     def _send_once(self) -> bool:
+        if not self._outbox:
+            return False
+        self._permit()
         try:
-            return bool(self._outbox) and links.send_some(self.link, self._outbox) > 0
+            return links.send_some(self.link, self._outbox) > 0
         except BlockingIOError:
             return False
 
@@ -127,9 +134,13 @@ class SecondStream:
 
 @final
 class StreamThread:
-    """The thread of a process that serves all of its second streams, as long as there are any."""
+    """The thread of a process that serves all of its second streams, as long as there are any.
 
-    def __init__(self) -> None:
+    `permit` as an Endpoint's.
+    """
+
+    def __init__(self, permit: Callable[[], None]) -> None:
+        self._permit = permit
         self._streams: list[SecondStream] = []
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -140,7 +151,7 @@ class StreamThread:
 
     def serve(self, link: socket.socket | SecureLink, notice: Callable[[], None]) -> SecondStream:
         """Serve one more socket from now on; see SecondStream."""
-        stream = SecondStream(link, self._wake, notice)
+        stream = SecondStream(link, self._wake, notice, self._permit)
         with self._lock:
             self._streams.append(stream)
             if self._thread is None:

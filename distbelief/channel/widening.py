@@ -24,11 +24,14 @@ from distbelief.errors import PeerLost, ProtocolError
 
 @final
 class Widening:
-    """Second streams of the connections of one process. `wake` is called when there is news of one, from any thread."""
+    """Second streams of the connections of one process. `wake` is called when there is news of one, from any thread.
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    `permit` as an Endpoint's.
+    """
+
+    def __init__(self, wake: Callable[[], None], permit: Callable[[], None]) -> None:
         self._wake = wake
-        self._thread = StreamThread()
+        self._thread = StreamThread(permit)
         self._news: deque[Connection] = deque()
         self._addresses: dict[Connection, Address] = {}
         """Where those lead to whose second stream has not been asked for."""

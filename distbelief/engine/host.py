@@ -93,9 +93,8 @@ def birth(
     listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors[1:]]
     invitation = wiring.invitation
     endpoint = Endpoint(
-        invitation.key, listeners=listeners, body_limit=invitation.body_limit, wire=invitation.wire
-    )  # fmt: skip
-    endpoint.permit = lease.obey
+        invitation.key, listeners=listeners, body_limit=invitation.body_limit, wire=invitation.wire, permit=lease.obey
+    )
     home = ProcessHome(
         name, incarnation, endpoint, wiring.locator(endpoint), address=wiring.address,
         slowness=wiring.faults.slow.get(name, 1.0), moves=lambda: lease.moves,

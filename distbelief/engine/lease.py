@@ -3,7 +3,8 @@
 
 A host that has not heard the coordinator for a while counts as lost, and its roles are started elsewhere. Whatever
 happened to it, a cut cable or a stopped process, its roles must not go on when it comes back: each looks at the page
-before it sends anything, and ends there when the time is over.
+before it sends anything or a further part of it, and ends there when the time is over. What the kernel had taken by
+then may still arrive, as over a slow line; shards refuse it by its incarnation.
 """
 
 import os
