@@ -47,9 +47,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 FILES = ["checkpoints", "events.jsonl", "initial.safetensors", "launch.json", "state.json", "summary.json"]
 
-on_two_hosts = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("ray"), ray]
-by_itself = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.alone, ray]
-"""Whoever looks for processes that are left would find those of others."""
+in_turn = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("ray"), ray]
 
 
 def marked(marks: list[Any]) -> Any:
@@ -61,7 +59,7 @@ def marked(marks: list[Any]) -> Any:
     return apply
 
 
-@marked(on_two_hosts)
+@marked(in_turn)
 def test_downpour_counts_every_example_once_and_leaves_the_files_of_any_run(told: dict[str, Any]) -> None:
     came = told["downpour"]
     assert (came["reason"], came["missing"], came["repeated"], came["lost"]) == ("all epochs finished", 0, 0, [])
@@ -69,7 +67,7 @@ def test_downpour_counts_every_example_once_and_leaves_the_files_of_any_run(told
     assert set(FILES) <= set(came["files"])
 
 
-@marked(on_two_hosts)
+@marked(in_turn)
 def test_partitions_on_two_hosts_train_what_partitions_of_one_machine_train(
     told: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -82,7 +80,7 @@ def test_partitions_on_two_hosts_train_what_partitions_of_one_machine_train(
     assert told["partitioned"]["lost"] == []
 
 
-@marked(on_two_hosts)
+@marked(in_turn)
 def test_sandblaster_takes_the_steps_that_it_takes_on_one_machine(told: dict[str, Any], tmp_path: Path) -> None:
     cluster = db.Cluster(replicas=2, shards=2, device="cpu")
     job = problems.job(run=tmp_path / "run", algorithm=db.Sandblaster(max_iterations=5), cluster=cluster)
@@ -91,7 +89,7 @@ def test_sandblaster_takes_the_steps_that_it_takes_on_one_machine(told: dict[str
     assert told["sandblaster"]["parameters"] == pytest.approx(expected, abs=1e-4)
 
 
-@marked(on_two_hosts)
+@marked(in_turn)
 def test_shards_are_spread_groups_are_packed_and_resources_decide_where_a_role_lives(told: dict[str, Any]) -> None:
     where = {role: host for role, (host, _) in told["placement"].items()}
     assert where["shard/0"] != where["shard/1"]
@@ -102,7 +100,7 @@ def test_shards_are_spread_groups_are_packed_and_resources_decide_where_a_role_l
     assert devices["shard/0"] == ""
 
 
-@marked(on_two_hosts)
+@marked(in_turn)
 def test_what_the_cluster_lacks_is_said_at_once_and_nothing_is_left_of_the_run(told: dict[str, Any]) -> None:
     refused = told["refusals"]
     for name, message in (("room", "53 CPU asked, 6 available"), ("gpus", "16 GPU asked, 2 available"),
@@ -113,7 +111,7 @@ def test_what_the_cluster_lacks_is_said_at_once_and_nothing_is_left_of_the_run(t
     assert refused["left"] == []
 
 
-@marked(on_two_hosts)
+@marked(in_turn)
 def test_when_a_host_of_the_cluster_is_lost_its_roles_live_on_elsewhere(told: dict[str, Any]) -> None:
     came = told["lost_host"]
     assert came["ended"]
@@ -126,7 +124,7 @@ def test_when_a_host_of_the_cluster_is_lost_its_roles_live_on_elsewhere(told: di
     assert came["test"]["accuracy"] > 0.8
 
 
-@marked(on_two_hosts)
+@marked(in_turn)
 def test_the_contract_of_engines_holds_on_ray() -> None:
     program = "import ray, pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
     chosen = ["tests/test_engine_contract.py", "-k", "[ray", "-q", "-p", "no:cacheprovider"]
@@ -158,7 +156,7 @@ def train(tmp_path: Path, examples: int, *options: str) -> "subprocess.Popen[str
     )  # fmt: skip
 
 
-@marked(by_itself)
+@marked(in_turn)
 def test_the_command_line_trains_on_a_ray_begun_for_the_job_and_ends_it(tmp_path: Path) -> None:
     before = set(marked_processes())
     with train(tmp_path, 320, "--cluster.replicas", "1") as process:
@@ -168,7 +166,7 @@ def test_the_command_line_trains_on_a_ray_begun_for_the_job_and_ends_it(tmp_path
     assert set(marked_processes()) <= before
 
 
-@marked(by_itself)
+@marked(in_turn)
 def test_the_ray_of_a_job_asks_for_a_token_tells_nobody_and_is_gone_when_the_drivers_process_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

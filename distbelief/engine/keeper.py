@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from distbelief.engine.host import Host, Invitation
+from distbelief.engine.nursery import program
 from distbelief.engine.zygote import Forked, die_with_parent
 
-PROGRAM = "from distbelief.engine.keeper import main; main()"
+PROGRAM = program("distbelief.engine.keeper")
 
 Spawn = Callable[..., "subprocess.Popen[Any]"]
 

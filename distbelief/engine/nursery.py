@@ -18,8 +18,12 @@ from distbelief.engine.zygote import Forked
 from distbelief.errors import DistbeliefError, TrainingFailed
 
 STOP_SECONDS = 10.0
-_PROGRAM = "import gc; gc.disable(); from distbelief.engine.zygote import main; gc.enable(); main()"
-"""What is imported lives on: to look through it for garbage meanwhile is a tenth of the zygote's start."""
+
+
+def program(module: str) -> str:
+    """Python's text of a process that runs the `main` of a module of this package."""
+    # What is imported lives on: to look through it for garbage meanwhile is a tenth of the start.
+    return f"import gc; gc.disable(); from {module} import main; gc.enable(); main()"
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Nursery:
             ours, theirs = socket.socketpair()
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
+                [sys.executable, "-c", program("distbelief.engine.zygote"), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=environment,
             )  # fmt: skip
             theirs.close()

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that are cut into stages, and what is asked of them; and a replica as a program.
+"""Models that are cut into stages, and what is asked of them; and replicas as a program.
 
-    python staged_models.py FOLDER PARTITIONS TASK
+    python staged_models.py
 
-runs a task of this module in so many processes, partitions of a replica that meet in the folder.
+reads lines of a folder, a number of partitions and a task of this module, as JSON. For each it runs the task in so many
+processes, partitions of a replica that meet in the folder, and writes its exit status; what they say is in the folder.
 """
 
 import contextlib
 import functools
+import json
 import os
 import sys
 import time
@@ -185,9 +187,15 @@ def check(found: Tensor | None, expected: Tensor | None, what: str) -> None:
 # what partitions are asked to do
 
 
-SETTINGS = [(name, torch.float64, count) for name in MODELS for count in (1, 2, 4)]
-SETTINGS += [(name, torch.float32, 4) for name in MODELS]
+Setting = tuple[str, torch.dtype, int]
 """Of what is trained: the model, its dtype, the micro-batches."""
+
+
+def settings(partitions: int) -> list[Setting]:
+    """Over all numbers of partitions each model meets each number of micro-batches, and each of these each of those."""
+    counts = [(1, 2, 4)[(index + partitions) % 3] for index in range(len(MODELS))]
+    double = [(name, torch.float64, count) for name, count in zip(MODELS, counts, strict=True)]
+    return [*double, *((name, torch.float32, 4) for name in MODELS)]
 
 
 @functools.cache
@@ -198,7 +206,7 @@ def planned(name: str, dtype: torch.dtype, microbatches: int, partitions: int) -
 
 def trains(partition: int, partitions: int, device: torch.device = CPU) -> None:
     """Mini-batches of several sizes, evaluation between them: what the uncut model computes, part by part."""
-    for name, dtype, microbatches in SETTINGS:
+    for name, dtype, microbatches in settings(partitions):
         uncut = plain(name, dtype).to(device)
         plan = planned(name, dtype, microbatches, partitions)
         stage = make(plan, partition, of(name, dtype), device)
@@ -335,18 +343,37 @@ def live(folder: str, size: int, index: int, task: str) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    folder, partitions, task = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    running = []
-    preload()
+def replica(folder: str, partitions: int, task: str) -> int:
+    """All partitions of a replica, each in a process of its own; the exit status."""
     if task.startswith("trains"):
-        for setting in SETTINGS:
+        for setting in settings(partitions):
             planned(*setting, partitions)
-    for index in range(partitions):
-        if (child := os.fork()) == 0:
-            code = live(folder, partitions, index, task)
-            sys.stderr.flush()
-            os._exit(code)
-        running.append(child)
+    running = [forked(functools.partial(live, folder, partitions, index, task)) for index in range(partitions)]
     statuses = [os.waitpid(child, 0)[1] for child in running]
-    sys.exit(any(statuses))
+    return int(any(statuses))
+
+
+def forked(life: Callable[[], int]) -> int:
+    """The process id of a fork with this life."""
+    child = os.fork()
+    if child == 0:
+        code = life()
+        sys.stderr.flush()
+        os._exit(code)
+    return child
+
+
+def said_in(told: Path, life: Callable[[], int]) -> int:
+    """Live, and write into a file what is said."""
+    with told.open("w") as output:
+        for descriptor in (1, 2):
+            os.dup2(output.fileno(), descriptor)
+        return life()
+
+
+if __name__ == "__main__":
+    preload()
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        child = forked(functools.partial(said_in, Path(arguments[0], "told"), functools.partial(replica, *arguments)))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

@@ -2,11 +2,12 @@
 """Laws: stages one after another are the uncut model, in training and in evaluation, wherever it is cut."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +21,72 @@ from distbelief.errors import ConfigurationError
 from distbelief.partition.stages import StagePlan, stages
 
 ROOT = Path(__file__).parents[2]
+Together = Callable[[str, int], None]
+"""Run a task of `staged_models` as a replica of so many processes."""
 
 
-def together(task: str, partitions: int, folder: Path) -> None:
-    """Run a task of `staged_models` as a replica of so many processes."""
-    program = [sys.executable, "-W", "error", str(Path(__file__).with_name("staged_models.py"))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+def in_processes(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that uses the program, which takes seconds to start."""
+    return pytest.mark.slow(pytest.mark.xdist_group("stages")(test))
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator["subprocess.Popen[str]"]:
+    """The program `staged_models`, which has imported what its replicas need."""
     running = subprocess.Popen(
-        [*program, str(folder), str(partitions), task], cwd=ROOT, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        [sys.executable, "-W", "error", str(Path(__file__).with_name("staged_models.py"))], cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    try:
-        told, _ = running.communicate(timeout=100)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
-    assert running.returncode == 0, told
+    with running:
+        try:
+            yield running
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.fixture
+def together(program: "subprocess.Popen[str]", tmp_path: Path) -> Together:
+    def run(task: str, partitions: int) -> None:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        program.stdin.write(json.dumps([str(tmp_path), partitions, task]) + "\n")
+        program.stdin.flush()
+        assert program.stdout.readline() == "0\n", Path(tmp_path, "told").read_text()
+
+    return run
+
+
+@in_processes
 @pytest.mark.parametrize("partitions", [1, 2, 3, 4])
-def test_a_replica_in_stages_computes_what_the_uncut_model_does(partitions: int, tmp_path: Path) -> None:
-    together("trains", partitions, tmp_path)
+def test_a_replica_in_stages_computes_what_the_uncut_model_does(partitions: int, together: Together) -> None:
+    together("trains", partitions)
 
 
-@pytest.mark.slow
-def test_so_does_one_whose_stages_meet_in_host_memory_as_on_one_accelerator(tmp_path: Path) -> None:
-    together("trains through host memory", 2, tmp_path)
+@in_processes
+def test_so_does_one_whose_stages_meet_in_host_memory_as_on_one_accelerator(together: Together) -> None:
+    together("trains through host memory", 2)
 
 
-@pytest.mark.slow
-def test_hooks_see_parts_of_the_mean(tmp_path: Path) -> None:
-    together("hooks", 2, tmp_path)
+@in_processes
+def test_hooks_see_parts_of_the_mean(together: Together) -> None:
+    together("hooks", 2)
 
 
-@pytest.mark.slow
-def test_partitions_listen_on_this_machine_only(tmp_path: Path) -> None:
-    together("listens", 2, tmp_path)
+@in_processes
+def test_partitions_listen_on_this_machine_only(together: Together) -> None:
+    together("listens", 2)
 
 
-@pytest.mark.slow
-def test_the_loss_of_a_partition_is_noticed(tmp_path: Path) -> None:
-    together("dies", 3, tmp_path)
+@in_processes
+def test_the_loss_of_a_partition_is_noticed(together: Together) -> None:
+    together("dies", 3)
 
 
-@pytest.mark.slow
-def test_a_partition_that_hangs_is_noticed_within_the_deadline(tmp_path: Path) -> None:
-    together("hangs", 2, tmp_path)
+@in_processes
+def test_a_partition_that_hangs_is_noticed_within_the_deadline(together: Together) -> None:
+    together("hangs", 2)
 
 
 # planning
