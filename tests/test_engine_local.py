@@ -207,6 +207,7 @@ def same(left: Any, right: Any) -> bool:
 
 @pytest.mark.parametrize("name", everything())
 @pytest.mark.parametrize("out_of_band", [True, False], ids=["buffers apart", "all in one"])
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch 2.11 says so of any
 def test_tensors_and_arrays_of_a_pickled_job_arrive_equal(name: str, out_of_band: bool) -> None:
     value = everything()[name]
     buffers: list[Any] | None = [] if out_of_band else None

@@ -80,7 +80,7 @@ def test_a_model_is_trained_tested_and_checkpointed_where_no_process_has_room_fo
 ) -> None:
     found = outcome(8, tmp_path / "run")
     assert found.returncode == 0, found.stderr
-    seen, checkpoints, loss = found.stdout.split()
+    seen, checkpoints, loss = found.stdout.splitlines()[-1].split()  # torch may have told something before
     assert (int(seen), int(checkpoints)) == (3 * BATCH_SIZE, 2)
 
     job = job_of(1)

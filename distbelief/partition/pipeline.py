@@ -67,7 +67,8 @@ class Pipeline:
         key = (training, x.dtype, *x.shape)
         if key not in self._schedules:
             self._schedules[key] = self._schedule(x, count, training=training)
-        given = (x.to(self._device),) if self._first else ()
+        # Schedules of torch before 2.13 refuse what is strided otherwise than planned.
+        given = (x.to(self._device).contiguous(),) if self._first else ()
         try:
             return self._schedules[key].step(*given, return_outputs=not training, **options)
         except RuntimeError as error:
