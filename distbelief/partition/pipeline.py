@@ -67,7 +67,7 @@ class Pipeline:
         key = (training, x.dtype, *x.shape)
         if key not in self._schedules:
             self._schedules[key] = self._schedule(x, count, training=training)
-        # Schedules of torch before 2.13 refuse what is strided otherwise than planned.
+        # Schedules of torch 2.11 refuse what is strided otherwise than planned.
         given = (x.to(self._device).contiguous(),) if self._first else ()
         try:
             return self._schedules[key].step(*given, return_outputs=not training, **options)

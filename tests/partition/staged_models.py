@@ -187,15 +187,9 @@ def check(found: Tensor | None, expected: Tensor | None, what: str) -> None:
 # what partitions are asked to do
 
 
-Setting = tuple[str, torch.dtype, int]
+SETTINGS = [(name, torch.float64, count) for name in MODELS for count in (1, 2, 4)]
+SETTINGS += [(name, torch.float32, 4) for name in MODELS]
 """Of what is trained: the model, its dtype, the micro-batches."""
-
-
-def settings(partitions: int) -> list[Setting]:
-    """Over all numbers of partitions each model meets each number of micro-batches, and each of these each of those."""
-    counts = [(1, 2, 4)[(index + partitions) % 3] for index in range(len(MODELS))]
-    double = [(name, torch.float64, count) for name, count in zip(MODELS, counts, strict=True)]
-    return [*double, *((name, torch.float32, 4) for name in MODELS)]
 
 
 @functools.cache
@@ -206,7 +200,7 @@ def planned(name: str, dtype: torch.dtype, microbatches: int, partitions: int) -
 
 def trains(partition: int, partitions: int, device: torch.device = CPU) -> None:
     """Mini-batches of several sizes, evaluation between them: what the uncut model computes, part by part."""
-    for name, dtype, microbatches in settings(partitions):
+    for name, dtype, microbatches in SETTINGS:
         uncut = plain(name, dtype).to(device)
         plan = planned(name, dtype, microbatches, partitions)
         stage = make(plan, partition, of(name, dtype), device)
@@ -346,7 +340,7 @@ def live(folder: str, size: int, index: int, task: str) -> int:
 def replica(folder: str, partitions: int, task: str) -> int:
     """All partitions of a replica, each in a process of its own; the exit status."""
     if task.startswith("trains"):
-        for setting in settings(partitions):
+        for setting in SETTINGS:
             planned(*setting, partitions)
     running = [forked(functools.partial(live, folder, partitions, index, task)) for index in range(partitions)]
     statuses = [os.waitpid(child, 0)[1] for child in running]
