@@ -88,12 +88,11 @@ def cut(part: Part, start: int, stop: int) -> Part:
 def advance(parts: deque[Part], count: int) -> None:
     """So many bytes of the first parts have travelled; those that are whole end."""
     while count:
-        first = parts[0]
-        here = min(count, len(first))
-        if isinstance(first, memoryview):
-            parts[0] = first = first[here:]
-        else:
-            first.advance(here)
-        if not len(first):
+        first, length = parts[0], len(parts[0])
+        if not isinstance(first, memoryview):
+            first.advance(min(count, length))
+        elif count < length:
+            parts[0] = first[count:]
+        if count >= length:
             parts.popleft()
-        count -= here
+        count -= min(count, length)

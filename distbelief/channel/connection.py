@@ -28,7 +28,8 @@ from distbelief.channel.second_stream import SecondStream, deal
 from distbelief.channel.secure import SecureLink
 from distbelief.errors import PeerLost, ProtocolError
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 13
+"""What of a body comes with its header is copied once more; the rest is received where it belongs."""
 _DESCRIPTOR_SPACE = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 _WIDENED = (Call, Answer)
 _ROUNDS = 64
@@ -113,9 +114,9 @@ class Connection:
             body, beside = deal(body)
             self.second.send(beside)
         for part in (memoryview(frame), *body):
-            if len(part):
+            if length := len(part):
                 self._outbox.append(part)
-                self._queued_bytes += len(part)
+                self._queued_bytes += length
         self.flush()
 
     @property
@@ -193,7 +194,8 @@ class Connection:
     def receive(self) -> None:
         """Take what has arrived and deliver whole frames. Raises PeerLost, ProtocolError, AuthenticationError."""
         self._take()
-        if not (self.shares_memory or self.closed) and isinstance(self.socket, socket.socket):
+        wakes = bool(self._body) or self._low_water_bytes > 1
+        if wakes and not (self.shares_memory or self.closed) and isinstance(self.socket, socket.socket):
             self._low_water_bytes = links.wake_for(self.socket, sum(map(len, self._body)), self._low_water_bytes)
 
     def go_on(self) -> None:
@@ -215,7 +217,7 @@ class Connection:
     @property
     def _pauses(self) -> bool:
         """Whether nothing is to be read now."""
-        return self._announced_bytes is not None or self._body_is_beside
+        return self._header is not None and (self._announced_bytes is not None or self._body_is_beside)
 
     @property
     def _body_is_beside(self) -> bool:

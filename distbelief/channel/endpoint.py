@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, final
+from typing import Any, ParamSpec, final
 
 import torch
 
@@ -33,6 +33,7 @@ from distbelief.channel.widening import Widening
 from distbelief.channel.wire import Wire
 from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost, ProtocolError
 
+P = ParamSpec("P")
 LOOK_SECONDS = 0.25
 """How often the connections are looked at that time may end."""
 HELD_UP_SECONDS = 0.002
@@ -225,7 +226,7 @@ class Endpoint:
     def _admit(self, link: socket.socket) -> Connection:
         connection = self._adopt(link, AcceptingSide(self._key))
         connection.connecting = self._wire.certificate is not None and not connection.shares_memory
-        self._guarded(connection, functools.partial(self._greet, connection))
+        self._guarded(connection, self._greet, connection)
         return connection
 
     def _greet(self, connection: Connection) -> None:
@@ -264,7 +265,7 @@ class Endpoint:
         if connection not in self._connections:
             return
         if connection.connecting:
-            self._guarded(connection, functools.partial(self._go_on_connecting, connection))
+            self._guarded(connection, self._go_on_connecting, connection)
             return
         if events & selectors.EVENT_WRITE:
             self._guarded(connection, connection.flush)
@@ -307,10 +308,10 @@ class Endpoint:
         self._silent = silent
         self._door.sweep(now)
 
-    def _guarded(self, connection: Connection, action: Callable[[], None]) -> None:
+    def _guarded(self, connection: Connection, action: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Do I/O on one connection; what goes wrong ends that connection and nothing else."""
         try:
-            action()
+            action(*args, **kwargs)
         except ChannelError as error:
             self._door.count(connection, error)
             self._drop(connection, error)
@@ -319,7 +320,7 @@ class Endpoint:
             self._watch_for(connection, connection.awaited)
 
     def _speak(self, connection: Connection, frame: bytes, body: Sequence[Part], wide: bool = False) -> None:
-        self._guarded(connection, lambda: connection.send(frame, body, wide=wide))
+        self._guarded(connection, connection.send, frame, body, wide=wide)
 
     def _drop(self, connection: Connection, error: ChannelError) -> None:
         if connection not in self._connections:

@@ -6,7 +6,6 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterator
 
 from distbelief.channel.codec import Part, advance
 from distbelief.channel.place import Address
@@ -75,7 +74,7 @@ def send_some(link: socket.socket | SecureLink, parts: deque[Part]) -> int:
     if not isinstance(first, memoryview):
         sent = first.send_by(link)
     else:
-        sent = link.send(first) if len(parts) == 1 else link.sendmsg(list(_plain(parts)))
+        sent = link.send(first) if len(parts) == 1 else link.sendmsg(_plain(parts))
     advance(parts, sent)
     return sent
 
@@ -85,19 +84,21 @@ def receive_some(link: socket.socket | SecureLink, parts: deque[Part]) -> int:
     first = parts[0]
     if isinstance(first, memoryview) and isinstance(link, socket.socket):
         # One part at a time would leave each call with the rest of one: a third slower over an open link.
-        arrived: int = link.recvmsg_into(list(_plain(parts)))[0]
+        arrived: int = link.recvmsg_into(_plain(parts))[0]
     else:
         arrived = link.recv_into(first if isinstance(first, memoryview) else first.piece())
     advance(parts, arrived)
     return arrived
 
 
-def _plain(parts: deque[Part]) -> Iterator[memoryview]:
+def _plain(parts: deque[Part]) -> list[memoryview]:
+    plain = []
     for index in range(min(_PARTS, len(parts))):  # by index: another thread may append meanwhile
         part = parts[index]
         if not isinstance(part, memoryview):
-            return
-        yield part
+            break
+        plain.append(part)
+    return plain
 
 
 def wake_for(link: socket.socket, awaited_bytes: int, before: int) -> int:

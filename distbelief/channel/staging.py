@@ -68,8 +68,7 @@ class Staging:
         for other in list(self._held):
             if not (self._answering(other) or (other is not connection and other.receiving)):
                 self.release(other)
-        self._idle = [item for item in self._idle if now - item[0] < IDLE_SECONDS]
-        while sum(tensor.nbytes for *_, tensor in self._idle) > self._body_limit:
+        while self._idle and now - self._idle[0][0] >= IDLE_SECONDS:
             del self._idle[0]
         self._held[connection] = {}  # what an earlier call of it still uses ends with that
 
@@ -99,6 +98,8 @@ class Staging:
         """What the latest call of a connection was given is not used any more, though it may still be answered."""
         now = time.monotonic()
         self._idle += [(now, *given) for given in self._held.pop(connection, {}).items()]
+        while sum(tensor.nbytes for *_, tensor in self._idle) > self._body_limit:
+            del self._idle[0]
 
     def forget(self, connection: Connection) -> None:
         """A connection has ended."""
