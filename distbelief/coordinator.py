@@ -270,10 +270,10 @@ class Coordinator(ABC):
 
     @final
     def replace_replica(self, index: int) -> None:
-        """Start the next incarnation of a lost replica, unless the job is about to end."""
+        """Start a lost replica's next incarnation; in a job that is to stop only if the shards may still wait for it."""
         record = self.replicas[index]
         record.incarnation, record.heard = self.incarnations.of(self.settings.leaders[index]), self.engine.now()
-        record.left, record.slowest_seconds = self.stopping, 0.0
+        record.left, record.slowest_seconds = self.stopping and self.begun, 0.0
         if not record.left:
             record.alive = True
             for member in self.settings.replicas[index]:

@@ -483,6 +483,22 @@ def test_strangers_are_refused_and_counted_though_a_shard_that_refused_one_was_r
     assert result.summary.examples.missing == 0
 
 
+@pytest.mark.parametrize("algorithm", [db.Downpour(), db.Sandblaster()], ids=["downpour", "sandblaster"])
+def test_ctrl_c_before_training_has_begun_stops_the_job_though_the_first_replica_dies(
+    algorithm: db.Downpour | db.Sandblaster, tmp_path: Path
+) -> None:
+    def interrupt(observation: Observation) -> None:
+        if observation.event == RoleStarted(role="shard/0", incarnation=0):
+            signal.raise_signal(signal.SIGINT)
+        assert observation.seconds < 60
+
+    faults = db.Faults(kill=((0.1, "replica/0"), (0.15, "shard/1")))
+    result, heard = trained(simulated(algorithm=algorithm), tmp_path, more=[interrupt], faults=faults)
+    assert {"replica/0", "shard/1"} <= {event.role for event in of(RoleLost, heard)}
+    assert result.summary.reason == "stopped by SIGINT"
+    assert of(CheckpointWritten, heard)
+
+
 @pytest.mark.slow
 def test_ctrl_c_once_takes_a_checkpoint_and_stops_cleanly(tmp_path: Path) -> None:
     process, run = started(tmp_path)
