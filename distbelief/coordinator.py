@@ -270,7 +270,7 @@ class Coordinator(ABC):
 
     @final
     def replace_replica(self, index: int) -> None:
-        """Start a lost replica's next incarnation; in a job that is to stop only if the shards may still wait for it."""
+        """Start a lost replica's next incarnation; in a job that is to stop, only if the shards may wait for it."""
         record = self.replicas[index]
         record.incarnation, record.heard = self.incarnations.of(self.settings.leaders[index]), self.engine.now()
         record.left, record.slowest_seconds = self.stopping and self.begun, 0.0
