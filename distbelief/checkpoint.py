@@ -344,10 +344,13 @@ def read_buffers(folder: AnyPath, manifest: Manifest) -> list[torch.Tensor]:
 
 
 def read_replica_positions(folder: AnyPath, manifest: Manifest) -> Iterator[dict[int, int]]:
-    """Per shard: lease -> position up to which its examples are in the shard's file, over all replicas."""
+    """Per shard: lease -> position up to which its examples are in the shard's file, as far as the leases do not say."""
+    alive = None if manifest.leases is None else manifest.leases.alive
     for file in manifest.shards:
         positions: dict[int, int] = {}
-        for record in shard_file.read_state(folder / file.name).replicas.values():
+        for replica, record in shard_file.read_state(folder / file.name).replicas.items():
+            if alive is not None and record.incarnation < alive.get(replica, record.incarnation + 1):
+                continue
             for lease, position in record.portions.items():
                 positions[lease] = max(position, positions.get(lease, 0))
         yield positions

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, final
 
+import msgspec
 import torch
 
 from distbelief import events
@@ -74,7 +75,8 @@ class DownpourCoordinator(Coordinator):
 
     def work(self) -> dict[str, Any]:
         """The leases, noted before the shards write: what is settled now is in all of them."""
-        return {"leases": self.leases.state()}
+        alive = {index: record.incarnation for index, record in enumerate(self.replicas)}
+        return {"leases": msgspec.structs.replace(self.leases.state(), alive=alive)}
 
     def is_own(self, manifest: Manifest) -> bool:
         """Whether it has leases."""

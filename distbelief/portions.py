@@ -41,6 +41,9 @@ class LeaseState(msgspec.Struct, frozen=True):
     issued: int
     unsettled: tuple[Lease, ...]
     repeated: int
+    alive: dict[int, int] | None = None
+    """Replica -> incarnation whose pushes the shards' files tell of and nothing above does. What older ones had pushed
+    when they died is settled, or counted as repeated. None, in older checkpoints, for all of them."""
 
 
 @dataclass(frozen=True)

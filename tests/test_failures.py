@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -481,6 +482,32 @@ def test_strangers_are_refused_and_counted_though_a_shard_that_refused_one_was_r
     assert len(of(ShardRestored, heard)) == 1
     assert result.summary.strangers == {NO_KEY: 6}
     assert result.summary.examples.missing == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_job_stopped_at_any_moment_goes_on_without_losing_an_example_and_repeats_only_what_deaths_have_cost(
+    seed: int, tmp_path: Path
+) -> None:
+    draws = random.Random(seed)
+    roles = ["replica/0", "replica/1", "replica/2", "replica/3", "shard/0", "shard/1", "shard/2", "evaluator"]
+    kills = tuple((draws.uniform(0.0, 2.0), draws.choice(roles)) for _ in range(5))
+    last = draws.randint(1, 30)
+    heard: list[Observation] = []
+
+    def stop(observation: Observation) -> None:
+        heard.append(observation)
+        if len(heard) == last:
+            signal.raise_signal(signal.SIGINT)
+
+    algorithm = db.Downpour(warmstart=0, n_push=draws.choice([1, 3]))
+    job = simulated(seed=seed, checkpoint_seconds=0.4, algorithm=algorithm, run=tmp_path / "run")
+    result = db.train(job, view=False, listeners=[stop], faults=db.Faults(kill=kills), costs=SLOW)
+    assert result.summary.reason == "stopped by SIGINT"
+    assert of(CheckpointWritten, heard)
+    result = db.train(job, resume=tmp_path / "run", view=False, costs=SLOW)
+    summary = result.summary
+    assert (summary.examples.seen, summary.examples.missing) == (640 * 6, 0)
+    assert summary.examples.repeated == sum(event.repeated for event in of(LeasesReturned, heard))
 
 
 @pytest.mark.parametrize("algorithm", [db.Downpour(), db.Sandblaster()], ids=["downpour", "sandblaster"])
