@@ -344,7 +344,7 @@ def read_buffers(folder: AnyPath, manifest: Manifest) -> list[torch.Tensor]:
 
 
 def read_replica_positions(folder: AnyPath, manifest: Manifest) -> Iterator[dict[int, int]]:
-    """Per shard: lease -> position up to which its examples are in the shard's file, as far as the leases do not say."""
+    """Per shard: lease -> position up to which its examples are in its file, as far as the leases do not say."""
     alive = None if manifest.leases is None else manifest.leases.alive
     for file in manifest.shards:
         positions: dict[int, int] = {}

@@ -160,7 +160,7 @@ class Coordinator(ABC):
         self._evaluations.begin(self.examples)
         self.incarnations.start_all()
         if restore is not None:
-            self.wait(self.restore(*restore))
+            self.wait(Insistent(self.engine, partial(self.restore, *restore), math.inf))
             return
         failed = 0
         while not self.begun:

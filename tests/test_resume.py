@@ -19,7 +19,7 @@ from torch import nn
 
 import distbelief as db
 from distbelief import checkpoint
-from distbelief.events import CheckpointRejected, Evaluated, JobFinished, JobStarted, Observation
+from distbelief.events import CheckpointRejected, Evaluated, JobFinished, JobStarted, Observation, RoleLost
 from distbelief.export import export, state_dict
 from distbelief.report import read_summary, text
 from tests import problems
@@ -54,6 +54,27 @@ def test_a_resumed_run_continues_as_if_it_had_never_stopped_on_any_number_of_sha
     resumed = db.train(dataclasses.replace(job, cluster=cluster), resume=tmp_path / "halves", view=False)
     assert problems.same_parameters(resumed.model, whole)
     assert resumed.summary.examples.seen == 4 * 640
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"epochs": 1}, {"epochs": 2}),
+        ({"algorithm": db.Sandblaster(max_iterations=2)}, {"algorithm": db.Sandblaster(max_iterations=4)}),
+    ],
+    ids=["downpour", "sandblaster"],
+)
+def test_a_shard_that_dies_while_it_is_given_its_checkpoint_is_given_it_again(
+    first: dict[str, Any], then: dict[str, Any], tmp_path: Path
+) -> None:
+    models, heard = [], list[Observation]()
+    for name, hang in (("calm", ()), ("hanging", ((0.0, 100.0, "shard/1"),))):
+        trained(alone(**first), tmp_path / name)
+        job, faults = alone(**then), db.Faults(hang=hang)
+        result = db.train(job, resume=tmp_path / name, view=False, faults=faults, listeners=[heard.append])
+        models.append(result.model)
+    assert [one.event.role for one in heard if isinstance(one.event, RoleLost)] == ["shard/1"]
+    assert problems.same_parameters(*models)
 
 
 def test_a_run_resumes_on_another_number_of_replicas_and_counts_every_example_once(tmp_path: Path) -> None:
