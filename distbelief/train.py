@@ -111,18 +111,19 @@ def train(
             coordinator = appoint(job, engine, facts, run, spans, model, restore, emit)
             engine.answer(coordinator)
             reason = "failed"
-            try:
-                with _stopping_on_signals(coordinator):
+            with _stopping_on_signals(coordinator):
+                try:
                     emit(started(job, facts, run, spans, coordinator.examples))
                     coordinator.start(restore)
                     reason = coordinator.run()
                     model.load(engine, coordinator, spans)
-            except BaseException as error:
-                reason = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
-                raise
-            finally:
-                emit(coordinator.finished(reason, *_commands(run, launched, coordinator)))
-                _write_summary(run, record.summary())
+                except BaseException as error:
+                    said = (str(error).strip().splitlines() or [""])[-1]
+                    reason = f"failed: {type(error).__name__}: {said}"
+                    raise
+                finally:
+                    emit(coordinator.finished(reason, *_commands(run, launched, coordinator)))
+                    _write_summary(run, record.summary())
     return Result(record.summary(), run, partial(model.trained, run))
 
 

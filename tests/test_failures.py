@@ -28,6 +28,7 @@ from distbelief.events import (
     CheckpointFailed,
     CheckpointRejected,
     CheckpointWritten,
+    JobFinished,
     LeasesReturned,
     Observation,
     Progress,
@@ -35,6 +36,7 @@ from distbelief.events import (
     RoleStarted,
     ShardRestored,
 )
+from distbelief.report.files import read_summary
 from tests import problems
 from tests.killer import Killer, nth, settled
 
@@ -526,6 +528,16 @@ def test_ctrl_c_before_training_has_begun_stops_the_job_though_the_first_replica
     assert of(CheckpointWritten, heard)
 
 
+def test_ctrl_c_while_a_finished_job_writes_its_summary_changes_nothing(tmp_path: Path) -> None:
+    def interrupt(observation: Observation) -> None:
+        if isinstance(observation.event, JobFinished):
+            signal.raise_signal(signal.SIGINT)
+
+    result, _ = trained(simulated(epochs=1), tmp_path, more=[interrupt])
+    assert result.summary.reason == "all epochs finished"
+    assert read_summary(result.run / "summary.json") == result.summary
+
+
 @pytest.mark.slow
 def test_ctrl_c_once_takes_a_checkpoint_and_stops_cleanly(tmp_path: Path) -> None:
     process, run = started(tmp_path)
@@ -536,7 +548,6 @@ def test_ctrl_c_once_takes_a_checkpoint_and_stops_cleanly(tmp_path: Path) -> Non
     assert "stopped by SIGINT" in output
     assert not alive(roles)
     from distbelief import checkpoint
-    from distbelief.report.files import read_summary
 
     _, manifest = checkpoint.newest(run, lambda path, reason: None)
     summary = read_summary(run / "summary.json")
