@@ -172,6 +172,29 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def test_a_host_that_is_lost_while_the_job_is_brought_to_it_has_no_part_in_the_job(tmp_path: Path) -> None:
+    keepers = Subprocesses(3)
+    with closing(HostsEngine(NAMES, keepers)) as engine:
+        engine.gather()
+        keepers.processes["host1"].kill()
+        engine.load(prepare, 21)
+        assert engine.hosts == ("host0", "host2")
+        keepers.processes["host0"].kill()
+        engine.check_visible(tmp_path)
+        assert engine.hosts == ("host2",)
+        engine.start("role/0", 0, Clerk)
+        assert engine.find("role/0", Clerk, 20.0).call(Clerk.who).result()[:2] == ("role/0", 0)
+
+
+def test_a_job_that_no_host_is_left_for_says_so(tmp_path: Path) -> None:
+    keepers = Subprocesses(1)
+    with closing(HostsEngine(NAMES, keepers)) as engine:
+        engine.gather()
+        keepers.processes["host0"].kill()
+        with pytest.raises(TrainingFailed, match="every host was lost while the job was loaded"):
+            engine.load(prepare, 21)
+
+
 @pytest.mark.slow
 def test_roles_of_one_host_share_memory_and_others_are_called_over_tcp(pair: Pair) -> None:
     pair.up(*NAMES[:3])

@@ -175,7 +175,7 @@ class HostsEngine(ProcessHome):
                 host: peer.call(Host.sees, str(probe.resolve()), content) for host, peer in self._keeper_peers.items()
             }
             for host, answer in answers.items():
-                if not answer.result():
+                if self._last([answer], host) is False:
                     raise ConfigurationError(
                         f"host {host} does not see the folder {folder}, to which shards write checkpoints",
                         hint="give checkpoints=... on storage that all hosts share: a folder, or a URL such as s3://bucket/run",
@@ -202,14 +202,15 @@ class HostsEngine(ProcessHome):
         while any(host in self._hosts and not answers[-1].done() for host, answers in loading.items()):
             self._watch_hosts()
             self.sleep(0.02)
-        prepared = [self._prepared(answers) for host, answers in loading.items() if host in self._hosts]
-        if not prepared:
+        prepared = [self._prepared(answers, host) for host, answers in loading.items()]
+        if not self._hosts:
             raise TrainingFailed("every host was lost while the job was loaded")
-        for each in prepared:
+        there = [each for each in prepared if each is not None]
+        for each in there:
             if each.failure:
                 self.close()
                 raise pickle.loads(each.failure)
-        result: T = pickle.loads(prepared[0].description)
+        result: T = pickle.loads(there[0].description)
         return result
 
     def _bring(self, luggage: Luggage, peer: Peer[Host]) -> list[Future[Any]]:
@@ -217,18 +218,27 @@ class HostsEngine(ProcessHome):
         answers += [peer.call(Host.take, start, part) for start, part in _parts(luggage)]
         return [*answers, peer.call(Host.load)]
 
-    def _prepared(self, answers: Sequence[Future[Any]]) -> Prepared:
+    def _prepared(self, answers: Sequence[Future[Any]], host: str) -> Prepared | None:
         try:
-            for answer in answers:
-                prepared = answer.result()
+            prepared: Prepared | None = self._last(answers, host)
         except NotReady as error:
             self.close()
             raise ConfigurationError(
                 str(error),
                 hint="keep the script in a folder that all hosts share, or submit it as a Ray job with a working_dir",
             ) from error
-        assert isinstance(prepared, Prepared)
         return prepared
+
+    def _last(self, answers: Sequence[Future[Any]], host: str) -> Any:
+        """The last of these answers of a host, when all are there; None when it is lost, by now at the latest."""
+        if host not in self._hosts:
+            return None
+        try:
+            return [answer.result() for answer in answers][-1]
+        except PeerLost as error:
+            self._registry.give_up(host)
+            self._lose(host, f"host {host} was lost: {error}")
+            return None
 
     # roles
 
