@@ -27,6 +27,8 @@ from distbelief.uncut import Uncut
 
 EVALUATIONS = 10
 """Passes of Sandblaster over the data between two looks at the test set, where the user has not said."""
+SHARD_BYTES_PER_SECOND = 5e6
+"""A shard gets so much longer to write or read a checkpoint: of its parameters alone, so several vectors go faster."""
 Restore = tuple[AnyPath, Manifest] | None
 """The checkpoint to begin with, if any."""
 
@@ -39,6 +41,7 @@ def appoint(
     algorithm = job.algorithm
     keeping = algorithm.keeping if isinstance(algorithm, Sandblaster) else algorithm.update_rule
     partitions, is_batch = job.cluster.plan.partitions, isinstance(algorithm, Sandblaster)
+    largest_bytes = max(map(len, spans)) * facts.layout.dtype.itemsize
     settings = Settings(
         run=run,
         replicas=[
@@ -59,6 +62,7 @@ def appoint(
         keep_checkpoints=job.keep_checkpoints,
         evaluate_examples=job.evaluate_every or facts.examples * (EVALUATIONS if is_batch else 1),
         silence_seconds=job.cluster.silence_seconds,
+        shard_silence_seconds=job.cluster.silence_seconds + largest_bytes / SHARD_BYTES_PER_SECOND,
         refusals=algorithm.refusals if isinstance(algorithm, Downpour) else 0,
         incarnation=0 if restore is None else restore[1].incarnation,
     )

@@ -51,7 +51,8 @@ class Cluster:
     lost_seconds: float = 1.5
     """A host of a cluster that is silent for so long is lost: its roles end, and are started on other hosts."""
     silence_seconds: float = 60.0
-    """A replica not heard of for so long, and for twenty of its slowest mini-batches, is ended and replaced."""
+    """A replica not heard of for so long, and for twenty of its slowest mini-batches, is ended and replaced; so is a
+    shard after this and the time that its parameters take at 5 MB/s, which it may spend on a checkpoint."""
 
     def __post_init__(self) -> None:
         for name in ("replicas", "shards"):

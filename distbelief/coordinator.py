@@ -60,7 +60,8 @@ class Coordinator(ABC):
         now = engine.now()
         self.replicas = [ReplicaRecord(settings.incarnation, now) for _ in settings.replicas]
         self.incarnations = Incarnations(engine, settings.roles, settings.incarnation, emit)
-        self.shards = [engine.find(spec.name, ParameterServerShard) for spec in settings.shards]
+        patience = settings.shard_silence_seconds
+        self.shards = [engine.find(spec.name, ParameterServerShard, patience) for spec in settings.shards]
         self.writer = CheckpointWriter(engine, settings, self.shards, manifest, emit, self.wait)
         self.counters = Counters()
         self._asked: All[ShardStatus] | None = None
@@ -160,7 +161,7 @@ class Coordinator(ABC):
         self._evaluations.begin(self.examples)
         self.incarnations.start_all()
         if restore is not None:
-            self.wait(Insistent(self.engine, partial(self.restore, *restore), math.inf))
+            self.wait(Insistent(self.engine, partial(self.restore, *restore)))
             return
         failed = 0
         while not self.begun:
@@ -313,27 +314,28 @@ class Coordinator(ABC):
                 self.shard_restored(index, manifest)
 
             # Asking twice undoes nothing: Downpour's sections keep what they have, Sandblaster awaits the last answer.
-            self.later(Insistent(self.engine, restore, math.inf), restored)
+            self.later(Insistent(self.engine, restore), restored)
 
         self.later(self.engine.background(partial(checkpoint.newest, self.settings.run, reject)), found)
 
     def _end_the_silent(self, now: float) -> None:
         """Give up roles that hang: a shard first, since replicas that wait for it are silent too."""
-        limit = self.settings.silence_seconds
-        if self._asked is not None and not self._asked.done() and now - self._asked_at > limit:
-            self._asked_at = now
-            for index in self._asked.outstanding():
-                name = self.settings.shards[index].name
-                self.incarnations.end(name, self.incarnations.of(name), f"not heard of for {limit:.0f} s")
-            for record in self.replicas:
-                record.heard = now
+        limit = self.settings.shard_silence_seconds
+        if self._asked is not None and not self._asked.done():
+            if now - self._asked_at > self.settings.silence_seconds / 2:
+                for record in self.replicas:
+                    record.heard = now
+            if now - self._asked_at > limit:
+                self._asked_at = now
+                for index in self._asked.outstanding():
+                    name = self.settings.shards[index].name
+                    self.incarnations.end(name, self.incarnations.of(name), f"not heard of for {limit:.0f} s")
         for index, record in enumerate(self.replicas):
             limit = record.patience_seconds(self.settings.silence_seconds)
             if not record.left and now - record.heard > limit:
                 record.heard = now
-                self.incarnations.end(
-                    self.settings.leaders[index], record.incarnation, f"not heard of for {limit:.0f} s"
-                )
+                leader, reason = self.settings.leaders[index], f"not heard of for {limit:.0f} s"
+                self.incarnations.end(leader, record.incarnation, reason)
 
     @final
     def hear(self, replica: int, incarnation: int) -> ReplicaRecord:
@@ -386,9 +388,7 @@ class Coordinator(ABC):
         return True
 
     @final
-    def begin_checkpoint(
-        self, slots: Sequence[int] = (), *, durable: bool = True, version: int = 0
-    ) -> Writing | None:  # fmt: skip
+    def begin_checkpoint(self, slots: Sequence[int] = (), *, durable: bool = True, version: int = 0) -> Writing | None:
         """Have the shards write; None when there is no place for it. Arguments as in their `snapshot`."""
         return self.writer.begin(lambda: (self.work(), self.examples), slots, durable=durable, version=version)
 

@@ -80,6 +80,9 @@ class Settings:
     keep_checkpoints: int
     evaluate_examples: int
     silence_seconds: float
+    """Within which a replica is heard of whose mini-batches are not slow."""
+    shard_silence_seconds: float
+    """Within which a shard is heard of. While it reads or writes its vectors it answers nothing."""
     refusals: int
     """Refused pushes that the job survives."""
     incarnation: int

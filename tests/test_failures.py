@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import distbelief as db
+from distbelief import appoint
 from distbelief.channel.door import NO_KEY
 from distbelief.events import (
     CheckpointFailed,
@@ -106,6 +107,26 @@ def test_a_dead_shard_comes_back_from_its_checkpoint_and_the_summary_counts_the_
     assert 30 <= result.summary.lost_updates <= 90
     assert result.summary.examples.missing == 0
     assert (result.test["accuracy"] or 0) > 0.8
+
+
+def test_a_shard_with_much_to_store_may_be_busy_for_long_and_so_may_the_replicas_that_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(appoint, "SHARD_BYTES_PER_SECOND", 1.0)  # a shard of some 340 bytes
+    faults = db.Faults(hang=((0.6, 200.6, "shard/1"),))
+    result, heard = trained(simulated(checkpoint_seconds=0.4), tmp_path, faults=faults, costs=SLOW)
+    assert result.summary.wall_seconds > 200
+    assert not of(RoleLost, heard)
+    assert not of(CheckpointFailed, heard)
+    assert result.summary.examples.missing == result.summary.examples.repeated == 0
+
+
+def test_a_shard_that_hangs_is_ended_and_restored_while_replicas_wait(tmp_path: Path) -> None:
+    faults = db.Faults(hang=((0.6, 12.0, "shard/1"),))
+    result, heard = trained(simulated(checkpoint_seconds=0.4), tmp_path, faults=faults, costs=SLOW)
+    assert {event.role for event in of(RoleLost, heard)} == {"shard/1"}
+    assert of(ShardRestored, heard)
+    assert result.summary.examples.missing == 0
 
 
 def test_a_checkpoint_that_a_shard_is_about_to_read_is_not_removed_though_a_newer_one_is_complete(

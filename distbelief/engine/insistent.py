@@ -11,17 +11,17 @@ from distbelief.errors import DeadlineExceeded, NotReady, PeerLost
 T = TypeVar("T")
 
 RETRY_SECONDS = 0.1
-PATIENCE_SECONDS = 300.0
-"""How long a call to a role that is being replaced is repeated before it ends with an error."""
 
 
 @final
 class Insistent(Generic[T]):
-    """A call that is made again until it is answered: for calls whose repetition is harmless."""
+    """A call that is made again until it is answered: for calls whose repetition is harmless.
 
-    def __init__(self, home: Home, make: Callable[[], Future[T]], patience_seconds: float = PATIENCE_SECONDS) -> None:
+    It has no end of its own: how long a role may say nothing, and whether it is replaced, the coordinator decides.
+    """
+
+    def __init__(self, home: Home, make: Callable[[], Future[T]]) -> None:
         self._home, self._make = home, make
-        self._until = home.now() + patience_seconds
         self._again = 0.0
         self._future: Future[T] | None = make()
         self._value: T
@@ -49,9 +49,9 @@ class Insistent(Generic[T]):
         return self._settled
 
     def result(self) -> T:
-        """Wait for the answer. Raises what is no loss of the peer, and PeerLost when patience ends."""
-        while not self._settled:
-            self.wait(PATIENCE_SECONDS)
+        """Wait for the answer. Raises what is no loss of the peer."""
+        while not self.wait(60.0):
+            continue
         if self._error is not None:
             raise self._error
         return self._value
@@ -61,10 +61,8 @@ class Insistent(Generic[T]):
         try:
             self._value = self._future.result()
             self._settled = True
-        except (PeerLost, DeadlineExceeded, NotReady) as error:
+        except (PeerLost, DeadlineExceeded, NotReady):
             self._future, self._again = None, self._home.now() + RETRY_SECONDS
-            if self._home.now() > self._until:
-                self._error, self._settled = error, True
         except Exception as error:
             self._error, self._settled = error, True
 
