@@ -20,15 +20,13 @@ from distbelief.parameter_server import ParameterServerShard, shard_name
 from distbelief.parameters import Span
 from distbelief.portions import Leases, lease_size
 from distbelief.roles import evaluator_role, replica_role
-from distbelief.roster import EVALUATOR, RoleSpec, Settings, member_name, replica_name
+from distbelief.roster import EVALUATOR, RoleSpec, Settings, member_name, replica_name, shard_silence_seconds
 from distbelief.sandblaster import Sandblaster
 from distbelief.sandblaster_coordinator import SandblasterCoordinator
 from distbelief.uncut import Uncut
 
 EVALUATIONS = 10
 """Passes of Sandblaster over the data between two looks at the test set, where the user has not said."""
-SHARD_BYTES_PER_SECOND = 5e6
-"""A shard gets so much longer to write or read a checkpoint: of its parameters alone, so several vectors go faster."""
 Restore = tuple[AnyPath, Manifest] | None
 """The checkpoint to begin with, if any."""
 
@@ -41,7 +39,7 @@ def appoint(
     algorithm = job.algorithm
     keeping = algorithm.keeping if isinstance(algorithm, Sandblaster) else algorithm.update_rule
     partitions, is_batch = job.cluster.plan.partitions, isinstance(algorithm, Sandblaster)
-    largest_bytes = max(map(len, spans)) * facts.layout.dtype.itemsize
+    silence_seconds = job.cluster.silence_seconds
     settings = Settings(
         run=run,
         replicas=[
@@ -61,8 +59,8 @@ def appoint(
         checkpoint_seconds=job.checkpoint_seconds,
         keep_checkpoints=job.keep_checkpoints,
         evaluate_examples=job.evaluate_every or facts.examples * (EVALUATIONS if is_batch else 1),
-        silence_seconds=job.cluster.silence_seconds,
-        shard_silence_seconds=job.cluster.silence_seconds + largest_bytes / SHARD_BYTES_PER_SECOND,
+        silence_seconds=silence_seconds,
+        shard_silence_seconds=shard_silence_seconds(silence_seconds, spans, facts.layout.dtype),
         refusals=algorithm.refusals if isinstance(algorithm, Downpour) else 0,
         incarnation=0 if restore is None else restore[1].incarnation,
     )

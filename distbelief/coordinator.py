@@ -28,7 +28,7 @@ from distbelief.incarnations import Incarnations
 from distbelief.parameter_server import ParameterServer, ParameterServerShard
 from distbelief.parameters import Span
 from distbelief.progress import Counters
-from distbelief.roster import PATIENCE, ReplicaRecord, RoleSpec, Settings, mean_buffers
+from distbelief.roster import PATIENCE, ReplicaRecord, RoleSpec, Settings, mean_buffers, silent_replicas
 from distbelief.section import ShardStatus
 from distbelief.shard_file import ShardFile
 
@@ -65,7 +65,8 @@ class Coordinator(ABC):
         self.writer = CheckpointWriter(engine, settings, self.shards, manifest, emit, self.wait)
         self.counters = Counters()
         self._asked: All[ShardStatus] | None = None
-        self._asked_at = self._progress_at = now
+        self._asked_at = self._progress_at = self._looked_at = now
+        self._held_up_seconds = 0.0  # for so long replicas have had to wait for shards, and could say nothing
         self._errands: list[Callable[[], bool]] = []
         self.restoring: list[int] = []
         """Shards that are being given a checkpoint, one entry a death; until then none is begun and none is removed."""
@@ -224,10 +225,11 @@ class Coordinator(ABC):
     def wind_down(self) -> None:
         """Let replicas push what they hold and leave, and evaluate once more."""
         self.stopping = True
-        until = self.engine.now() + max(LEAVE_SECONDS, *(PATIENCE * record.slowest_seconds for record in self.replicas))
+        slow = max(LEAVE_SECONDS, *(PATIENCE * record.slowest_seconds for record in self.replicas))
+        until = self.engine.now() - self._held_up_seconds + slow
         while not all(record.left for record in self.replicas):
             self.tick()
-            if self.engine.now() > until:
+            if self.engine.now() - self._held_up_seconds > until:
                 for index, record in enumerate(self.replicas):
                     if not record.left:
                         self.incarnations.end(self.settings.leaders[index], record.incarnation, "did not leave in time")
@@ -320,22 +322,20 @@ class Coordinator(ABC):
 
     def _end_the_silent(self, now: float) -> None:
         """Give up roles that hang: a shard first, since replicas that wait for it are silent too."""
-        limit = self.settings.shard_silence_seconds
-        if self._asked is not None and not self._asked.done():
-            if now - self._asked_at > self.settings.silence_seconds / 2:
-                for record in self.replicas:
-                    record.heard = now
-            if now - self._asked_at > limit:
-                self._asked_at = now
-                for index in self._asked.outstanding():
-                    name = self.settings.shards[index].name
-                    self.incarnations.end(name, self.incarnations.of(name), f"not heard of for {limit:.0f} s")
-        for index, record in enumerate(self.replicas):
-            limit = record.patience_seconds(self.settings.silence_seconds)
-            if not record.left and now - record.heard > limit:
-                record.heard = now
-                leader, reason = self.settings.leaders[index], f"not heard of for {limit:.0f} s"
-                self.incarnations.end(leader, record.incarnation, reason)
+        limit, elapsed, self._looked_at = self.settings.shard_silence_seconds, now - self._looked_at, now
+        silent = now - self._asked_at if self._asked is not None and not self._asked.done() else 0.0
+        if self.restoring or silent > self.settings.silence_seconds / 2:
+            self._held_up_seconds += elapsed
+            for record in self.replicas:
+                record.heard += elapsed
+        if silent > limit and self._asked is not None:
+            self._asked_at = now
+            for index in self._asked.outstanding():
+                name = self.settings.shards[index].name
+                self.incarnations.end(name, self.incarnations.of(name), f"not heard of for {limit:.0f} s")
+        for index, limit in silent_replicas(self.replicas, now, self.settings.silence_seconds):
+            leader, incarnation = self.settings.leaders[index], self.replicas[index].incarnation
+            self.incarnations.end(leader, incarnation, f"not heard of for {limit:.0f} s")
 
     @final
     def hear(self, replica: int, incarnation: int) -> ReplicaRecord:

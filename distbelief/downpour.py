@@ -16,7 +16,7 @@ import torch
 from distbelief.channel.base import Future
 from distbelief.data_shard import DataShard
 from distbelief.downpour_coordinator import DownpourCoordinator
-from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Home
+from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Home
 from distbelief.errors import ConfigurationError, Fenced
 from distbelief.model_replica import ModelReplica
 from distbelief.parameter_server import ParameterServer
@@ -113,7 +113,7 @@ class DownpourReplica:
     ) -> None:  # fmt: skip
         self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
         self.rule, self.group = downpour, model.group
-        self.coordinator = home.find(COORDINATOR, DownpourCoordinator, COORDINATOR_SECONDS)
+        self.coordinator = home.find(COORDINATOR, DownpourCoordinator, UNTIL_LOST_SECONDS)
         self.versions: list[int] = []
         self.base_versions: list[int] = []
         self.leads = self.group.index == self.group.size - 1

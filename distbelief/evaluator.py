@@ -15,7 +15,7 @@ from torch import nn
 
 from distbelief.coordinator import Coordinator
 from distbelief.data_shard import collect, to_device
-from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Home
+from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Home
 from distbelief.errors import ConfigurationError
 from distbelief.model_replica import Part, flat_buffers, load_buffers, load_parameters
 from distbelief.parameter_server import ParameterServer
@@ -113,7 +113,7 @@ class Evaluator:
     ) -> None:  # fmt: skip
         self._home, self._part, self._layout, self._server, self._group = home, part, layout, server, group
         self._dataset, self._measures = dataset, measures
-        self._coordinator = home.find(COORDINATOR, Coordinator, COORDINATOR_SECONDS)
+        self._coordinator = home.find(COORDINATOR, Coordinator, UNTIL_LOST_SECONDS)
         self._parameters = home.allocate(layout.length, layout.dtype)
         self._leads = group.index == group.size - 1
 

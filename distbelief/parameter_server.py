@@ -30,7 +30,7 @@ import torch
 
 from distbelief.batch_section import BatchSection, Extent, Keeping, Mark
 from distbelief.channel.base import Future, Out, exported, rounded
-from distbelief.engine.base import Home
+from distbelief.engine.base import UNTIL_LOST_SECONDS, Home
 from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import NotReady, ProtocolError
 from distbelief.files import path_of
@@ -209,7 +209,7 @@ class ParameterServer:
     ) -> None:  # fmt: skip
         self._home, self._replica, self._partition = home, replica, partition
         self.routes = [
-            (home.find(shard_name(index), ParameterServerShard), part.within(own))
+            (home.find(shard_name(index), ParameterServerShard, UNTIL_LOST_SECONDS), part.within(own))
             for index, span in enumerate(spans)
             if len(part := span.overlap(own))
         ]

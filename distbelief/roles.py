@@ -10,7 +10,7 @@ import torch.distributed as dist
 from distbelief.coordinator import Coordinator
 from distbelief.data_shard import DataShard
 from distbelief.downpour import DownpourReplica
-from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Home
+from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Home
 from distbelief.evaluator import Evaluator
 from distbelief.job import Prepared
 from distbelief.model_partition import Meeting, PartObjective
@@ -19,7 +19,7 @@ from distbelief.parameter_server import ParameterServer
 from distbelief.parameters import Layout, Span
 from distbelief.partition.group import Group, form_default_group
 from distbelief.partition.stages import StagePlan
-from distbelief.roster import EVALUATOR, replica_name
+from distbelief.roster import EVALUATOR, replica_name, shard_silence_seconds
 from distbelief.sandblaster import Sandblaster, SandblasterReplica
 
 
@@ -33,24 +33,28 @@ class Seat:
     group: Group
 
 
-def _seat(home: Home, prepared: Prepared, name: str, partition: int, device: torch.device, seed: int) -> Seat:
+def _seat(
+    home: Home, prepared: Prepared, name: str, partition: int, device: torch.device, seed: int, spans: Sequence[Span]
+) -> Seat:  # fmt: skip
     """Take a place in the replica `name`. The draws of its partitions, such as dropout's, are those of `seed`."""
     job, cut = prepared.job, prepared.cut
     if cut is None:
         module, layout = build(job.model, job.seed, job.grouping)
         torch.manual_seed(seed)
         return Seat(whole(module), layout, Span(0, layout.length), Group(None, 0, 1, device=device))
-    coordinator = home.find(COORDINATOR, Coordinator, COORDINATOR_SECONDS)
+    coordinator = home.find(COORDINATOR, Coordinator, UNTIL_LOST_SECONDS)
     meeting = Meeting(home, coordinator, (Coordinator.keep, Coordinator.look), f"{name}/{home.incarnation}")
+    # A partner may be waiting for a shard.
+    patience = shard_silence_seconds(job.cluster.silence_seconds, spans, cut.layout.dtype)
     own_device = device.type == "cuda" and job.cluster.own_devices(torch.cuda.device_count())
     group = Group(
-        meeting, partition, job.cluster.plan.partitions, deadline_seconds=job.cluster.silence_seconds, device=device,
+        meeting, partition, job.cluster.plan.partitions, deadline_seconds=patience, device=device,
         own_device=own_device, address=home.address,
     )  # fmt: skip
     if isinstance(cut.plan, StagePlan):
         store = dist.PrefixStore("stages", meeting)  # type: ignore[attr-defined]
         form_default_group(
-            store, partition, group.size, job.cluster.silence_seconds,
+            store, partition, group.size, patience,
             device=device, own_device=own_device, address=home.address,
         )  # fmt: skip
     part = cut.part(partition, group, seed)
@@ -67,7 +71,7 @@ def replica_role(
     # Draws such as dropout's differ between replicas and lives.
     seed = job.seed + 1_000_003 * (index + 1) + 7_919 * home.incarnation
     device = pick_device(job.cluster.device, index * job.cluster.plan.partitions + partition)
-    seat = _seat(home, prepared, replica_name(index), partition, device, seed)
+    seat = _seat(home, prepared, replica_name(index), partition, device, seed, spans)
     objective = job.objective if prepared.cut is None else PartObjective(job.objective, seat.group)
     model = ModelReplica(seat.part, seat.layout, objective.differentiate, device, home.allocate, seat.group)
     server = ParameterServer(home, spans, seat.own, index, partition)
@@ -84,6 +88,6 @@ def replica_role(
 def evaluator_role(home: Home, prepared: Prepared, partition: int, spans: Sequence[Span]) -> Evaluator:
     """Build one partition of the evaluator in its own process."""
     torch.set_num_threads(1)
-    seat = _seat(home, prepared, EVALUATOR, partition, torch.device("cpu"), prepared.job.seed)
+    seat = _seat(home, prepared, EVALUATOR, partition, torch.device("cpu"), prepared.job.seed, spans)
     server = ParameterServer(home, spans, seat.own, partition=partition)
     return Evaluator(home, seat.part, seat.layout, server, seat.group, prepared.test, prepared.job.measures)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who takes part in a job: how to start each role, what the coordinator knows of it, and what it reports."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,14 @@ from typing import Any
 import msgspec
 import torch
 
+from distbelief.parameters import Span
 from distbelief.portions import Lease
 
 EVALUATOR = "evaluator"
 PATIENCE = 20.0
 """A replica is waited for as long as this many of its slowest mini-batches."""
+SHARD_BYTES_PER_SECOND = 5e6
+"""A shard gets so much longer to write or read a checkpoint: of its parameters alone, so several vectors go faster."""
 FIRST_WORD_SECONDS = 600.0
 """Before its first word a replica builds its model, which may take longer than any mini-batch."""
 
@@ -115,6 +118,20 @@ class ReplicaRecord:
         """How long it may say nothing: `least`, or longer if its mini-batches are slow."""
         slow = PATIENCE * self.slowest_seconds if self.slowest_seconds else FIRST_WORD_SECONDS
         return max(least, slow)
+
+
+def silent_replicas(replicas: Sequence[ReplicaRecord], now: float, least: float) -> Iterator[tuple[int, float]]:
+    """(index, how long it may say nothing) of those that have said nothing for longer; it is counted anew from now."""
+    for index, record in enumerate(replicas):
+        limit = record.patience_seconds(least)
+        if not record.left and now - record.heard > limit:
+            record.heard = now
+            yield index, limit
+
+
+def shard_silence_seconds(silence_seconds: float, spans: Sequence[Span], dtype: torch.dtype) -> float:
+    """How long a shard may say nothing, and those that wait for it."""
+    return silence_seconds + max(map(len, spans)) * dtype.itemsize / SHARD_BYTES_PER_SECOND
 
 
 def mean_buffers(replicas: Sequence[ReplicaRecord], initial: Sequence[torch.Tensor]) -> list[torch.Tensor]:

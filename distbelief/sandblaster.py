@@ -17,7 +17,7 @@ from distbelief.batch_section import Keeping, Mark
 from distbelief.bundles import BUNDLES_PER_REPLICA, DETERMINISTIC_BUNDLES, Batches, Bundle, Portions, cut_bundles
 from distbelief.channel.base import Future
 from distbelief.data_shard import DataShard
-from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Home
+from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Home
 from distbelief.errors import ConfigurationError, Fenced
 from distbelief.lbfgs import Options
 from distbelief.model_replica import ModelReplica
@@ -198,7 +198,7 @@ class SandblasterReplica:
     ) -> None:  # fmt: skip
         self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
         self.group = model.group
-        self.coordinator = home.find(COORDINATOR, SandblasterCoordinator, COORDINATOR_SECONDS)
+        self.coordinator = home.find(COORDINATOR, SandblasterCoordinator, UNTIL_LOST_SECONDS)
         self.leads = self.group.index == self.group.size - 1
         """Whether this partition speaks for the replica: on it the output comes out, so it knows the loss."""
         self.asked: Future[Task]

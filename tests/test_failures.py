@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import distbelief as db
-from distbelief import appoint
+from distbelief import checkpoint, roster, shard_file
 from distbelief.channel.door import NO_KEY
 from distbelief.events import (
     CheckpointFailed,
@@ -112,13 +112,59 @@ def test_a_dead_shard_comes_back_from_its_checkpoint_and_the_summary_counts_the_
 def test_a_shard_with_much_to_store_may_be_busy_for_long_and_so_may_the_replicas_that_wait_for_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(appoint, "SHARD_BYTES_PER_SECOND", 1.0)  # a shard of some 340 bytes
+    monkeypatch.setattr(roster, "SHARD_BYTES_PER_SECOND", 1.0)  # a shard of some 340 bytes
     faults = db.Faults(hang=((0.6, 200.6, "shard/1"),))
     result, heard = trained(simulated(checkpoint_seconds=0.4), tmp_path, faults=faults, costs=SLOW)
     assert result.summary.wall_seconds > 200
     assert not of(RoleLost, heard)
     assert not of(CheckpointFailed, heard)
     assert result.summary.examples.missing == result.summary.examples.repeated == 0
+
+
+def test_a_replica_that_hangs_is_ended_though_a_shard_is_busy_again_and_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(roster, "SHARD_BYTES_PER_SECOND", 1.0)
+    busy = tuple((start, start + 3.4, "shard/1") for start in range(3, 400, 4))
+    faults = db.Faults(hang=((0.8, 1e6, "replica/2"), *busy))
+    result, heard = trained(simulated(), tmp_path, faults=faults, costs=SLOW)
+    lost = [one for one in heard if isinstance(one.event, RoleLost)]
+    assert {one.event.role for one in lost if isinstance(one.event, RoleLost)} == {"replica/2"}
+    assert lost[0].seconds < 60
+    assert result.summary.examples.missing == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_shard_has_applied_each_example_once_however_replicas_die_and_the_job_breaks_off(
+    seed: int, tmp_path: Path
+) -> None:
+    class BrokenOff(Exception):
+        pass
+
+    draws = random.Random(seed)
+    job = simulated(
+        cluster=db.Cluster(replicas=4, shards=1, engine="simulated"), checkpoint_seconds=0.1, run=tmp_path / "run",
+        algorithm=db.Downpour(warmstart=0, n_push=draws.choice([1, 3])), epochs=4,
+    )  # fmt: skip
+    for resume in (None, tmp_path / "run"):
+        kills = tuple((draws.uniform(0.3, 1.5), f"replica/{draws.randrange(4)}") for _ in range(3))
+        written, last = 0, draws.randint(2, 6)
+
+        def break_off(observation: Observation, last: int = last) -> None:
+            nonlocal written
+            written += isinstance(observation.event, CheckpointWritten)
+            if written == last:
+                raise BrokenOff
+
+        with contextlib.suppress(BrokenOff):
+            db.train(
+                job, resume=resume, view=False, listeners=[break_off], faults=db.Faults(kill=kills), costs=SLOW
+            )  # fmt: skip
+    result = db.train(job, resume=tmp_path / "run", view=False, costs=SLOW)
+    assert (result.summary.examples.missing, result.summary.examples.repeated) == (0, 0)
+    folder, manifest = checkpoint.newest(tmp_path / "run", lambda path, reason: None)
+    (file,) = manifest.shards
+    assert shard_file.read_state(folder / file.name).examples == 640 * 4
 
 
 def test_a_shard_that_hangs_is_ended_and_restored_while_replicas_wait(tmp_path: Path) -> None:
@@ -464,8 +510,6 @@ def test_when_the_coordinator_is_killed_every_role_ends_within_ten_seconds_and_t
         time.sleep(0.05)
     assert not alive(roles)
 
-    from distbelief import checkpoint
-
     _, manifest = checkpoint.newest(run, lambda path, reason: None)
     epochs = manifest.examples // 6400 + 2
     job = big_local(cluster=db.Cluster(replicas=3, shards=3), epochs=epochs)
@@ -568,8 +612,6 @@ def test_ctrl_c_once_takes_a_checkpoint_and_stops_cleanly(tmp_path: Path) -> Non
     assert process.returncode == 0, output
     assert "stopped by SIGINT" in output
     assert not alive(roles)
-    from distbelief import checkpoint
-
     _, manifest = checkpoint.newest(run, lambda path, reason: None)
     summary = read_summary(run / "summary.json")
     assert summary.reason == "stopped by SIGINT"

@@ -18,8 +18,9 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 COORDINATOR = "coordinator"
-COORDINATOR_SECONDS = 1e6
-"""Deadline of calls to the coordinator: it may be paused (Ctrl-Z); when it dies, roles end by themselves."""
+UNTIL_LOST_SECONDS = 1e6
+"""Deadline of calls that end with the peer only: the coordinator may be paused (Ctrl-Z), and when it dies, roles end by
+themselves; a shard may be busy with a checkpoint, or far away, and when it hangs the coordinator ends it."""
 
 
 class Home(Protocol):

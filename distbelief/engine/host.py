@@ -31,7 +31,7 @@ from distbelief.channel.futures import Kept
 from distbelief.channel.peer import Peer, at
 from distbelief.channel.place import Place
 from distbelief.channel.wire import Wire
-from distbelief.engine.base import COORDINATOR_SECONDS, Faults
+from distbelief.engine.base import UNTIL_LOST_SECONDS, Faults
 from distbelief.engine.home import ProcessHome, life_of
 from distbelief.engine.lease import Lease
 from distbelief.engine.listener import interface_of, listen, listen_over_tcp, name_of
@@ -74,7 +74,7 @@ class HostWiring:
     def locator(self, endpoint: Endpoint) -> Callable[[str], Callable[[], Any]]:
         """Finds roles by asking the registry at each connection."""
         registry: Peer[Registry] = Peer(
-            endpoint, at(self.invitation.registry.nearest(self.host)), COORDINATOR_SECONDS
+            endpoint, at(self.invitation.registry.nearest(self.host)), UNTIL_LOST_SECONDS
         )  # fmt: skip
         return lambda role: lambda: Nearest(cast(Any, registry.call(Registry.locate, role)), self.host)
 

@@ -11,7 +11,7 @@ import pickle
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,7 +24,7 @@ from distbelief.channel.futures import Kept
 from distbelief.channel.peer import Peer, at
 from distbelief.channel.place import Place
 from distbelief.channel.wire import Wire
-from distbelief.engine.base import COORDINATOR, COORDINATOR_SECONDS, Death, Faults
+from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Death, Faults
 from distbelief.engine.home import ProcessHome
 from distbelief.engine.host import Host, HostWiring, Invitation, Prepared, birth, versions
 from distbelief.engine.listener import listen, listen_over_tcp, name_of
@@ -154,7 +154,7 @@ class HostsEngine(ProcessHome):
         self._check_versions()
 
     def _keeper(self, introduction: Introduction) -> Peer[Host]:
-        return Peer(self._endpoint, at(introduction.place.nearest(self._keepers.host)), COORDINATOR_SECONDS)
+        return Peer(self._endpoint, at(introduction.place.nearest(self._keepers.host)), UNTIL_LOST_SECONDS)
 
     def _check_versions(self) -> None:
         own = versions()
@@ -174,6 +174,7 @@ class HostsEngine(ProcessHome):
             answers = {
                 host: peer.call(Host.sees, str(probe.resolve()), content) for host, peer in self._keeper_peers.items()
             }
+            self._await(answers)
             for host, answer in answers.items():
                 if self._last([answer], host) is False:
                     raise ConfigurationError(
@@ -199,9 +200,7 @@ class HostsEngine(ProcessHome):
         if not self._hosts:
             self.gather()
         loading = {host: self._bring(luggage, self._keeper_peers[host]) for host in self._hosts}
-        while any(host in self._hosts and not answers[-1].done() for host, answers in loading.items()):
-            self._watch_hosts()
-            self.sleep(0.02)
+        self._await({host: answers[-1] for host, answers in loading.items()})
         prepared = [self._prepared(answers, host) for host, answers in loading.items()]
         if not self._hosts:
             raise TrainingFailed("every host was lost while the job was loaded")
@@ -228,6 +227,12 @@ class HostsEngine(ProcessHome):
                 hint="keep the script in a folder that all hosts share, or submit it as a Ray job with a working_dir",
             ) from error
         return prepared
+
+    def _await(self, answers: Mapping[str, Future[Any]]) -> None:
+        """Wait for what the hosts answer, except those that are lost meanwhile."""
+        while any(host in self._hosts and not answer.done() for host, answer in answers.items()):
+            self._watch_hosts()
+            self.sleep(0.02)
 
     def _last(self, answers: Sequence[Future[Any]], host: str) -> Any:
         """The last of these answers of a host, when all are there; None when it is lost, by now at the latest."""
