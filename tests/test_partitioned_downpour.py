@@ -126,6 +126,27 @@ def test_a_replica_that_loses_a_partition_forms_again_and_the_others_go_on(
     assert again - moment < 20.0  # on a machine that has other things to do; alone it takes 0.2 s, or the deadline
 
 
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 3500), nn.Linear(3500, 3500), nn.Tanh(), nn.Linear(3500, 3)).float()
+
+
+def slow_single(examples: int) -> TensorDataset:
+    inputs, targets = in_double(examples).tensors
+    return Slow(inputs.float(), targets)
+
+
+@pytest.mark.slow
+def test_partitions_wait_for_each_other_as_long_as_one_may_wait_for_a_shard_with_much_to_store(tmp_path: Path) -> None:
+    heard: list[Observation] = []
+    result = trained(
+        tmp_path, 2, model=wide, cluster=cluster(2, replicas=1, shards=1, silence_seconds=2.0), epochs=1, test=None,
+        data=functools.partial(slow_single, 640), listeners=[heard.append], faults=db.Faults(hang=((2.0, 8.0, "shard/0"),)),
+    )  # fmt: skip
+    assert result.summary.wall_seconds > 8
+    assert result.summary.examples.missing == 0
+    assert not of(RoleLost, heard)
+
+
 class Slow(TensorDataset):
     def __getitem__(self, index: Any) -> Any:
         time.sleep(3e-3)
