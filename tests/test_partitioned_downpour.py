@@ -127,7 +127,7 @@ def test_a_replica_that_loses_a_partition_forms_again_and_the_others_go_on(
 
 
 def wide() -> nn.Module:
-    return nn.Sequential(nn.Linear(12, 3500), nn.Linear(3500, 3500), nn.Tanh(), nn.Linear(3500, 3)).float()
+    return nn.Sequential(nn.Linear(12, 4500), nn.Linear(4500, 4500), nn.Tanh(), nn.Linear(4500, 3)).float()
 
 
 def slow_single(examples: int) -> TensorDataset:
@@ -139,10 +139,11 @@ def slow_single(examples: int) -> TensorDataset:
 def test_partitions_wait_for_each_other_as_long_as_one_may_wait_for_a_shard_with_much_to_store(tmp_path: Path) -> None:
     heard: list[Observation] = []
     result = trained(
-        tmp_path, 2, model=wide, cluster=cluster(2, replicas=1, shards=1, silence_seconds=2.0), epochs=1, test=None,
-        data=functools.partial(slow_single, 640), listeners=[heard.append], faults=db.Faults(hang=((2.0, 8.0, "shard/0"),)),
+        tmp_path, 2, model=wide, cluster=cluster(2, replicas=1, shards=2, silence_seconds=2.0), epochs=1, test=None,
+        data=functools.partial(slow_single, 640), listeners=[heard.append],
+        faults=db.Faults(hang=((2.0, 6.5, "shard/1"),)),
     )  # fmt: skip
-    assert result.summary.wall_seconds > 8
+    assert result.summary.wall_seconds > 6.5
     assert result.summary.examples.missing == 0
     assert not of(RoleLost, heard)
 
