@@ -162,22 +162,29 @@ class Coordinator(ABC):
         self._evaluations.begin(self.examples)
         self.incarnations.start_all()
         if restore is not None:
-            self.wait(Insistent(self.engine, partial(self.restore, *restore)))
+            self.restore(*restore)
             return
         failed = 0
         while not self.begun:
             self.tick()
-            if all(section.ready for shard in self.wait(self.status()) for section in shard.sections):
+            statuses = self.wait(self.ask_shards(ParameterServerShard.status))
+            if all(section.ready for status in statuses for section in status.sections):
                 self.begun = self.checkpoint()
                 failed += not self.begun
             if failed == FIRST_CHECKPOINT_TRIES:
                 raise TrainingFailed(f"the first checkpoint could not be written below {self.settings.run}")
 
     @final
-    def restore(self, folder: AnyPath, manifest: Manifest) -> Future[Any]:
-        """Start giving every shard this checkpoint."""
+    def restore(self, folder: AnyPath, manifest: Manifest) -> None:
+        """Give every shard this checkpoint."""
         given = str(folder), manifest.shards, dict[int, int](), self.is_own(manifest)
-        return All(self.engine, [shard.call(ParameterServerShard.restore, *given) for shard in self.shards])
+        self.wait(self.ask_shards(ParameterServerShard.restore, *given))
+
+    @final
+    def ask_shards(self, method: Callable[..., Any], *arguments: Any) -> All[Any]:
+        """Start asking every shard; one that dies meanwhile is asked again."""
+        engine, shards = self.engine, self.shards
+        return All(engine, [Insistent(engine, partial(shard.call, method, *arguments)) for shard in shards])
 
     @final
     def tick(self, until: Future[Any] | None = None) -> None:
@@ -238,7 +245,7 @@ class Coordinator(ABC):
         while self._evaluations.awaited(self.engine.now()):
             self.tick()
         self._evaluations.end()
-        self.counters.update(self.wait(self.status()))
+        self.counters.update(self.wait(self.ask_shards(ParameterServerShard.status)))
         self.counters.refused(COORDINATOR, self.engine.incarnation, self.engine.strangers)
 
     @final
@@ -333,9 +340,8 @@ class Coordinator(ABC):
             for index in self._asked.outstanding():
                 name = self.settings.shards[index].name
                 self.incarnations.end(name, self.incarnations.of(name), f"not heard of for {limit:.0f} s")
-        for index, limit in silent_replicas(self.replicas, now, self.settings.silence_seconds):
-            leader, incarnation = self.settings.leaders[index], self.replicas[index].incarnation
-            self.incarnations.end(leader, incarnation, f"not heard of for {limit:.0f} s")
+        for index, incarnation, limit in silent_replicas(self.replicas, now, self.settings.silence_seconds):
+            self.incarnations.end(self.settings.leaders[index], incarnation, f"not heard of for {limit:.0f} s")
 
     @final
     def hear(self, replica: int, incarnation: int) -> ReplicaRecord:
@@ -361,14 +367,8 @@ class Coordinator(ABC):
         """Ask the shards for their counters; what they answer is used the next time."""
         if self._asked is None or self._asked.done():
             self._asked_at = self.engine.now()
-            self._asked = self.status()
+            self._asked = self.ask_shards(ParameterServerShard.status)
             self.later(self._asked, self.counters.update)
-
-    @final
-    def status(self) -> All[ShardStatus]:
-        """Every shard's counters."""
-        calls = [partial(shard.call, ParameterServerShard.status) for shard in self.shards]
-        return All(self.engine, [Insistent(self.engine, call) for call in calls])
 
     @final
     def buffers(self) -> list[torch.Tensor]:

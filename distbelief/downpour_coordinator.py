@@ -2,7 +2,6 @@
 """Downpour's coordinator: hands out leases of examples, settles them, and releases replicas in stages (section 4.1)."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, final
 
 import msgspec
@@ -13,7 +12,6 @@ from distbelief.channel.base import exported
 from distbelief.checkpoint import Manifest
 from distbelief.coordinator import Coordinator
 from distbelief.engine.base import Engine
-from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import TrainingFailed
 from distbelief.parameter_server import ParameterServerShard
 from distbelief.portions import Leases, Stages
@@ -107,11 +105,7 @@ class DownpourCoordinator(Coordinator):
         if not self.begun:
             fenced([])  # nothing has been handed out, and the shards may be waiting for this very replica
             return
-        answers = [
-            Insistent(self.engine, partial(shard.call, ParameterServerShard.fence, index, incarnation))
-            for shard in self.shards
-        ]
-        self.later(All(self.engine, answers), fenced)
+        self.later(self.ask_shards(ParameterServerShard.fence, index, incarnation), fenced)
 
     def shard_restored(self, index: int, manifest: Manifest) -> None:
         """Replicas push again what the shard has not acknowledged; what it had, and lost, is counted."""

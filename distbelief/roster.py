@@ -120,13 +120,13 @@ class ReplicaRecord:
         return max(least, slow)
 
 
-def silent_replicas(replicas: Sequence[ReplicaRecord], now: float, least: float) -> Iterator[tuple[int, float]]:
-    """(index, how long it may say nothing) of those that have said nothing for longer; it is counted anew from now."""
+def silent_replicas(replicas: Sequence[ReplicaRecord], now: float, least: float) -> Iterator[tuple[int, int, float]]:
+    """(index, incarnation, how long it may say nothing) of those silent for longer; it is counted anew from now."""
     for index, record in enumerate(replicas):
         limit = record.patience_seconds(least)
         if not record.left and now - record.heard > limit:
             record.heard = now
-            yield index, limit
+            yield index, record.incarnation, limit
 
 
 def shard_silence_seconds(silence_seconds: float, spans: Sequence[Span], dtype: torch.dtype) -> float:

@@ -14,7 +14,6 @@ reach a shard shows by its number: then all go back to the point that was writte
 import copy
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, final
 
 import msgspec
@@ -28,7 +27,7 @@ from distbelief.checkpoint import Manifest, Search
 from distbelief.checkpoint_writer import Writing
 from distbelief.coordinator import Coordinator
 from distbelief.engine.base import Engine
-from distbelief.engine.insistent import All, Insistent
+from distbelief.engine.insistent import All
 from distbelief.errors import DeadlineExceeded, NotReady, PeerLost, TrainingFailed
 from distbelief.files import AnyPath
 from distbelief.lbfgs import Command, Evaluate, Gram, Sealed, Solver, Step, Stop, add, merge
@@ -350,12 +349,12 @@ class SandblasterCoordinator(Coordinator):
         self.solver = Solver(self.solver.options, None if search is None else search.solver)
         self._moved = 0 if search is None else search.version
         self._unsaved = set(self.solver.state.history.pairs)
-        self.wait(Insistent(self.engine, partial(self.restore, folder, manifest)))
+        self.restore(folder, manifest)
         return False
 
     def _sections(self) -> list[SectionStatus]:
         """What the shards say of their sections."""
-        statuses = self.wait(self.status())
+        statuses = self.wait(self.ask_shards(ParameterServerShard.status))
         self.counters.update(statuses)
         return [section for status in statuses for section in status.sections]
 

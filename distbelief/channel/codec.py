@@ -89,10 +89,11 @@ def advance(parts: deque[Part], count: int) -> None:
     """So many bytes of the first parts have travelled; those that are whole end."""
     while count:
         first, length = parts[0], len(parts[0])
+        here = min(count, length)
         if not isinstance(first, memoryview):
-            first.advance(min(count, length))
-        elif count < length:
-            parts[0] = first[count:]
-        if count >= length:
+            first.advance(here)
+        elif here < length:
+            parts[0] = first[here:]
+        if here == length:
             parts.popleft()
-        count -= min(count, length)
+        count -= here

@@ -201,15 +201,15 @@ class HostsEngine(ProcessHome):
             self.gather()
         loading = {host: self._bring(luggage, self._keeper_peers[host]) for host in self._hosts}
         self._await({host: answers[-1] for host, answers in loading.items()})
-        prepared = [self._prepared(answers, host) for host, answers in loading.items()]
-        if not self._hosts:
+        answered = [self._prepared(answers, host) for host, answers in loading.items()]
+        prepared = [each for each in answered if each is not None]
+        if not prepared:
             raise TrainingFailed("every host was lost while the job was loaded")
-        there = [each for each in prepared if each is not None]
-        for each in there:
+        for each in prepared:
             if each.failure:
                 self.close()
                 raise pickle.loads(each.failure)
-        result: T = pickle.loads(there[0].description)
+        result: T = pickle.loads(prepared[0].description)
         return result
 
     def _bring(self, luggage: Luggage, peer: Peer[Host]) -> list[Future[Any]]:
