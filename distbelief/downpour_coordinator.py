@@ -89,7 +89,7 @@ class DownpourCoordinator(Coordinator):
         self.wind_down()
         self.checkpoint()
         self.progress(0.0)
-        return self.interrupted or "all epochs finished"
+        return "all epochs finished" if self.leases.finished else self.interrupted or "stopped"
 
     def lose_replica(self, index: int, incarnation: int) -> None:
         """Fence the dead incarnation on all shards, take its leases back, start the next incarnation."""

@@ -195,7 +195,7 @@ class SandblasterCoordinator(Coordinator):
         self._end()
         self.progress(0.0)
         stopped = self.solver.state.asked
-        return self.interrupted or (stopped.reason if isinstance(stopped, Stop) else "stopped")
+        return stopped.reason if isinstance(stopped, Stop) else self.interrupted or "stopped"
 
     def _end(self) -> None:
         """Keep the point, so that whoever dies from here on comes back at it, and let replicas go."""

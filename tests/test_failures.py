@@ -25,11 +25,13 @@ from torch.utils.data import TensorDataset
 import distbelief as db
 from distbelief import checkpoint, roster, shard_file
 from distbelief.channel.door import NO_KEY
+from distbelief.coordinator import Coordinator
 from distbelief.events import (
     CheckpointFailed,
     CheckpointRejected,
     CheckpointWritten,
     JobFinished,
+    JobStopping,
     LeasesReturned,
     Observation,
     Progress,
@@ -601,6 +603,26 @@ def test_ctrl_c_while_a_finished_job_writes_its_summary_changes_nothing(tmp_path
     result, _ = trained(simulated(epochs=1), tmp_path, more=[interrupt])
     assert result.summary.reason == "all epochs finished"
     assert read_summary(result.run / "summary.json") == result.summary
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "reason"),
+    [(db.Downpour(), "all epochs finished"), (db.Sandblaster(max_iterations=2), "the limit of 2 iterations was reached")],
+    ids=["downpour", "sandblaster"],
+)
+def test_ctrl_c_while_the_replicas_of_a_finished_job_leave_does_not_call_it_stopped(
+    algorithm: db.Downpour | db.Sandblaster, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wind_down = Coordinator.wind_down
+
+    def interrupted(self: Coordinator) -> None:
+        signal.raise_signal(signal.SIGINT)
+        wind_down(self)
+
+    monkeypatch.setattr(Coordinator, "wind_down", interrupted)
+    result, heard = trained(simulated(algorithm=algorithm, epochs=1), tmp_path)
+    assert result.summary.reason == reason
+    assert not of(JobStopping, heard)
 
 
 @pytest.mark.slow
