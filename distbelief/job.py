@@ -136,6 +136,8 @@ class Prepared:
     job: Job
     data: Any
     test: Any
+    layout: Layout
+    """Where parameters lie; every process builds the model anew, and it must be the same one."""
     cut: CutModel | None
     """The plan of replicas that span several processes."""
 
@@ -150,6 +152,12 @@ class Facts:
     examples: int
     test_examples: int
 
+    def __str__(self) -> str:
+        tensors = (
+            f"{self.layout.length:,} parameters in {len(self.layout.pieces)} tensors ({self.layout.fingerprint()})"
+        )
+        return f"{tensors}, {self.examples:,} examples and {self.test_examples:,} to test on"
+
 
 def prepare(job: Job) -> tuple[Prepared, Facts]:
     """Build the data sets, and the model for its layout. Raises ConfigurationError, and what the user's code does."""
@@ -163,10 +171,10 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
         if isinstance(cut.plan, StagePlan):
             preload()
         buffers = lay_out_buffers(cut.module, cut.held_buffers)
-        return Prepared(job, data, test, cut), Facts(cut.layout, buffers, len(data), test_examples)
+        return Prepared(job, data, test, cut.layout, cut), Facts(cut.layout, buffers, len(data), test_examples)
     module, layout = build(job.model, job.seed, job.grouping)
     _check_algorithm(job, module, layout, False)
-    return Prepared(job, data, test, None), Facts(layout, lay_out_buffers(module), len(data), test_examples)
+    return Prepared(job, data, test, layout, None), Facts(layout, lay_out_buffers(module), len(data), test_examples)
 
 
 def attempt(prepared: Prepared) -> None:
@@ -175,7 +183,7 @@ def attempt(prepared: Prepared) -> None:
     if prepared.cut is not None:
         _attempt_loss(job, prepared.cut, *_sample(job, data))
         return
-    module, _ = build(job.model, job.seed, job.grouping)
+    module, _ = build(job.model, job.seed, job.grouping, prepared.layout)
     sample = _sample(job, data)
     if isinstance(job.algorithm, Sandblaster):
         check_repeatable(module, job.objective, sample)

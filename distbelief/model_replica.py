@@ -22,7 +22,7 @@ from distbelief.data_shard import to_device
 from distbelief.errors import ConfigurationError
 from distbelief.freed import freed_at_once
 from distbelief.gradient_place import write_in_place
-from distbelief.parameters import Groups, Layout, lay_out, trainable
+from distbelief.parameters import Groups, Layout, check_same, lay_out, trainable
 from distbelief.partition.group import Group
 
 Step = Callable[[nn.Module, Any], torch.Tensor]
@@ -62,12 +62,20 @@ def scalar(value: Any) -> torch.Tensor:
     return value
 
 
-def build(model: Callable[[], nn.Module], seed: int, groups: Groups | None) -> tuple[nn.Module, Layout]:
-    """The user's model with the initial values of `seed`, and where its parameters lie."""
+def build(
+    model: Callable[[], nn.Module], seed: int, groups: Groups | None, expected: Layout | None = None
+) -> tuple[nn.Module, Layout]:
+    """The user's model with the initial values of `seed`, and where its parameters lie.
+
+    Raises ConfigurationError when that is not where they are expected.
+    """
     torch.manual_seed(seed)
     with freed_at_once():  # the replica moves the values to where they are to be, and lets these go
         module = model()
-    return module, lay_out(module, groups)
+    layout = lay_out(module, groups)
+    if expected is not None:
+        check_same(layout, expected)
+    return module, layout
 
 
 @dataclass(frozen=True, eq=False)

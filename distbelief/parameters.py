@@ -158,6 +158,20 @@ def lay_out(model: nn.Module, groups: Groups | None = None) -> Layout:
     return Layout(tuple(pieces), named[0][1].dtype)
 
 
+def check_same(layout: Layout, expected: Layout) -> None:
+    """Raise ConfigurationError when a model is not laid out as it was when the job was prepared."""
+    if layout == expected:
+        return
+    expected_shapes, shapes = ({piece.name: piece.shape for piece in each.pieces} for each in (expected, layout))
+    differences = changed_pieces(expected_shapes, shapes, "before")
+    raise ConfigurationError(
+        "the job's model is another one each time it is built: "
+        + ("; ".join(differences[:5]) or "its parameters have another order, dtype or group"),
+        hint="let the function build the same modules in every process, whatever the environment and other libraries' "
+        "random numbers are",
+    )
+
+
 def _check_one_vector(named: list[tuple[str, nn.Parameter]]) -> None:
     first_name, first = named[0]
     storages: dict[int, str] = {}
@@ -181,12 +195,14 @@ def _check_one_vector(named: list[tuple[str, nn.Parameter]]) -> None:
             )
 
 
-def changed_pieces(old: Mapping[str, tuple[int, ...]], new: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """How two models differ, a sentence per parameter; empty when they have the same names and shapes."""
+def changed_pieces(
+    old: Mapping[str, tuple[int, ...]], new: Mapping[str, tuple[int, ...]], older: str = "the checkpoint"
+) -> list[str]:
+    """How a model differs from an older one, a sentence per parameter; empty when names and shapes are the same."""
     differences = [f"{name} is missing in the model" for name in old if name not in new]
     differences += [f"{name} is new in the model" for name in new if name not in old]
     differences += [
-        f"{name} has shape {list(new[name])}, the checkpoint {list(old[name])}"
+        f"{name} has shape {list(new[name])}, {older} {list(old[name])}"
         for name in old
         if name in new and tuple(old[name]) != tuple(new[name])
     ]

@@ -39,7 +39,7 @@ def _seat(
     """Take a place in the replica `name`. The draws of its partitions, such as dropout's, are those of `seed`."""
     job, cut = prepared.job, prepared.cut
     if cut is None:
-        module, layout = build(job.model, job.seed, job.grouping)
+        module, layout = build(job.model, job.seed, job.grouping, prepared.layout)
         torch.manual_seed(seed)
         return Seat(whole(module), layout, Span(0, layout.length), Group(None, 0, 1, device=device))
     coordinator = home.find(COORDINATOR, Coordinator, UNTIL_LOST_SECONDS)

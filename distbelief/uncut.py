@@ -25,7 +25,7 @@ class Uncut:
         self.values: Values | None = None
         """Gives single tensors of a model on the meta device."""
         if job.cluster.plan.partitions == 1:
-            self.module, _ = build(job.model, job.seed, job.grouping)
+            self.module, _ = build(job.model, job.seed, job.grouping, facts.layout)
             self.buffers = [flat_buffers(dict(self.module.named_buffers()))]
         else:
             recorded = record(job.model, job.seed)

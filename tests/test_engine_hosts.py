@@ -38,6 +38,10 @@ def prepare(number: int) -> tuple[int, int]:
     return number, number
 
 
+def prepare_anywhere() -> tuple[int, int]:
+    return 0, os.getpid()
+
+
 def own_sockets(state: str) -> list[str]:
     """The local addresses of this process's TCP sockets in a state of the kernel's: 01 connected, 0A listening."""
     links = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
@@ -196,6 +200,16 @@ def test_a_job_that_no_host_is_left_for_says_so(tmp_path: Path) -> None:
             engine.load(prepare, 21)
 
 
+def test_hosts_that_prepare_different_jobs_are_refused_by_what_each_has(tmp_path: Path) -> None:
+    with closing(HostsEngine(NAMES, Subprocesses(2))) as engine:
+        with pytest.raises(
+            ConfigurationError, match=r"hosts prepared different jobs: host0 \d+; host1 \d+\nhint: "
+        ) as caught:
+            engine.load(prepare_anywhere)
+        first, second = re.findall(r"host\d (\d+)", str(caught.value))
+        assert first != second
+
+
 @pytest.mark.slow
 def test_roles_of_one_host_share_memory_and_others_are_called_over_tcp(pair: Pair) -> None:
     pair.up(*NAMES[:3])
@@ -309,7 +323,7 @@ def test_hosts_of_other_versions_are_refused_and_both_are_named(monkeypatch: pyt
 
 @pytest.mark.slow
 def test_a_host_that_cannot_take_part_is_named_with_the_reason() -> None:
-    is_refused(Subprocesses(2, addresses=["127.0.0.1", "192.0.2.1"]), "host1 does not take part")
+    is_refused(Subprocesses(2, addresses=["127.0.0.1", "192.0.2.1"]), "host1 does not take part: .* exit code 1\nhint: start")
 
 
 def is_refused(keepers: Subprocesses, message: str) -> None:

@@ -607,7 +607,10 @@ def test_ctrl_c_while_a_finished_job_writes_its_summary_changes_nothing(tmp_path
 
 @pytest.mark.parametrize(
     ("algorithm", "reason"),
-    [(db.Downpour(), "all epochs finished"), (db.Sandblaster(max_iterations=2), "the limit of 2 iterations was reached")],
+    [
+        (db.Downpour(), "all epochs finished"),
+        (db.Sandblaster(max_iterations=2), "the limit of 2 iterations was reached"),
+    ],
     ids=["downpour", "sandblaster"],
 )
 def test_ctrl_c_while_the_replicas_of_a_finished_job_leave_does_not_call_it_stopped(

@@ -3,6 +3,7 @@
 
 import dataclasses
 import pickle
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -239,6 +240,43 @@ def test_a_function_of_the_user_that_raises_is_shown_with_its_own_traceback_firs
     assert f", in {function}\n" in message
     assert error in message
     assert not (tmp_path / "run").exists()
+
+
+HERE = False
+
+
+def built_wider(built: Path, number: int) -> nn.Module:
+    """Wider from the time on that it is built for the `number`th time, in whatever process."""
+    with built.open("ab") as file:
+        file.write(b".")
+    return nn.Linear(12, 3 + (built.stat().st_size >= number))
+
+
+def built_wider_here() -> nn.Module:
+    return nn.Linear(12, 3 + HERE)
+
+
+@pytest.mark.parametrize(
+    ("model", "refusal"),
+    [
+        (partial(built_wider, number=2), db.ConfigurationError),
+        (built_wider_here, db.ConfigurationError),
+        (partial(built_wider, number=4), db.UserCodeError),
+    ],
+    ids=["tried", "here", "in a role"],
+)
+def test_a_model_that_is_another_one_each_time_it_is_built_is_refused_by_the_parameters_that_differ(
+    model: Callable[..., nn.Module], refusal: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "HERE", True)
+    if isinstance(model, partial):
+        model = partial(model, tmp_path / "built")
+    with pytest.raises(refusal) as caught:
+        db.train(job(model=model, cluster=db.Cluster(replicas=2, shards=2), run=tmp_path / "run"), view=False)
+    message = str(caught.value)
+    assert "the job's model is another one each time it is built: " in message
+    assert "weight has shape [4, 12], before [3, 12]; bias has shape [4], before [3]\nhint: " in message
+    assert (tmp_path / "run").exists() == (refusal is db.UserCodeError)
 
 
 def test_warmstart_and_cooldown_are_derived_from_the_examples_and_the_replicas() -> None:

@@ -141,12 +141,13 @@ class HostsEngine(ProcessHome):
             for host in missing:
                 if host in complaints or time.monotonic() > until:
                     registry = ":".join(map(str, self._invitation.registry.address))
+                    silence = f"it has not reached the coordinator at {registry} within {GATHER_SECONDS:g} s"
                     raise ConfigurationError(
-                        f"host {host} does not take part: "
-                        + complaints.get(host, f"it has not reached the coordinator at {registry} within "
-                                               f"{GATHER_SECONDS:g} s"),
-                        hint="look whether hosts may connect to each other on all TCP ports, see docs/clusters.md",
-                    )  # fmt: skip
+                        f"host {host} does not take part: {complaints.get(host, silence)}",
+                        hint="start the job again when the host is well, or without it, see docs/clusters.md"
+                        if host in complaints
+                        else "look whether hosts may connect to each other on all TCP ports, see docs/clusters.md",
+                    )
             self.sleep(0.02)
         joined = self._registry.joined()
         self._hosts = {host: joined[host] for host in expected}
@@ -201,16 +202,24 @@ class HostsEngine(ProcessHome):
             self.gather()
         loading = {host: self._bring(luggage, self._keeper_peers[host]) for host in self._hosts}
         self._await({host: answers[-1] for host, answers in loading.items()})
-        answered = [self._prepared(answers, host) for host, answers in loading.items()]
-        prepared = [each for each in answered if each is not None]
+        answered = {host: self._prepared(answers, host) for host, answers in loading.items()}
+        prepared = {host: each for host, each in answered.items() if each is not None}
         if not prepared:
             raise TrainingFailed("every host was lost while the job was loaded")
-        for each in prepared:
+        for each in prepared.values():
             if each.failure:
                 self.close()
                 raise pickle.loads(each.failure)
-        result: T = pickle.loads(prepared[0].description)
-        return result
+        described: dict[str, T] = {host: pickle.loads(each.description) for host, each in prepared.items()}
+        first = next(iter(described))
+        for host, result in described.items():
+            if result != described[first]:
+                self.close()
+                raise ConfigurationError(
+                    f"hosts prepared different jobs: {first} {described[first]}; {host} {result}",
+                    hint="give all hosts the same files, environment and versions of packages",
+                )
+        return described[first]
 
     def _bring(self, luggage: Luggage, peer: Peer[Host]) -> list[Future[Any]]:
         answers: list[Future[Any]] = [peer.call(Host.announce, luggage.main, luggage.sizes)]

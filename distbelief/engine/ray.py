@@ -183,9 +183,12 @@ class RayKeepers:
             if ray.wait([running], timeout=0)[0]:
                 try:
                     code = ray.get(running)
-                    found[host] = f"its keeper ended with exit code {code}; is distbelief installed there?"
+                    found[host] = (
+                        f"its keeper ended with exit code {code}; is distbelief installed there?"
+                        if code > 0 else f"its keeper was ended by signal {-code}"
+                    )  # fmt: skip
                 except ray.exceptions.RayError as error:
-                    found[host] = f"its keeper was not started: {error}"
+                    found[host] = f"its keeper was lost: {str(error).splitlines()[0]}"
         return found
 
     def choose(self, role: str, hosts: Sequence[str]) -> str:
