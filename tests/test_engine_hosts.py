@@ -323,7 +323,9 @@ def test_hosts_of_other_versions_are_refused_and_both_are_named(monkeypatch: pyt
 
 @pytest.mark.slow
 def test_a_host_that_cannot_take_part_is_named_with_the_reason() -> None:
-    is_refused(Subprocesses(2, addresses=["127.0.0.1", "192.0.2.1"]), "host1 does not take part: .* exit code 1\nhint: start")
+    is_refused(
+        Subprocesses(2, addresses=["127.0.0.1", "192.0.2.1"]), "host1 does not take part: .* exit code 1\nhint: start"
+    )
 
 
 def is_refused(keepers: Subprocesses, message: str) -> None:
