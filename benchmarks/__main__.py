@@ -8,7 +8,17 @@ from pathlib import Path
 
 from benchmarks.table import document, machine, machine_line
 
-NAMES = ("push_fetch", "throughput", "accuracy", "memory", "partition", "figure_3", "sandblaster", "network")
+NAMES = (
+    "push_fetch",
+    "throughput",
+    "accuracy",
+    "memory",
+    "partition",
+    "figure_3",
+    "sandblaster",
+    "network",
+    "failures",
+)
 HEAR_RECORDINGS = ("accuracy", "network")
 
 

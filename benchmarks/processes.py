@@ -140,7 +140,7 @@ class Companion:
 
     def descendants(self) -> dict[int, str | None]:
         """The living processes that the companion started, directly or not: their ids and when they began."""
-        return _descendants(self._process.pid)
+        return descendants(self._process.pid)
 
     def close(self) -> None:
         """Let the process end by itself, then end whatever of it and its descendants is left, and reap it."""
@@ -154,7 +154,7 @@ class Companion:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         for pid, started in descendants.items():
-            if _started(pid) == started:
+            if alive(pid, started):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self._process.wait()
@@ -197,11 +197,18 @@ def _end_with_parent() -> None:
 def _started(pid: int) -> str | None:
     """When the process began, in the kernel's ticks: tells it from another one that got the same number later."""
     with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state == "Z" else fields[18]
     return None
 
 
-def _descendants(pid: int) -> dict[int, str | None]:
+def alive(pid: int, started: str | None) -> bool:
+    """Whether the process of this number that began then is still there, and no mere entry of a dead one."""
+    return _started(pid) == started is not None
+
+
+def descendants(pid: int) -> dict[int, str | None]:
+    """The living processes that a process started, directly or not: their ids and when they began."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

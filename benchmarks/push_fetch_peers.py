@@ -138,7 +138,7 @@ def rpc() -> Iterator[Measure]:
     from torch.distributed import rpc as torch_rpc
 
     with tempfile.TemporaryDirectory() as folder, forked(_rpc_shard, folder):
-        _join_rpc(folder, "client", 0)
+        join_rpc(folder, "client", 0)
 
         def measure(parameters: int, calls: int) -> float:
             gradient, buffer = client(parameters)
@@ -146,7 +146,7 @@ def rpc() -> Iterator[Measure]:
 
             def push_fetch() -> None:
                 # An answer arrives in memory of its own; there is no way to name the buffer.
-                buffer.copy_(torch_rpc.rpc_sync("shard", _rpc_apply, args=(gradient,)))
+                buffer.copy_(rpc_push_fetch(gradient))
 
             seconds = timed(push_fetch, calls)
             check_arrived(buffer)
@@ -156,7 +156,16 @@ def rpc() -> Iterator[Measure]:
         torch_rpc.shutdown()
 
 
-def _join_rpc(folder: str, name: str, rank: int) -> None:
+def rpc_push_fetch(gradient: torch.Tensor) -> torch.Tensor:
+    """Have the shard apply `gradient`; its parameters, in new memory. Raises RuntimeError when it is gone."""
+    from torch.distributed import rpc as torch_rpc
+
+    parameters: torch.Tensor = torch_rpc.rpc_sync("shard", _rpc_apply, args=(gradient,))
+    return parameters
+
+
+def join_rpc(folder: str, name: str, rank: int) -> None:
+    """Take part as "client" (0) or "shard" (1), who meet in `folder`."""
     from torch.distributed import rpc as torch_rpc
 
     options = torch_rpc.TensorPipeRpcBackendOptions(
@@ -168,7 +177,7 @@ def _join_rpc(folder: str, name: str, rank: int) -> None:
 def _rpc_shard(folder: str, orders: Any) -> None:
     from torch.distributed import rpc as torch_rpc
 
-    _join_rpc(folder, "shard", 1)
+    join_rpc(folder, "shard", 1)
     torch_rpc.shutdown()
 
 

@@ -53,9 +53,9 @@ class Loop:
 
     def __init__(self, model: nn.Module, frames: tuple[Tensor, Tensor]) -> None:
         """Train `model` on (inputs, targets) in the order of a permutation."""
-        self._model = model
+        self.model = model
         self._inputs, self._targets = frames
-        self._optimizer = torch.optim.Adagrad(model.parameters(), lr=RATE, fused=True)
+        self.optimizer = torch.optim.Adagrad(model.parameters(), lr=RATE, fused=True)
         self._order = torch.randperm(len(self._targets))
         self._next = 0
 
@@ -65,10 +65,10 @@ class Loop:
             self._order, self._next = torch.randperm(len(self._order)), 0
         batch = self._order[self._next : self._next + batch_size]
         self._next += batch_size
-        loss = nn.functional.cross_entropy(self._model(self._inputs[batch]), self._targets[batch])
-        self._optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(self._inputs[batch]), self._targets[batch])
+        self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
+        self.optimizer.step()
 
 
 @contextmanager

@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+import distbelief as db
 from benchmarks import (
+    failures_peers,
+    failures_product,
     figure_3,
     memory,
     partition,
@@ -26,7 +29,7 @@ from benchmarks import (
 )
 from benchmarks.__main__ import main
 from benchmarks.memory import held
-from benchmarks.processes import Baseline, Companion, CompanionFailed, forked
+from benchmarks.processes import Baseline, Companion, CompanionFailed, alive, descendants, forked
 from benchmarks.table import (
     Beside,
     Measured,
@@ -227,6 +230,53 @@ def test_a_method_that_brings_no_parameters_back_is_refused() -> None:
         with pytest.raises(RuntimeError, match="must be one negative"):
             push_fetch_peers.check_arrived(buffer)
     push_fetch_peers.check_arrived(torch.full((3,), -0.01))
+
+
+def test_a_process_counts_as_alive_until_it_is_dead_and_not_when_another_has_its_number() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    started = descendants(os.getpid())[child.pid]
+    assert alive(child.pid, started)
+    assert not alive(child.pid, "1")
+    child.kill()
+    deadline = time.monotonic() + 10
+    while alive(child.pid, started):
+        assert time.monotonic() < deadline, "dead, though nobody has reaped it"
+    child.wait()
+    assert not alive(child.pid, None)
+
+
+@pytest.mark.slow
+def test_a_job_in_which_a_shard_dies_is_told_with_what_that_cost() -> None:
+    outcome = failures_product.disturbed(4000, 1, db.Faults(kill=((0.6, "shard/0"),)))
+    assert (outcome.seen, outcome.missing, outcome.losses) == (4000, 0, 1)
+    assert outcome.back_seconds is not None
+    assert 0 < outcome.back_seconds < outcome.seconds
+
+
+@pytest.mark.slow
+def test_a_job_whose_coordinator_dies_is_resumed_to_its_last_example() -> None:
+    outcome, gone_seconds = failures_product.coordinator_killed(4000, 2)
+    assert (outcome.seen, outcome.missing) == (8000, 0)
+    assert gone_seconds < 10
+    assert outcome.back_seconds is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("baseline", "question", "low", "high"),
+    [
+        (failures_peers.data_parallel, (1.0,), 0.5, 5.0),
+        (failures_peers.data_parallel, (0.0,), 0.0, 30.0),
+        (failures_peers.server, (), 0.0, 30.0),
+        (failures_peers.elastic, (), 0.5, 60.0),
+    ],
+    ids=["stands still", "killed", "server", "elastic"],
+)
+def test_each_way_that_torch_brings_tells_of_its_dead(
+    baseline: Baseline, question: tuple[float, ...], low: float, high: float
+) -> None:
+    with Companion(baseline, pauses=False) as companion:
+        assert low < companion.ask(*question) < high
 
 
 def test_the_synthetic_speech_task_has_the_shape_of_the_real_one() -> None:
