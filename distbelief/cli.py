@@ -11,6 +11,7 @@ distbelief show RUN
 
 import ast
 import dataclasses
+import gc
 import inspect
 import sys
 import textwrap
@@ -63,7 +64,10 @@ def command() -> None:
     if not arguments or arguments[0] not in verbs:
         print(textwrap.dedent(str(__doc__)).strip())
         sys.exit(0 if arguments in (["-h"], ["--help"]) else 2)
-    _run(lambda: verbs[arguments[0]](arguments[1:]))
+    try:
+        _run(lambda: verbs[arguments[0]](arguments[1:]))
+    finally:
+        gc.freeze()  # Python would look for garbage in all of torch before it ends, for half a second
 
 
 def main(make_job: Callable[..., Job]) -> None:
