@@ -4,7 +4,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from distbelief import checkpoint, events
+import torch
+
+from distbelief import checkpoint, events, shard_file
 from distbelief.checkpoint import Manifest
 from distbelief.coordinator import Coordinator
 from distbelief.downpour import Downpour
@@ -88,13 +90,25 @@ def _leases(job: Job, facts: Facts, restore: Restore) -> Leases:
             f"the job has {facts.examples} with seed {job.seed}; examples would be lost or repeated\n"
             "hint: resume with the same data and seed"
         )
+    _check_rule(job, facts, folder, manifest)
     leases = Leases.resumed(before, job.epochs, checkpoint.read_replica_positions(folder, manifest))
     if leases.finished:
+        done = manifest.examples // facts.examples
         raise ConfigurationError(
-            f"{folder} has all {job.epochs} epochs behind it", hint="give more epochs, for example --epochs "
-            f"{job.epochs * 2}",
-        )  # fmt: skip
+            f"{folder} has {done} epochs behind it, the job asks for {job.epochs}",
+            hint=f"give more epochs, for example --epochs {done * 2}",
+        )
     return leases
+
+
+def _check_rule(job: Job, facts: Facts, folder: AnyPath, manifest: Manifest) -> None:
+    """Let the job's rule take the state of the first parameter. Raises CheckpointError when it is another rule's."""
+    assert isinstance(job.algorithm, Downpour)
+    one = Span(0, 1)
+    vectors = shard_file.read_span(folder, manifest.shards, one)
+    start = vectors.pop("parameters", torch.zeros(1, dtype=facts.layout.dtype))
+    scalars = shard_file.read_state(folder / manifest.shards[0].name).scalars
+    job.algorithm.update_rule.bind(start, facts.layout.segments(one), one).load(vectors, scalars)
 
 
 def _solver(algorithm: Sandblaster, facts: Facts, restore: Restore, objective: str) -> Solver:

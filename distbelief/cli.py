@@ -1,13 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: builds the same values as a script would.
-
-distbelief train FILE.py [--width 512] [--cluster.replicas 4] [--algorithm.rate 0.02] [--epochs 3]
-distbelief train FILE.py --algorithm sandblaster [--algorithm.max-iterations 100]
-distbelief plan FILE.py --cluster.partitions 4 [--picture plan.png]
-distbelief resume RUN [--cluster.shards 3]
-distbelief export RUN model.safetensors
-distbelief show RUN
-"""
+"""The command line: builds the same values as a script would."""
 
 import ast
 import dataclasses
@@ -16,6 +8,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -26,6 +19,7 @@ from distbelief import launch
 from distbelief.cluster import Cluster
 from distbelief.downpour import Downpour
 from distbelief.errors import ConfigurationError, DistbeliefError
+from distbelief.events import JobFinished
 from distbelief.export import export
 from distbelief.job import Job
 from distbelief.launch import Launch
@@ -41,6 +35,15 @@ from distbelief.train import train
 from distbelief.update_rule import UpdateRule, adagrad, adam, adamw, adaptive_revision, sgd
 from distbelief.update_rule.adaptive_revision import AdaptiveRevision
 from distbelief.update_rule.torch_rule import TorchRule
+
+USAGE = """\
+distbelief train FILE.py [--epochs 3] [--cluster.replicas 4] [--algorithm.rate 0.02]    train the job of a file
+distbelief train FILE.py --algorithm sandblaster [--algorithm.max-iterations 100]       with L-BFGS
+distbelief train FILE.py --help                                                         all of its options
+distbelief plan FILE.py --cluster.partitions 4 [--picture plan.png]                     what each process would hold
+distbelief resume RUN [--epochs 6] [--cluster.shards 3]                                 go on from a run folder
+distbelief export RUN model.safetensors                                                 write an ordinary state_dict
+distbelief show RUN                                                                     the summary again, and plots"""
 
 NOT_OPTIONS = {"model", "data", "loss", "step", "test", "metrics", "evaluate", "groups"}
 """Fields that hold code or data and cannot be written on a command line."""
@@ -61,9 +64,17 @@ def command() -> None:
         "train": _train, "plan": _plan, "resume": _resume, "export": _export, "show": _show,
     }  # fmt: skip
     arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        print(metadata.version("distbelief"))
+        return
     if not arguments or arguments[0] not in verbs:
-        print(textwrap.dedent(str(__doc__)).strip())
-        sys.exit(0 if arguments in (["-h"], ["--help"]) else 2)
+        asked = arguments in (["-h"], ["--help"])
+        said = f"there is no command {arguments[0]}\n\n" if arguments and not asked else ""
+        print(said + USAGE, file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
+    if arguments[0] in ("resume", "export", "show") and arguments[1:] in (["-h"], ["--help"]):
+        print(USAGE)
+        return
     try:
         _run(lambda: verbs[arguments[0]](arguments[1:]))
     finally:
@@ -136,8 +147,10 @@ def _show(arguments: list[str]) -> None:
         raise ConfigurationError("distbelief show takes a run folder", hint="distbelief show RUN")
     run = Path(arguments[0])
     observations = read_events(run / "events.jsonl")
-    # A run that was killed has events and no summary.
-    _say(text(read_summary(run / "summary.json") if (run / "summary.json").exists() else summarize(observations)))
+    # A run that was killed has no summary, or that of an earlier start.
+    ended = isinstance(observations[-1].event, JobFinished) if observations else True
+    whole = ended and (run / "summary.json").exists()
+    _say(text(read_summary(run / "summary.json") if whole else summarize(observations)))
     for path in write_plots(observations, run / "plots"):
         _say(f"plot          {path}")
 

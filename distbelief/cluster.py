@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from distbelief.checks import check_number, check_whole
 from distbelief.errors import ConfigurationError
 from distbelief.plan import Plan
 
@@ -55,6 +56,10 @@ class Cluster:
     shard after this and the time that its parameters take at 5 MB/s, which it may spend on a checkpoint."""
 
     def __post_init__(self) -> None:
+        check_whole(self, ("replicas", "shards", "threads_per_replica", "memory_bytes"))
+        check_number(self, ("cpus_per_replica", "gpus_per_replica", "lost_seconds", "silence_seconds"))
+        if not isinstance(self.partitions, Plan):
+            check_whole(self, ("partitions",))
         for name in ("replicas", "shards"):
             count = getattr(self, name)
             if count < 1:

@@ -14,6 +14,7 @@ from typing import Any, Literal, final, get_args
 import torch
 
 from distbelief.channel.base import Future
+from distbelief.checks import check_number, check_whole
 from distbelief.data_shard import DataShard
 from distbelief.downpour_coordinator import DownpourCoordinator
 from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Home
@@ -29,7 +30,8 @@ FetchName = Literal["fresh", "overlapped", "awaited"]
 AccrueName = Literal["mean", "sum"]
 
 REPORT_SECONDS = 0.25
-BUFFERS_SECONDS = 2.0
+BUFFERS_SECONDS = 0.25
+"""Evaluations use buffers that are at most so old, with parameters that are not."""
 IDLE_SECONDS = 0.05
 
 
@@ -66,6 +68,8 @@ class Downpour:
     """
 
     def __post_init__(self) -> None:
+        check_whole(self, ("n_fetch", "n_push", "warmstart", "cooldown", "backlog", "refusals"))
+        check_number(self, ("local_rate", "clip_norm"))
         for name, known in (("fetch", get_args(FetchName)), ("accrue", get_args(AccrueName))):
             if getattr(self, name) not in known:
                 raise ConfigurationError(

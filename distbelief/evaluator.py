@@ -45,7 +45,7 @@ class Measures:
         module.eval()
         with torch.no_grad():
             if self.evaluate is not None:
-                return None, {name: float(value) for name, value in self.evaluate(module, dataset).items()}
+                return None, {name: _number(name, value) for name, value in self.evaluate(module, dataset).items()}
             sums: dict[str, float] = dict.fromkeys(self.metrics, 0.0)
             loss_sum = 0.0
             for start in range(0, len(dataset), self.batch_size):
@@ -58,8 +58,19 @@ class Measures:
                     if self.step is None and self.loss is not None:
                         loss_sum += float(self.loss(output, target)) * len(indices)
                     for name, metric in self.metrics.items():
-                        sums[name] += float(metric(output, target)) * len(indices)
+                        sums[name] += _number(name, metric(output, target)) * len(indices)
             return loss_sum / len(dataset), {name: value / len(dataset) for name, value in sums.items()}
+
+
+def _number(name: str, value: Any) -> float:
+    """What a metric returned, if it is one number. Raises ConfigurationError."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ConfigurationError(
+            f"the metric {name} is {shape}, not a number", hint="return the mean over the mini-batch, such as x.mean()"
+        ) from error
 
 
 @final

@@ -38,6 +38,8 @@ class RoleStarted(Event, frozen=True):
 
     role: str
     incarnation: int
+    again: bool = False
+    """Whether it takes the place of one that was lost since the coordinator began."""
 
 
 class RoleLost(Event, frozen=True):

@@ -78,6 +78,8 @@ def export(run: Path, path: Path) -> int:
 
     Memory: twice the largest of them. Raises CheckpointError, and ConfigurationError when `path` cannot be written.
     """
+    if not path.name or path.is_dir():
+        raise ConfigurationError(f"{path} is a folder", hint="give a file, such as model.safetensors")
     entries = _entries(run)
     value = _newest(run)
     part = path.with_name(path.name + ".part")

@@ -46,7 +46,8 @@ class Incarnations:
         """Start the present incarnation of a role."""
         incarnation = self._present[spec.name]
         self._engine.start(spec.name, incarnation, spec.factory, *spec.arguments)
-        self._emit(events.RoleStarted(role=spec.name, incarnation=incarnation))
+        again = incarnation > self._first
+        self._emit(events.RoleStarted(role=spec.name, incarnation=incarnation, again=again))
 
     def give_up(self, members: Sequence[RoleSpec]) -> None:
         """End what is left of these roles; the next incarnation of each is the present one from now on."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from distbelief.checkpoint import lay_out_buffers
+from distbelief.checks import check_number, check_whole
 from distbelief.cluster import Cluster
 from distbelief.data_shard import collect
 from distbelief.downpour import Downpour
@@ -31,6 +32,13 @@ STAGE_SHARE = 0.02
 """Share of the job's examples that one replica trains on alone, first and last; measured on the speech task."""
 STAGE_MINI_BATCHES = 100
 """No fewer mini-batches than these, in jobs so small that a share would be nothing, up to a tenth of the job."""
+
+
+_EXAMPLES = {
+    "algorithm": "algorithm=Downpour(update_rule=adagrad(0.05))",
+    "cluster": "cluster=Cluster(replicas=4)",
+    "metrics": 'metrics={"accuracy": accuracy}, where accuracy(output, target) is a function',
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +80,9 @@ class Job:
     keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
+        check_whole(self, ("epochs", "batch_size", "keep_checkpoints", "seed", "evaluate_every"))
+        check_number(self, ("checkpoint_seconds",))
+        self._check_kinds()
         for name in ("epochs", "batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(
@@ -101,6 +112,31 @@ class Job:
                 f"Job(model=...) is a {type(self.model).__name__} that is built already",
                 hint="give the class, a function or functools.partial that builds it in each process",
             )
+
+    def _check_kinds(self) -> None:
+        for name, kinds in (("algorithm", (Downpour, Sandblaster)), ("cluster", (Cluster,)), ("metrics", (Mapping,))):
+            given = getattr(self, name)
+            if not isinstance(given, kinds):
+                raise ConfigurationError(
+                    f"Job({name}={given!r}) is a {type(given).__name__}", hint=f"use for example {_EXAMPLES[name]}"
+                )
+        for name in ("loss", "step", "evaluate", "groups"):
+            given = getattr(self, name)
+            if given is not None and not callable(given):
+                raise ConfigurationError(
+                    f"Job({name}=...) is a {type(given).__name__}, which cannot be called", hint="give a function"
+                )
+        for name, metric in self.metrics.items():
+            if not callable(metric):
+                raise ConfigurationError(
+                    f"Job(metrics=...) gives {name!r} a {type(metric).__name__}, which cannot be called",
+                    hint=f"use for example {_EXAMPLES['metrics']}",
+                )
+            if name == "loss":
+                raise ConfigurationError(
+                    "Job(metrics=...) has a metric named loss, which is the name of the loss on the test set",
+                    hint="give the metric another name; the loss is measured without being asked for",
+                )
 
     @property
     def objective(self) -> Objective:
@@ -260,7 +296,19 @@ def _kind(sample: Any) -> str:
     return f"a {type(sample).__name__}"
 
 
+def _check_is_data(data: Any, name: str) -> None:
+    """Raise ConfigurationError for what has a length and is no data set all the same."""
+    arrays = isinstance(data, tuple) and all(hasattr(part, "shape") for part in data)
+    if arrays or isinstance(data, str | bytes | Mapping):
+        raise ConfigurationError(
+            f"Job({name}=...) is a {_kind(data) if arrays else type(data).__name__}, which is no data set",
+            hint="give torch.utils.data.TensorDataset(inputs, targets), another map-style data set, or a function that "
+            "builds one",
+        )
+
+
 def _build_data(data: Any, name: str) -> Any:
+    _check_is_data(data, name)
     builds = callable(data) and (isinstance(data, type) or not hasattr(data, "__getitem__"))
     built = data() if builds else data
     if built is None and name == "test":

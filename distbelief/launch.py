@@ -37,7 +37,9 @@ def read(run: Path) -> Launch:
     try:
         return msgspec.json.decode((run / LAUNCH).read_bytes(), type=Launch)
     except (OSError, msgspec.MsgspecError) as error:
-        raise CheckpointError(f"{run} does not say how it was started: {error}") from error
+        raise CheckpointError(
+            f"{run} does not say how it was started: {error}\nhint: give the folder that an earlier run printed"
+        ) from error
 
 
 def of_main() -> Launch:

@@ -71,8 +71,19 @@ class Share:
         x = held[ONE] if self.single else dict(held.items())
         first = batch[0] if isinstance(batch, tuple | list) else batch
         if self.data == "none":
-            return self.function(x)
-        return self.function(x, first if self.data == "tensor" else batch) / len(first)
+            return _scalar(self.function(x))
+        return _scalar(self.function(x, first if self.data == "tensor" else batch)) / len(first)
+
+
+def _scalar(value: Any) -> Tensor:
+    """What the user's function returned, if it is one number. Raises ConfigurationError."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigurationError(
+            f"the function returned {shape}, not a scalar",
+            hint="return the sum over the examples of the portion, for example losses.sum()",
+        )
+    return value
 
 
 def minimize(
@@ -94,10 +105,17 @@ def minimize(
     without data, `function(x)` is the objective. Replicas are other processes: the function stands at the top level of
     a file, and the call below `if __name__ == "__main__"`.
 
-    l1, l2, gtol and target of `algorithm` are on the scale of F, and penalties are of every parameter. `run` keeps
-    checkpoints and events in a folder; without it they are removed at the end. Raises what `train` raises.
+    l1, l2, gtol and target of `algorithm` are on the scale of F, and penalties are of every parameter. ftol is relative
+    to |F|, or to the number of examples where that is larger; ftol=0.0 leaves the end to gtol. `run` keeps checkpoints
+    and events in a folder; without it they are removed at the end. `view` shows the job, whose loss is F divided by the
+    number of examples. Raises what `train` raises.
     """
     algorithm = algorithm or Sandblaster()
+    if not isinstance(algorithm, Sandblaster):
+        raise ConfigurationError(
+            f"minimize(algorithm=...) is a {type(algorithm).__name__}", hint="give a Sandblaster, or leave it out"
+        )
+    _check_start(parameters)
     start = {ONE: parameters} if isinstance(parameters, Tensor) else dict(parameters)
     kind, built = _data(data)
     count = len(built)
@@ -139,6 +157,22 @@ def minimize(
         iterations=finished.iterations,
         evaluations=finished.evaluations,
     )
+
+
+def _check_start(parameters: object) -> None:
+    """Raise ConfigurationError for what is no starting point."""
+    if not isinstance(parameters, Tensor | Mapping):
+        raise ConfigurationError(
+            f"minimize(parameters=...) is a {type(parameters).__name__}",
+            hint="give the starting point as a tensor, such as torch.zeros(3), or as a dict of tensors",
+        )
+    for name, value in ({"": parameters} if isinstance(parameters, Tensor) else parameters).items():
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigurationError(
+                f"the starting point {name or 'of minimize'} is of {kind}",
+                hint="give floating-point tensors, such as value.double()",
+            )
 
 
 @dataclass(frozen=True)

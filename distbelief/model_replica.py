@@ -72,6 +72,11 @@ def build(
     torch.manual_seed(seed)
     with freed_at_once():  # the replica moves the values to where they are to be, and lets these go
         module = model()
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(
+            f"the job's model is a {type(module).__name__}, not a torch.nn.Module",
+            hint="let the function that builds it return it",
+        )
     layout = lay_out(module, groups)
     if expected is not None:
         check_same(layout, expected)

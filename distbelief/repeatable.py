@@ -94,7 +94,8 @@ def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> No
         if abs(twice - once) > MEAN_TOLERANCE * abs(once) + 1e-12:
             raise ConfigurationError(
                 f"the loss of the same examples twice over is {twice:.6g}, of once {once:.6g}: it is not their mean",
-                hint='let the loss be the mean over the mini-batch (reduction="mean"), the same for every example',
+                hint='let the loss be the mean over the mini-batch (reduction="mean"), the same for every example; a '
+                "function of minimize is the sum over the examples of its portion",
             )
 
 

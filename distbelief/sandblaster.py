@@ -16,6 +16,7 @@ from torch import nn
 from distbelief.batch_section import Keeping, Mark
 from distbelief.bundles import BUNDLES_PER_REPLICA, DETERMINISTIC_BUNDLES, Batches, Bundle, Portions, cut_bundles
 from distbelief.channel.base import Future
+from distbelief.checks import check_number, check_whole
 from distbelief.data_shard import DataShard
 from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Home
 from distbelief.errors import ConfigurationError, Fenced
@@ -73,6 +74,8 @@ class Sandblaster:
     """Halves the memory of the history, for some more evaluations."""
 
     def __post_init__(self) -> None:
+        check_whole(self, ("history", "max_iterations", "max_evaluations", "micro_batch", "batch"))
+        check_number(self, ("gtol", "ftol", "target", "l2", "l1", "overlap"))
         for name in ("history", "max_iterations", "max_evaluations"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(

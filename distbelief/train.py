@@ -2,6 +2,7 @@
 """Start the roles, run the algorithm, return the Result."""
 
 import contextlib
+import fcntl
 import shlex
 import shutil
 import signal
@@ -84,11 +85,12 @@ def train(
     if job.cluster.engine != "ray":  # this process computes nothing, and other hosts have other devices
         check_device(job.cluster.device)
     engine = engine_of(job, faults, costs)
-    with contextlib.closing(engine):
+    with contextlib.closing(engine), contextlib.ExitStack() as alone:
         facts = engine.load(prepare, job, attempt=attempt)
         spans = _spans(job, facts)
         model = Uncut(job, facts)
         run = _open_run(job, resume)
+        alone.enter_context(_alone(run))
         if isinstance(engine, HostsEngine) and isinstance(home := checkpoint.home(run), Path):
             engine.check_visible(home if home.is_dir() else run)
         rejected: list[AnyEvent] = []
@@ -100,8 +102,6 @@ def train(
             checkpoint.check_same_model(restore[1], model.module, restore[0])
         launched = launch or of_main()
         with _run_folder(run):
-            launched.write(run)
-            write_template(run, model.module, model.values)
             if restore is not None:
                 restore = recut(*restore, facts.layout, facts.buffers, model.buffers)
         record = Record(run)
@@ -109,6 +109,9 @@ def train(
             for event in rejected:
                 emit(event)
             coordinator = appoint(job, engine, facts, run, spans, model, restore, emit)
+            with _run_folder(run):  # only now that all of it is accepted
+                launched.write(run)
+                write_template(run, model.module, model.values)
             engine.answer(coordinator)
             reason = "failed"
             with _stopping_on_signals(coordinator):
@@ -119,7 +122,7 @@ def train(
                     model.load(engine, coordinator, spans)
                 except BaseException as error:
                     said = (str(error).strip().splitlines() or [""])[-1]
-                    reason = f"failed: {type(error).__name__}: {said}"
+                    reason = f"failed: {type(error).__name__}" + (f": {said}" if said else "")
                     raise
                 finally:
                     emit(coordinator.finished(reason, *_commands(run, launched, coordinator)))
@@ -159,6 +162,24 @@ def _open_run(job: Job, resume: Path | str | None) -> Path:
     if job.checkpoints is not None:
         _keep_elsewhere(run, job)
     return run
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Hold the run for this process; the system lets go of it however the process ends. Raises ConfigurationError."""
+    with _run_folder(run):
+        held = (run / "events.jsonl").open("ab")
+    with held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(
+                f"{run} is being trained by another process, or by another thread of this one",
+                hint="wait until it has ended, or end it",
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def _keep_elsewhere(run: Path, job: Job) -> None:
@@ -268,7 +289,8 @@ def _stopping_on_signals(coordinator: Coordinator) -> Iterator[None]:
             raise KeyboardInterrupt
         coordinator.interrupted = f"stopped by {signal.Signals(number).name}"
 
-    previous: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    previous: dict[int, Any] = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,41 @@ def test_an_algorithm_or_option_that_is_not_there_is_refused(
     assert ended.value.code != 0
     assert said in capsys.readouterr().err
     assert not Path("a").exists()
+
+
+def test_a_command_that_is_not_there_is_named_and_help_and_version_are_there(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("trian", "rules_script.py")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("there is no command trian\n\ndistbelief train FILE.py")
+    for verb in ("resume", "export", "show"):
+        run(verb, "--help")
+        assert f"distbelief {verb} RUN" in capsys.readouterr().out
+    run("--version")
+    module = subprocess.run(
+        [sys.executable, "-m", "distbelief", "--version"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert module.stdout == capsys.readouterr().out == f"{metadata.version('distbelief')}\n"
+
+
+def test_what_is_shown_of_a_resumed_run_that_was_killed_is_all_of_it_and_not_its_first_end(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train", "rules_script.py", "--run", "a", "--epochs", "1")
+    run("resume", "a", "--epochs", "2")
+    events = Path("a/events.jsonl")
+    lines = events.read_text().splitlines(keepends=True)
+    assert '"JobFinished"' in lines[-1]
+    first = next(number for number, line in enumerate(lines) if '"JobFinished"' in line)
+    events.write_text("".join(lines[:-1]))
+    capsys.readouterr()
+    run("show", "a")
+    assert "killed: no end was recorded" in capsys.readouterr().out
+    events.write_text("".join(lines[: first + 1]))
+    run("show", "a")
+    assert "all epochs finished" in capsys.readouterr().out
 
 
 def test_a_reader_who_goes_away_early_is_no_error(tmp_path: Path) -> None:

@@ -628,6 +628,19 @@ def test_ctrl_c_while_the_replicas_of_a_finished_job_leave_does_not_call_it_stop
     assert not of(JobStopping, heard)
 
 
+def test_a_signal_that_whoever_began_the_process_lets_it_ignore_is_ignored(tmp_path: Path) -> None:
+    def interrupt(observation: Observation) -> None:
+        if isinstance(observation.event, CheckpointWritten):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        result, _ = trained(simulated(epochs=1), tmp_path, more=[interrupt])
+    finally:
+        assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+    assert result.summary.reason == "all epochs finished"
+
+
 @pytest.mark.slow
 def test_ctrl_c_once_takes_a_checkpoint_and_stops_cleanly(tmp_path: Path) -> None:
     process, run = started(tmp_path)

@@ -134,6 +134,24 @@ def test_a_function_that_is_no_sum_over_the_portion_is_refused() -> None:
         )  # fmt: skip
 
 
+def test_what_is_no_sum_or_no_starting_point_is_refused_in_words_of_minimize() -> None:
+    data = (torch.randn(64, 3), torch.randn(64))
+    for function, start, said in (
+        (residuals, torch.zeros(3), r"the function returned \[64\], not a scalar\nhint: return the sum"),
+        (residuals, [0.0, 0.0, 0.0], r"minimize\(parameters=...\) is a list\nhint: "),
+        (residuals, torch.zeros(3, dtype=torch.int64), "the starting point of minimize is of torch.int64\nhint: "),
+        (residuals, {"a": 1.0}, "the starting point a is of float\nhint: "),
+    ):
+        with pytest.raises(db.ConfigurationError, match=said):
+            db.minimize(function, start, data=data)  # type: ignore[arg-type]
+    with pytest.raises(db.ConfigurationError, match=r"minimize\(algorithm=...\) is a Downpour"):
+        db.minimize(residuals, torch.zeros(3), data=data, algorithm=db.Downpour())  # type: ignore[arg-type]
+
+
+def residuals(x: Tensor, portion: tuple[Tensor, Tensor]) -> Tensor:
+    return (portion[0] @ x - portion[1]).square()
+
+
 def test_the_scale_of_the_data_does_not_change_the_point() -> None:
     found = [
         db.minimize(

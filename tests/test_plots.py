@@ -178,7 +178,8 @@ def eventful_run() -> list[Observation]:
         progress(1.0, 500, 0.6),
         lost(1.5),
         Observation(1.6, events.LeasesReturned(replica=1, leases=1, examples=20, repeated=7)),
-        Observation(1.7, events.RoleStarted(role="replica/1", incarnation=1)),
+        Observation(1.7, events.RoleStarted(role="replica/1", incarnation=1, again=True)),
+        Observation(1.7, events.RoleStarted(role="replica/7", incarnation=1)),
         evaluated(1.8, 500, 0.875),
         Observation(3.0, events.ShardRestored(shard=0, version=12)),
         Observation(3.1, events.PushRefused(replica=0, step=12, examples=10, reason="not finite")),
@@ -219,6 +220,7 @@ def plain(observations: list[Observation], seconds_between: float = 0.0) -> list
 
 def test_without_a_terminal_each_notable_event_is_one_line() -> None:
     lines = plain(eventful_run())
+    assert not [line for line in lines if "replica 7" in line], "it was resumed, not lost"
     for words in (
         "runs/digits: Downpour, 2 replicas, 1 shard, 1,000 parameters, 1 epoch of 1,000 examples",
         "warmstart: 2 replicas may train from example 100 on",
@@ -285,8 +287,7 @@ def test_the_live_view_shows_the_state_within_the_width(width: int) -> None:
         "running for 4.4 s",
         "epoch 1 of 1",
         "100 %",
-        "1,000  of 1,000, 100 per second",
-        "10.0 per second, 1 refused",
+        "100  applied, 1 refused",
         "1  median, 95 % of pushes at most 2",
         "0.25  training, per example",
         "0.75  highest so far 0.875",
@@ -294,7 +295,11 @@ def test_the_live_view_shows_the_state_within_the_width(width: int) -> None:
         "checkpoint written after 1,000 examples",
     ):
         assert sum(words in line for line in lines) == 1, words
+    assert any("1,000  of 1,000 " in f"{line} " for line in lines), "and not what was done in the last moment"
     assert max(map(len, lines)) <= width
+    halfway = live(eventful_run()[:12], width)
+    for words in ("500  of 1,000, 100 per second", "10.0 per second, 1 refused"):
+        assert sum(words in line for line in halfway) == 1, words
 
 
 def test_the_best_value_of_a_metric_is_kept_by_its_sense() -> None:

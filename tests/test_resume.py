@@ -19,8 +19,17 @@ from torch import nn
 
 import distbelief as db
 from distbelief import checkpoint
-from distbelief.events import CheckpointRejected, Evaluated, JobFinished, JobStarted, Observation, RoleLost
+from distbelief.events import (
+    CheckpointRejected,
+    EpochFinished,
+    Evaluated,
+    JobFinished,
+    JobStarted,
+    Observation,
+    RoleLost,
+)
 from distbelief.export import export, state_dict
+from distbelief.launch import Launch
 from distbelief.report import read_summary, text
 from tests import problems
 
@@ -129,6 +138,42 @@ def test_a_refused_resume_changes_nothing_in_the_run_folder(tmp_path: Path) -> N
     assert problems.same_parameters(module, result.model)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 3}, "with seed 3"),
+        ({"algorithm": db.Downpour(update_rule=db.adam())}, "resume with the rule of the checkpoint"),
+        ({"epochs": 1}, r"run/checkpoints/\d+ has 2 epochs behind it, the job asks for 1\nhint: .* --epochs 4"),
+    ],
+    ids=["seed", "rule", "epochs"],
+)
+def test_what_a_refused_resume_was_given_is_not_kept_and_no_role_starts(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    run = trained(problems.job(), tmp_path / "run").run
+    before = {path.name: path.read_bytes() for path in run.glob("*.json*")}
+    job, given = problems.job(**({"epochs": 3} | changes)), Launch("other.py", {}, {"seed": 3})
+    with pytest.raises(db.DistbeliefError, match=said):
+        db.train(job, resume=run, view=False, launch=given)
+    assert {path.name: path.read_bytes() for path in run.glob("*.json*")} == before
+
+
+def test_a_run_that_is_being_trained_is_not_trained_by_anybody_else(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def interfere(observation: Observation) -> None:
+        if isinstance(observation.event, EpochFinished):
+            with pytest.raises(db.ConfigurationError) as caught:
+                db.train(problems.job(epochs=5), resume=tmp_path / "run", view=False)
+            refused.append(str(caught.value))
+
+    result = trained(problems.job(), tmp_path / "run", listeners=[interfere])
+    assert [words.partition(" is being trained by another process")[2][:1] for words in refused] == [","] * 2
+    assert result.summary.examples.seen == 2 * 640
+    resumed = db.train(problems.job(epochs=3), resume=tmp_path / "run", view=False)
+    assert resumed.summary.examples.seen == 3 * 640
+
+
 def wider_classifier() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3))
 
@@ -142,7 +187,7 @@ def test_resuming_with_other_data_is_refused(tmp_path: Path) -> None:
 
 def test_resuming_a_run_that_is_complete_says_to_give_more_epochs(tmp_path: Path) -> None:
     trained(problems.job(), tmp_path / "run")
-    with pytest.raises(db.ConfigurationError, match=r"has all 2 epochs behind it\nhint: give more epochs"):
+    with pytest.raises(db.ConfigurationError, match=r"has 2 epochs behind it, the job asks for 2\nhint: give more"):
         db.train(problems.job(), resume=tmp_path / "run", view=False)
 
 

@@ -76,6 +76,58 @@ def test_a_value_that_cannot_work_is_refused_when_it_is_made(build: Callable[[],
     assert said in refused(build)
 
 
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: db.Job(model=classifier, data=[], loss=cross_entropy, epochs=1.5), "Job(epochs=1.5) is not a whole"),
+        (lambda: job(batch_size="32"), "Job(batch_size='32') is not a whole number"),
+        (lambda: job(seed=None), "Job(seed=None) is not a whole number"),
+        (lambda: job(evaluate_every=True), "Job(evaluate_every=True) is not a whole number"),
+        (lambda: job(checkpoint_seconds="60"), "Job(checkpoint_seconds='60') is not a number"),
+        (lambda: job(algorithm=db.adam()), "Job(algorithm=adam(0.001)) is a TorchRule"),
+        (lambda: job(algorithm=db.Downpour), "is a type\nhint: use for example algorithm=Downpour("),
+        (lambda: job(cluster=4), "Job(cluster=4) is a int"),
+        (lambda: job(metrics=cross_entropy), "is a function\nhint: use for example metrics={"),
+        (lambda: job(metrics={"accuracy": 0.5}), "gives 'accuracy' a float, which cannot be called"),
+        (lambda: job(metrics={"loss": cross_entropy}), "has a metric named loss"),
+        (lambda: job(groups={"weight_decay": 0.0}), "Job(groups=...) is a dict, which cannot be called"),
+        (lambda: db.Cluster(replicas=2.5), "Cluster(replicas=2.5) is not a whole number"),  # type: ignore[arg-type]
+        (lambda: db.Cluster(shards="2"), "Cluster(shards='2') is not a whole number"),  # type: ignore[arg-type]
+        (lambda: db.Cluster(partitions="2"), "Cluster(partitions='2') is not a whole"),  # type: ignore[arg-type]
+        (lambda: db.Cluster(lost_seconds="2"), "Cluster(lost_seconds='2') is not a number"),  # type: ignore[arg-type]
+        (lambda: db.Downpour(n_push=1.0), "Downpour(n_push=1.0) is not a whole number"),  # type: ignore[arg-type]
+        (lambda: db.Downpour(clip_norm="1"), "Downpour(clip_norm='1') is not a number"),  # type: ignore[arg-type]
+        (lambda: db.Sandblaster(history="9"), "Sandblaster(history='9') is not a whole"),  # type: ignore[arg-type]
+        (lambda: db.Sandblaster(gtol=None), "Sandblaster(gtol=None) is not a number"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_the_name_of_its_field(build: Callable[[], object], said: str) -> None:
+    assert said in refused(build)
+
+
+def no_module() -> None:
+    """Forgets to return it."""
+
+
+def per_example_metric(output: Tensor, target: Tensor) -> Tensor:
+    return output.argmax(1) == target
+
+
+def test_what_is_no_data_set_no_module_or_no_number_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    tensors = (torch.randn(64, 12), torch.zeros(64, dtype=torch.int64))
+    for fields, said in (
+        (
+            {"data": tensors},
+            "Job(data=...) is a (Tensor, Tensor), which is no data set\nhint: give torch.utils.data.Tensor",
+        ),
+        ({"test": "mnist"}, "Job(test=...) is a str, which is no data set"),
+        ({"data": {"x": tensors[0]}}, "Job(data=...) is a dict, which is no data set"),
+        ({"model": no_module}, "the job's model is a NoneType, not a torch.nn.Module"),
+        ({"metrics": {"right": per_example_metric}}, "the metric right is [16], not a number"),
+    ):
+        assert said in refused_by_train(tmp_path, **fields)
+
+
 def test_values_are_frozen_equal_by_their_fields_and_travel_by_pickle() -> None:
     for value in (db.Cluster(replicas=3), db.Downpour(n_push=2, update_rule=db.adam()), job()):
         with pytest.raises(dataclasses.FrozenInstanceError):

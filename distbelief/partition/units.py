@@ -294,5 +294,5 @@ class Blueprint:
             raise ConfigurationError(
                 f"the model has units for {sum(busy)} of {self.partitions} partitions; "
                 f"partition {busy.index(False)} would have nothing to compute",
-                hint=f"use at most {max(1, sum(busy))} partitions, or cut a layer by hand",
+                hint="use fewer partitions, or cut a layer by hand",
             )

@@ -302,7 +302,8 @@ def _of_downpour(summary: Summary) -> Iterator[tuple[str, str]]:
     yield (
         "examples",
         f"{examples.seen:,} of {examples.planned:,} seen, of which {summary.refused:,} refused; "
-        f"{examples.repeated:,} repeated, {examples.missing:,} missing",
+        f"{examples.repeated:,} repeated, {examples.missing:,} "
+        + ("still to come" if summary.reason.startswith("stopped") else "missing"),
     )
     yield (
         "pushes",

@@ -238,13 +238,18 @@ def progress_line(view: View) -> str:
     parts = [
         f"epoch {progress.epoch + 1}",
         f"{100 * progress.examples // max(1, progress.total_examples)} %",
-        f"{rate(progress.examples_per_second)} examples/s",
+        *([] if _is_over(progress) else [f"{rate(progress.examples_per_second)} examples/s"]),
         f"loss {'-' if view.loss is None else number(view.loss)}",
         f"staleness {progress.staleness_median:g}",
     ]
     if view.remaining_seconds:
         parts.append(f"{duration(view.remaining_seconds)} left")
     return _stamped(view.seconds, " | ".join(parts))
+
+
+def _is_over(progress: Progress) -> bool:
+    """Whether every example is behind the job; what was done in the last moment says nothing then."""
+    return progress.examples >= progress.total_examples
 
 
 def draw(view: View, silence_seconds: float | None = None) -> "RenderableType":
@@ -328,8 +333,10 @@ def _numbers(view: View) -> "RenderableType":
         grid.add_row(_bold(name), told, about)
     if progress is not None:
         refused = f", {view.refused:,} refused" if view.refused else ""
-        examples = f"of {progress.total_examples:,}, {rate(progress.examples_per_second)} per second"
-        pushes = f"{rate(progress.pushes_per_second)} per second{refused}"
+        over = _is_over(progress)
+        examples = f"of {progress.total_examples:,}"
+        examples += "" if over else f", {rate(progress.examples_per_second)} per second"
+        pushes = f"applied{refused}" if over else f"{rate(progress.pushes_per_second)} per second{refused}"
         staleness = f"median, 95 % of pushes at most {progress.staleness_p95:g}"
         grid.add_row(_bold("examples"), f"{progress.examples:,}", examples)
         grid.add_row(_bold("pushes"), f"{progress.pushes:,}", pushes)

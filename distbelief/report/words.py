@@ -34,8 +34,8 @@ def sentence(event: AnyEvent) -> str | None:
     match event:
         case JobStarted():
             return _start(event)
-        case RoleStarted(role=role, incarnation=incarnation):
-            return f"{role.replace('/', ' ')} is back, incarnation {incarnation}" if incarnation else None
+        case RoleStarted(role=role, incarnation=incarnation, again=again):
+            return f"{role.replace('/', ' ')} is back, incarnation {incarnation}" if again else None
         case RoleLost(role=role, reason=reason):
             return f"{role.replace('/', ' ')} was lost: {first_line(reason)}"
         case ReplicasReleased(replicas=replicas, examples=examples):
