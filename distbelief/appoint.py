@@ -2,6 +2,7 @@
 """The coordinator of a job: that of its algorithm, at the beginning or where a checkpoint was."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -71,6 +72,8 @@ def appoint(
     if isinstance(algorithm, Sandblaster):
         work = algorithm.work(facts.examples, job.batch_size, job.cluster.replicas, job.seed)
         solver = _solver(algorithm, facts, restore, work.objective)
+        if restore is not None and (before := restore[1].search) is not None and before.objective == work.objective:
+            work = replace(work, computed=before.computed, round_trips=before.round_trips)
         return SandblasterCoordinator(engine, settings, buffers, manifest, emit, solver, work)
     leases = _leases(job, facts, restore)
     stages = job.stages(leases.total_examples)

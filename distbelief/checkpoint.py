@@ -90,6 +90,10 @@ class Search(msgspec.Struct, frozen=True):
     """Examples in the data."""
     objective: str
     """Penalties, bounds and batches: the history of another objective is of no use."""
+    computed: int = 0
+    """Examples whose gradients were added up, over all evaluations."""
+    round_trips: int = 0
+    """To the shards, over all evaluations."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

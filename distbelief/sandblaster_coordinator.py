@@ -55,7 +55,7 @@ class SandblasterCoordinator(Coordinator):
     ) -> None:  # fmt: skip
         super().__init__(engine, settings, buffers, manifest, emit)
         self.solver, self.portions, self._batches, self._objective = solver, work.portions, work.batches, work.objective
-        self.round_trips = 0
+        self.round_trips = work.round_trips
         """Times that all shards were asked something and waited for."""
         self._waiting: dict[int, tuple[Promise[Task], float]] = {}
         """Replicas that have asked for a task, and since when."""
@@ -80,7 +80,7 @@ class SandblasterCoordinator(Coordinator):
         """Slot -> where the newest checkpoint has its pairs."""
         self._passing: list[tuple[AnyPath, Manifest]] = []
         """Checkpoints that are not durable, oldest first; the newest of them is kept."""
-        self._computed = 0
+        self._computed = work.computed
         """Examples whose gradients were added up, over all evaluations."""
         self._rate = (engine.now(), 0)
         self._errands.append(self._offer)
@@ -127,7 +127,8 @@ class SandblasterCoordinator(Coordinator):
         """The solver, as it is after the last step."""
         state = self.solver.state  # all of it is values but itself and the search
         state = msgspec.structs.replace(state, search=copy.copy(state.search))
-        return {"search": Search(state, self._moved, self.portions.bundles[-1].stop, self._objective)}
+        counts = self._computed, self.round_trips
+        return {"search": Search(state, self._moved, self.portions.bundles[-1].stop, self._objective, *counts)}
 
     def is_own(self, manifest: Manifest) -> bool:
         """Whether it is of the same objective."""

@@ -39,3 +39,7 @@ class Work:
     batches: Batches
     objective: str
     """Penalties, bounds and batches, in words that are the same where they are."""
+    computed: int = 0
+    """Examples whose gradients were added up before this start."""
+    round_trips: int = 0
+    """To the shards, before this start."""

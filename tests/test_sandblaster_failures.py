@@ -297,6 +297,11 @@ def test_a_run_that_was_cut_short_resumes_where_it_was(replicas: int, tmp_path: 
     both = path_of([*before, *after])
     assert [event.iteration for event in of_kind(after, Iterated)] == list(range(6, LIMIT + 1))
     torch.testing.assert_close(torch.tensor(both), torch.tensor(undisturbed(tmp_path)), rtol=1e-9, atol=1e-12)
+    # What is counted goes on, too: examples of all evaluations, one of all data each.
+    (finished,) = of_kind(after, JobFinished)
+    assert finished.seen == finished.evaluations * 60
+    assert finished.round_trips >= finished.evaluations
+    assert of_kind(after, Iterated)[0].examples > of_kind(before, Iterated)[-1].examples
 
 
 def test_another_objective_takes_the_parameters_and_begins_its_own_search(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ class Connection:
         for count in itertools.count(1):
             if self._pauses:
                 return
-            emptied = True  # once a body is whole, there is seldom more at once
+            emptied = False
             try:
                 if self._body:
                     arrived = links.receive_some(self.socket, self._body)
