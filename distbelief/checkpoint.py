@@ -314,6 +314,7 @@ def newest(run: Path, rejected: Callable[[AnyPath, str], None]) -> tuple[AnyPath
         found = folders(run)
     except OSError as error:
         raise OutOfReach(home(run), error) from error
+    reasons = []
     for folder in found:
         try:
             return folder, read_manifest(folder)
@@ -321,7 +322,11 @@ def newest(run: Path, rejected: Callable[[AnyPath, str], None]) -> tuple[AnyPath
             raise  # an older one would be whole, but not the newest
         except CheckpointError as error:
             rejected(folder, str(error))
-    raise CheckpointError(f"{run} holds no complete checkpoint; nothing can be resumed or exported from it")
+            reasons.append(str(error))
+    damaged = f"; the newest of its {len(reasons)} is damaged: {reasons[0]}" if reasons else ""
+    raise CheckpointError(
+        f"{run} holds no complete checkpoint{damaged}\nhint: nothing can be resumed or exported from it; train it anew"
+    )
 
 
 def check_same_model(manifest: Manifest, module: nn.Module, folder: AnyPath) -> None:

@@ -53,6 +53,11 @@ def job_of(path: Path) -> Callable[..., Job]:
     """The `job` of a script, as a function. Raises ConfigurationError."""
     if not path.is_file():
         raise ConfigurationError(f"there is no file {path}", hint="give the path of a Python file that defines job")
+    if "." in path.stem:
+        raise ConfigurationError(
+            f"{path} cannot be imported, as other processes do, for the dot in its name",
+            hint=f"rename it, for example to {path.stem.replace('.', '_')}.py",
+        )
     found = getattr(_load(path), "job", None)
     if isinstance(found, Job):
         job = found

@@ -176,7 +176,12 @@ def _check_one_vector(named: list[tuple[str, nn.Parameter]]) -> None:
     first_name, first = named[0]
     storages: dict[int, str] = {}
     for name, parameter in named:
-        if parameter.dtype != first.dtype or not parameter.dtype.is_floating_point:
+        if not parameter.dtype.is_floating_point:
+            raise ConfigurationError(
+                f"parameter {name} has dtype {parameter.dtype}; the flat vector holds floating-point numbers",
+                hint="make it of real numbers (torch.view_as_real), or freeze it",
+            )
+        if parameter.dtype != first.dtype:
             raise ConfigurationError(
                 f"parameter {name} has dtype {parameter.dtype}, {first_name} has {first.dtype}; "
                 "one flat vector holds one floating-point dtype",

@@ -3,6 +3,7 @@
 
 import dataclasses
 import pickle
+import resource
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 import distbelief as db
 from distbelief.job import prepare
+from distbelief.launch import job_of
 from distbelief.model_replica import pick_device
 from distbelief.portions import Stages
 from tests.problems import classifier, job, points
@@ -105,6 +107,25 @@ def test_a_value_of_another_kind_is_refused_by_the_name_of_its_field(build: Call
     assert said in refused(build)
 
 
+def complex_model() -> nn.Module:
+    return nn.Linear(12, 3, dtype=torch.complex64)
+
+
+def test_more_shards_than_a_process_may_have_sockets_are_refused_with_both_reasons(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    try:
+        message = refused_by_train(tmp_path, cluster=db.Cluster(shards=250))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert message.startswith("there are no sockets for 250 shards: Too many open files\nhint: use fewer shards")
+
+
+def test_a_file_whose_name_cannot_be_imported_is_refused_with_one_that_can(tmp_path: Path) -> None:
+    (tmp_path / "01.digits.py").write_text("job = None")
+    assert "for example to 01_digits.py" in refused(lambda: job_of(tmp_path / "01.digits.py"))
+
+
 def no_module() -> None:
     """Forgets to return it."""
 
@@ -122,6 +143,7 @@ def test_what_is_no_data_set_no_module_or_no_number_is_refused_by_what_it_is(tmp
         ),
         ({"test": "mnist"}, "Job(test=...) is a str, which is no data set"),
         ({"data": {"x": tensors[0]}}, "Job(data=...) is a dict, which is no data set"),
+        ({"model": complex_model}, "parameter weight has dtype torch.complex64; the flat vector holds floating-point"),
         ({"model": no_module}, "the job's model is a NoneType, not a torch.nn.Module"),
         ({"metrics": {"right": per_example_metric}}, "the metric right is [16], not a number"),
     ):

@@ -25,6 +25,7 @@ from distbelief.engine.listener import LOOPBACK, listen, listen_over_tcp, name_o
 from distbelief.engine.nursery import Nursery
 from distbelief.engine.pickles import Pickler, pack
 from distbelief.engine.script import Script
+from distbelief.errors import ConfigurationError
 
 T = TypeVar("T")
 
@@ -77,7 +78,17 @@ class LocalEngine(LocalHome):
         faults: Faults | None = None,
     ) -> None:
         names = (COORDINATOR, *listening)
-        self._listeners = {name: listen_over_tcp() if transport == "tcp" else listen(name) for name in names}
+        self._listeners: dict[str, socket.socket] = {}
+        try:
+            for name in names:
+                self._listeners[name] = listen_over_tcp() if transport == "tcp" else listen(name)
+        except OSError as error:
+            for listener in self._listeners.values():
+                listener.close()
+            raise ConfigurationError(
+                f"there are no sockets for {len(listening):,} shards: {error.strerror}",
+                hint="use fewer shards, or allow this process more open files (ulimit -n)",
+            ) from error
         addresses = {name: name_of(listener) for name, listener in self._listeners.items()}
         self._wiring = Wiring(new_key(), addresses, body_limit, faults or Faults())
         endpoint = Endpoint(self._wiring.key, listeners=[self._listeners[COORDINATOR]], body_limit=body_limit)
