@@ -14,7 +14,7 @@ from distbelief.downpour import Downpour
 from distbelief.downpour_coordinator import DownpourCoordinator
 from distbelief.engine.base import Engine
 from distbelief.engine.pickles import SHARED
-from distbelief.errors import CheckpointError, ConfigurationError
+from distbelief.errors import CheckpointError, ConfigurationError, DistbeliefError
 from distbelief.events import AnyEvent
 from distbelief.files import AnyPath
 from distbelief.job import Facts, Job
@@ -26,7 +26,9 @@ from distbelief.roles import evaluator_role, replica_role
 from distbelief.roster import EVALUATOR, RoleSpec, Settings, member_name, replica_name, shard_silence_seconds
 from distbelief.sandblaster import Sandblaster
 from distbelief.sandblaster_coordinator import SandblasterCoordinator
+from distbelief.tasks import Work
 from distbelief.uncut import Uncut
+from distbelief.update_rule import UpdateRule
 
 EVALUATIONS = 10
 """Passes of Sandblaster over the data between two looks at the test set, where the user has not said."""
@@ -38,7 +40,7 @@ def appoint(
     job: Job, engine: Engine, facts: Facts, run: Path, spans: list[Span], model: Uncut, restore: Restore,
     emit: Callable[[AnyEvent], None],
 ) -> Coordinator:  # fmt: skip
-    """The coordinator, with nothing started. Raises CheckpointError, ConfigurationError."""
+    """The coordinator, with nothing started; `restore` has been checked."""
     algorithm = job.algorithm
     keeping = algorithm.keeping if isinstance(algorithm, Sandblaster) else algorithm.update_rule
     partitions, is_batch = job.cluster.plan.partitions, isinstance(algorithm, Sandblaster)
@@ -70,7 +72,7 @@ def appoint(
     buffers = model.buffers if restore is None else checkpoint.read_buffers(*restore)
     manifest = checkpoint.manifests(model.module, facts.layout, facts.buffers, rule=repr(keeping), seed=job.seed)
     if isinstance(algorithm, Sandblaster):
-        work = algorithm.work(facts.examples, job.batch_size, job.cluster.replicas, job.seed)
+        work = _work(job, algorithm, facts)
         solver = _solver(algorithm, facts, restore, work.objective)
         if restore is not None and (before := restore[1].search) is not None and before.objective == work.objective:
             work = replace(work, computed=before.computed, round_trips=before.round_trips)
@@ -80,6 +82,52 @@ def appoint(
     return DownpourCoordinator(engine, settings, buffers, manifest, emit, leases, stages)
 
 
+def check_resume(job: Job, facts: Facts, folder: AnyPath, manifest: Manifest) -> None:
+    """Raise CheckpointError or ConfigurationError for a job that cannot go on from this checkpoint."""
+    if isinstance(job.algorithm, Sandblaster):
+        _solver(job.algorithm, facts, (folder, manifest), _work(job, job.algorithm, facts).objective)
+        return
+    before = manifest.leases
+    if before is None:
+        return
+    if before.examples_per_epoch != facts.examples or manifest.seed != job.seed:
+        raise CheckpointError(
+            f"{folder} was trained on {before.examples_per_epoch} examples with seed {manifest.seed}, "
+            f"the job has {facts.examples} with seed {job.seed}; examples would be lost or repeated\n"
+            "hint: resume with the same data and seed"
+        )
+    _check_rule(job.algorithm.update_rule, facts, folder, manifest)
+    leases = _leases(job, facts, (folder, manifest))
+    if leases.finished:
+        done = leases.settled_examples // facts.examples
+        raise ConfigurationError(
+            f"{folder} has {done} epoch{'s' if done > 1 else ''} behind it, the job asks for {job.epochs}",
+            hint=f"give more epochs, for example --epochs {done * 2}",
+        )
+
+
+def _check_rule(rule: UpdateRule, facts: Facts, folder: AnyPath, manifest: Manifest) -> None:
+    """Let the rule take the state of the first parameter. Raises CheckpointError when it is another rule's."""
+    one = Span(0, 1)
+    vectors = shard_file.read_span(folder, manifest.shards, one)
+    start = vectors.pop("parameters", torch.zeros(1, dtype=facts.layout.dtype))
+    scalars = shard_file.read_state(folder / manifest.shards[0].name).scalars
+    bound = rule.bind(start, facts.layout.segments(one), one)
+    try:
+        bound.load(vectors, scalars)
+    except DistbeliefError:
+        raise
+    except Exception as error:  # of a rule of the user's
+        raise CheckpointError(
+            f"{rule!r} does not take the state that {folder} has, {sorted([*vectors, *scalars])}: {error!r}\n"
+            "hint: resume with the rule of the checkpoint"
+        ) from error
+
+
+def _work(job: Job, algorithm: Sandblaster, facts: Facts) -> Work:
+    return algorithm.work(facts.examples, job.batch_size, job.cluster.replicas, job.seed)
+
+
 def _leases(job: Job, facts: Facts, restore: Restore) -> Leases:
     """All examples of the job, or those that a checkpoint of Downpour has not behind it."""
     if restore is None or restore[1].leases is None:
@@ -87,31 +135,7 @@ def _leases(job: Job, facts: Facts, restore: Restore) -> Leases:
         size = lease_size(facts.examples, job.batch_size, job.cluster.replicas, job.algorithm.n_push)
         return Leases(facts.examples, size, job.epochs)
     folder, manifest, before = *restore, restore[1].leases
-    if before.examples_per_epoch != facts.examples or manifest.seed != job.seed:
-        raise CheckpointError(
-            f"{folder} was trained on {before.examples_per_epoch} examples with seed {manifest.seed}, "
-            f"the job has {facts.examples} with seed {job.seed}; examples would be lost or repeated\n"
-            "hint: resume with the same data and seed"
-        )
-    _check_rule(job, facts, folder, manifest)
-    leases = Leases.resumed(before, job.epochs, checkpoint.read_replica_positions(folder, manifest))
-    if leases.finished:
-        done = manifest.examples // facts.examples
-        raise ConfigurationError(
-            f"{folder} has {done} epochs behind it, the job asks for {job.epochs}",
-            hint=f"give more epochs, for example --epochs {done * 2}",
-        )
-    return leases
-
-
-def _check_rule(job: Job, facts: Facts, folder: AnyPath, manifest: Manifest) -> None:
-    """Let the job's rule take the state of the first parameter. Raises CheckpointError when it is another rule's."""
-    assert isinstance(job.algorithm, Downpour)
-    one = Span(0, 1)
-    vectors = shard_file.read_span(folder, manifest.shards, one)
-    start = vectors.pop("parameters", torch.zeros(1, dtype=facts.layout.dtype))
-    scalars = shard_file.read_state(folder / manifest.shards[0].name).scalars
-    job.algorithm.update_rule.bind(start, facts.layout.segments(one), one).load(vectors, scalars)
+    return Leases.resumed(before, job.epochs, checkpoint.read_replica_positions(folder, manifest))
 
 
 def _solver(algorithm: Sandblaster, facts: Facts, restore: Restore, objective: str) -> Solver:

@@ -72,7 +72,7 @@ def command() -> None:
         said = f"there is no command {arguments[0]}\n\n" if arguments and not asked else ""
         print(said + USAGE, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
-    if arguments[0] in ("resume", "export", "show") and arguments[1:] in (["-h"], ["--help"]):
+    if arguments[1:] in (["-h"], ["--help"]):
         print(USAGE)
         return
     try:
@@ -86,8 +86,13 @@ def main(make_job: Callable[..., Job]) -> None:
 
     `make_job` is a function of the script with typed keyword parameters that all have defaults.
     """
-    script = str(Path(inspect.getfile(make_job)).resolve())
-    _run(lambda: _start(make_job, Launch(script), sys.argv[1:], f"python {sys.argv[0]}", None))
+    script = Path(inspect.getfile(make_job)).resolve()
+
+    def start() -> None:
+        launch.check_name(script)
+        _start(make_job, Launch(str(script)), sys.argv[1:], f"python {sys.argv[0]}", None)
+
+    _run(start)
 
 
 def _run(action: Callable[[], None]) -> None:

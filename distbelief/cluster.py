@@ -56,8 +56,8 @@ class Cluster:
     shard after this and the time that its parameters take at 5 MB/s, which it may spend on a checkpoint."""
 
     def __post_init__(self) -> None:
-        check_whole(self, ("replicas", "shards", "threads_per_replica", "memory_bytes"))
-        check_number(self, ("cpus_per_replica", "gpus_per_replica", "lost_seconds", "silence_seconds"))
+        check_whole(self, ("replicas", "shards", "threads_per_replica"))
+        check_number(self, ("memory_bytes", "cpus_per_replica", "gpus_per_replica", "lost_seconds", "silence_seconds"))
         if not isinstance(self.partitions, Plan):
             check_whole(self, ("partitions",))
         for name in ("replicas", "shards"):

@@ -31,7 +31,7 @@ AccrueName = Literal["mean", "sum"]
 
 REPORT_SECONDS = 0.25
 BUFFERS_SECONDS = 0.25
-"""Evaluations use buffers that are at most so old, with parameters that are not."""
+"""Evaluations and checkpoints use buffers that may be so old, or a longer mini-batch, with newer parameters."""
 IDLE_SECONDS = 0.05
 
 

@@ -297,22 +297,25 @@ def _kind(sample: Any) -> str:
 
 
 def _check_is_data(data: Any, name: str) -> None:
-    """Raise ConfigurationError for what has a length and is no data set all the same."""
-    arrays = isinstance(data, tuple) and all(hasattr(part, "shape") for part in data)
-    if arrays or isinstance(data, str | bytes | Mapping):
+    """Raise ConfigurationError for what has a length and items, but is no data set all the same."""
+    parts = data if isinstance(data, tuple | list) and len(data) in (2, 3) else ()
+    lengths = {len(part) if getattr(part, "shape", ()) else 0 for part in parts}
+    tensors = len(lengths) == 1 and min(lengths) > len(parts)
+    if tensors or isinstance(data, str | bytes) or (isinstance(data, Mapping) and 0 not in data):
+        what = f"{type(data).__name__} of {len(parts)} tensors" if tensors else type(data).__name__
         raise ConfigurationError(
-            f"Job({name}=...) is a {_kind(data) if arrays else type(data).__name__}, which is no data set",
+            f"Job({name}=...) is a {what}, which is no data set",
             hint="give torch.utils.data.TensorDataset(inputs, targets), another map-style data set, or a function that "
             "builds one",
         )
 
 
 def _build_data(data: Any, name: str) -> Any:
-    _check_is_data(data, name)
     builds = callable(data) and (isinstance(data, type) or not hasattr(data, "__getitem__"))
     built = data() if builds else data
     if built is None and name == "test":
         return None
+    _check_is_data(built, name)
     if not hasattr(built, "__getitem__") or not hasattr(built, "__len__"):
         raise ConfigurationError(
             f"Job({name}=...) is a {type(built).__name__}, which has no length or cannot be indexed",

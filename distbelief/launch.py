@@ -53,11 +53,7 @@ def job_of(path: Path) -> Callable[..., Job]:
     """The `job` of a script, as a function. Raises ConfigurationError."""
     if not path.is_file():
         raise ConfigurationError(f"there is no file {path}", hint="give the path of a Python file that defines job")
-    if "." in path.stem:
-        raise ConfigurationError(
-            f"{path} cannot be imported, as other processes do, for the dot in its name",
-            hint=f"rename it, for example to {path.stem.replace('.', '_')}.py",
-        )
+    check_name(path)
     found = getattr(_load(path), "job", None)
     if isinstance(found, Job):
         job = found
@@ -68,6 +64,15 @@ def job_of(path: Path) -> Callable[..., Job]:
             hint="define `job = distbelief.Job(...)`, or a function `def job(...) -> distbelief.Job`",
         )
     return found
+
+
+def check_name(path: Path) -> None:
+    """Raise ConfigurationError for a script that other processes cannot import."""
+    if "." in path.stem:
+        raise ConfigurationError(
+            f"{path} cannot be imported, as other processes do, for the dot in its name",
+            hint=f"rename it, for example to {path.stem.replace('.', '_')}.py",
+        )
 
 
 def _load(path: Path) -> ModuleType:

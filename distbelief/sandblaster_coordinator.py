@@ -82,7 +82,7 @@ class SandblasterCoordinator(Coordinator):
         """Checkpoints that are not durable, oldest first; the newest of them is kept."""
         self._computed = work.computed
         """Examples whose gradients were added up, over all evaluations."""
-        self._rate = (engine.now(), 0)
+        self._rate = (engine.now(), work.computed)
         self._errands.append(self._offer)
 
     # what replicas may ask

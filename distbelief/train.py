@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from distbelief import checkpoint, events
-from distbelief.appoint import appoint, started
+from distbelief.appoint import appoint, check_resume, started
 from distbelief.coordinator import Coordinator
 from distbelief.engine.base import Engine, Faults
 from distbelief.engine.hosts import HostsEngine
@@ -85,12 +85,12 @@ def train(
     if job.cluster.engine != "ray":  # this process computes nothing, and other hosts have other devices
         check_device(job.cluster.device)
     engine = engine_of(job, faults, costs)
-    with contextlib.closing(engine), contextlib.ExitStack() as alone:
+    with contextlib.ExitStack() as alone, contextlib.closing(engine):
         facts = engine.load(prepare, job, attempt=attempt)
         spans = _spans(job, facts)
         model = Uncut(job, facts)
         run = _open_run(job, resume)
-        alone.enter_context(_alone(run))
+        alone.enter_context(_alone(run, resume=resume is not None))
         if isinstance(engine, HostsEngine) and isinstance(home := checkpoint.home(run), Path):
             engine.check_visible(home if home.is_dir() else run)
         rejected: list[AnyEvent] = []
@@ -103,6 +103,7 @@ def train(
         launched = launch or of_main()
         with _run_folder(run):
             if restore is not None:
+                check_resume(job, facts, *restore)
                 restore = recut(*restore, facts.layout, facts.buffers, model.buffers)
         record = Record(run)
         with _reporting(record, run, engine, listeners, view) as emit:
@@ -165,10 +166,14 @@ def _open_run(job: Job, resume: Path | str | None) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(run: Path) -> Iterator[None]:
+def _alone(run: Path, *, resume: bool) -> Iterator[None]:
     """Hold the run for this process; the system lets go of it however the process ends. Raises ConfigurationError."""
+    path = run / "events.jsonl"
+    if resume and not path.exists():
+        yield  # it may be no run
+        return
     with _run_folder(run):
-        held = (run / "events.jsonl").open("ab")
+        held = path.open("ab")
     with held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,7 +184,11 @@ def _alone(run: Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass  # a file system without locks
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(held, fcntl.LOCK_UN)  # for processes, too, that a listener may have forked
 
 
 def _keep_elsewhere(run: Path, job: Job) -> None:

@@ -247,8 +247,8 @@ def test_a_process_counts_as_alive_until_it_is_dead_and_not_when_another_has_its
 
 @pytest.mark.slow
 def test_a_job_in_which_a_shard_dies_is_told_with_what_that_cost() -> None:
-    outcome = failures_product.disturbed(4000, 1, db.Faults(kill=((0.6, "shard/0"),)))
-    assert (outcome.seen, outcome.missing, outcome.losses) == (4000, 0, 1)
+    outcome = failures_product.disturbed(16_000, 1, db.Faults(kill=((0.6, "shard/0"),)))
+    assert (outcome.seen, outcome.missing, outcome.losses) == (16_000, 0, 1)
     assert outcome.back_seconds is not None
     assert 0 < outcome.back_seconds < outcome.seconds
 

@@ -191,9 +191,9 @@ def test_a_command_that_is_not_there_is_named_and_help_and_version_are_there(
         run("trian", "rules_script.py")
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("there is no command trian\n\ndistbelief train FILE.py")
-    for verb in ("resume", "export", "show"):
+    for verb in ("train", "plan", "resume", "export", "show"):
         run(verb, "--help")
-        assert f"distbelief {verb} RUN" in capsys.readouterr().out
+        assert f"distbelief {verb} " in capsys.readouterr().out
     run("--version")
     module = subprocess.run(
         [sys.executable, "-m", "distbelief", "--version"], capture_output=True, text=True, check=True, timeout=60

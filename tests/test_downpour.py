@@ -242,8 +242,8 @@ def test_buffers_travel_when_training_changed_them_and_constant_ones_never(
         assert taken == []
         assert torch.equal(kept["table"], torch.arange(1000.0))
         return
-    # 12.8 s of training, a look every two seconds and at the end.
-    assert 6 <= len([replica for replica, _ in taken if replica == 0]) <= 10
+    # 12.8 s of training in mini-batches of 0.16 s, a look at every second one and at the end.
+    assert 36 <= len([replica for replica, _ in taken if replica == 0]) <= 42
     # A replica that has not trained has nothing to say.
     assert len([replica for replica, _ in taken if replica == 1]) <= 1
     assert all(values.any() for _, values in taken)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ def trained(
     job = dataclasses.replace(job, run=tmp_path / f"run{number}")
     result = db.train(job, view=False, listeners=[heard.append, *more], **options)
     return result, heard
+
+
+@pytest.fixture(autouse=True)
+def heeding() -> Iterator[None]:
+    """Ctrl-C is heeded, also where the tests run in the background of a shell, which begins them to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def of(kind: type, heard: list[Observation]) -> list[Any]:

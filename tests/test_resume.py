@@ -6,8 +6,10 @@ import functools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -138,24 +140,71 @@ def test_a_refused_resume_changes_nothing_in_the_run_folder(tmp_path: Path) -> N
     assert problems.same_parameters(module, result.model)
 
 
+class Strange:
+    """A rule of a user's own that knows no other's state."""
+
+    name = "strange"
+
+    def __repr__(self) -> str:
+        return "Strange()"
+
+    def check(self, groups: Any) -> None:
+        """Anything goes."""
+
+    def bind(self, parameters: torch.Tensor, segments: Any, span: Any) -> Any:
+        return self
+
+    def load(self, vectors: Any, scalars: Any) -> None:
+        vectors["momentum"]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"seed": 3}, "with seed 3"),
         ({"algorithm": db.Downpour(update_rule=db.adam())}, "resume with the rule of the checkpoint"),
+        ({"seed": 3, "cluster": db.Cluster(partitions=2)}, "with seed 3"),
+        (
+            {"algorithm": db.Downpour(update_rule=Strange())},
+            r"Strange\(\) does not take .*KeyError.*\nhint: resume with",
+        ),
         ({"epochs": 1}, r"run/checkpoints/\d+ has 2 epochs behind it, the job asks for 1\nhint: .* --epochs 4"),
     ],
-    ids=["seed", "rule", "epochs"],
+    ids=["seed", "rule", "cut", "own rule", "epochs"],
 )
 def test_what_a_refused_resume_was_given_is_not_kept_and_no_role_starts(
     changes: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     run = trained(problems.job(), tmp_path / "run").run
-    before = {path.name: path.read_bytes() for path in run.glob("*.json*")}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     job, given = problems.job(**({"epochs": 3} | changes)), Launch("other.py", {}, {"seed": 3})
     with pytest.raises(db.DistbeliefError, match=said):
         db.train(job, resume=run, view=False, launch=given)
-    assert {path.name: path.read_bytes() for path in run.glob("*.json*")} == before
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_is_no_run_is_left_as_it_is_by_a_resume(tmp_path: Path) -> None:
+    with pytest.raises(db.CheckpointError, match="holds no complete checkpoint"):
+        db.train(problems.job(), resume=tmp_path, view=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_can_be_resumed_while_a_process_that_a_listener_forked_lives_on(tmp_path: Path) -> None:
+    forked: list[int] = []
+
+    def fork(observation: Observation) -> None:
+        if isinstance(observation.event, JobStarted):
+            forked.append(os.fork())
+            if not forked[-1]:
+                time.sleep(60)
+                os._exit(0)
+
+    trained(problems.job(epochs=1), tmp_path / "run", listeners=[fork])
+    try:
+        assert db.train(problems.job(), resume=tmp_path / "run", view=False).summary.examples.missing == 0
+    finally:
+        os.kill(forked[0], signal.SIGKILL)
+        os.waitpid(forked[0], 0)
 
 
 def test_a_run_that_is_being_trained_is_not_trained_by_anybody_else(tmp_path: Path) -> None:
@@ -168,7 +217,8 @@ def test_a_run_that_is_being_trained_is_not_trained_by_anybody_else(tmp_path: Pa
             refused.append(str(caught.value))
 
     result = trained(problems.job(), tmp_path / "run", listeners=[interfere])
-    assert [words.partition(" is being trained by another process")[2][:1] for words in refused] == [","] * 2
+    assert len(refused) == 2
+    assert all("run is being trained by another process" in words for words in refused)
     assert result.summary.examples.seen == 2 * 640
     resumed = db.train(problems.job(epochs=3), resume=tmp_path / "run", view=False)
     assert resumed.summary.examples.seen == 3 * 640

@@ -20,7 +20,16 @@ from distbelief.channel.base import Future, Remote, Signature
 from distbelief.checkpoint import complete
 from distbelief.engine.virtual import Answer
 from distbelief.errors import PeerLost
-from distbelief.events import Evaluated, EvaluationLost, Iterated, JobFinished, Observation, RoleLost, ShardRestored
+from distbelief.events import (
+    BatchProgress,
+    Evaluated,
+    EvaluationLost,
+    Iterated,
+    JobFinished,
+    Observation,
+    RoleLost,
+    ShardRestored,
+)
 from distbelief.lbfgs import Step, Stop
 from distbelief.parameter_server import ParameterServerShard
 from distbelief.sandblaster_coordinator import SandblasterCoordinator
@@ -301,6 +310,8 @@ def test_a_run_that_was_cut_short_resumes_where_it_was(replicas: int, tmp_path: 
     (finished,) = of_kind(after, JobFinished)
     assert finished.seen == finished.evaluations * 60
     assert finished.round_trips >= finished.evaluations
+    rates = [event.examples_per_second for event in of_kind(after, BatchProgress)]
+    assert max(rates) < 2 * max(event.examples_per_second for event in of_kind(before, BatchProgress))
     assert of_kind(after, Iterated)[0].examples > of_kind(before, Iterated)[-1].examples
 
 

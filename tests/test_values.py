@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -130,6 +131,19 @@ def no_module() -> None:
     """Forgets to return it."""
 
 
+def lambda_free_pair() -> tuple[Tensor, Tensor]:
+    return torch.randn(64, 12), torch.zeros(64, dtype=torch.int64)
+
+
+def test_numbers_of_numpy_and_mappings_from_0_on_are_taken(tmp_path: Path) -> None:
+    given = job(epochs=np.int64(1), evaluate_every=np.int32(100), checkpoint_seconds=np.float32(0.5))
+    assert [type(each) for each in (given.epochs, given.evaluate_every, given.checkpoint_seconds)] == [int, int, float]
+    examples = dict(enumerate(points(64)))
+    assert db.Cluster(memory_bytes=8e9).memory_bytes == 8e9  # type: ignore[arg-type]
+    result = db.train(job(data=examples, epochs=1, run=tmp_path / "run"), view=False)
+    assert result.summary.examples.seen == 64
+
+
 def per_example_metric(output: Tensor, target: Tensor) -> Tensor:
     return output.argmax(1) == target
 
@@ -139,10 +153,11 @@ def test_what_is_no_data_set_no_module_or_no_number_is_refused_by_what_it_is(tmp
     for fields, said in (
         (
             {"data": tensors},
-            "Job(data=...) is a (Tensor, Tensor), which is no data set\nhint: give torch.utils.data.Tensor",
+            "Job(data=...) is a tuple of 2 tensors, which is no data set\nhint: give torch.utils.data.Tensor",
         ),
         ({"test": "mnist"}, "Job(test=...) is a str, which is no data set"),
         ({"data": {"x": tensors[0]}}, "Job(data=...) is a dict, which is no data set"),
+        ({"data": lambda_free_pair}, "Job(data=...) is a tuple of 2 tensors, which is no data set"),
         ({"model": complex_model}, "parameter weight has dtype torch.complex64; the flat vector holds floating-point"),
         ({"model": no_module}, "the job's model is a NoneType, not a torch.nn.Module"),
         ({"metrics": {"right": per_example_metric}}, "the metric right is [16], not a number"),

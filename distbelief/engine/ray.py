@@ -185,10 +185,10 @@ class RayKeepers:
                     code = ray.get(running)
                     found[host] = (
                         f"its keeper ended with exit code {code}; is distbelief installed there?"
-                        if code > 0 else f"its keeper was ended by signal {-code}"
+                        if code >= 0 else f"its keeper was ended by signal {-code}"
                     )  # fmt: skip
                 except ray.exceptions.RayError as error:
-                    found[host] = f"its keeper was lost: {str(error).splitlines()[0]}"
+                    found[host] = f"its keeper was lost: {(str(error) or type(error).__name__).splitlines()[0]}"
         return found
 
     def choose(self, role: str, hosts: Sequence[str]) -> str:

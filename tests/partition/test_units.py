@@ -421,11 +421,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, int, dict[str, Cut], s
     ),
     "more partitions than units": (
         lambda: perceptron(4, 8, 2), ROWS, 9, {},
-        "the model has units for 1 of 9 partitions; partition 0 would have nothing to compute", "at most 1 partitions",
+        "the model has units for 1 of 9 partitions; partition 0 would have nothing to compute", "use fewer partitions",
     ),
     "more partitions than layers": (
         lambda: perceptron(4, 8, 8), ROWS, 3, {"0": on(0), "2": on(1)},
-        "the model has units for 2 of 3 partitions; partition 2 would", "at most 2 partitions",
+        "the model has units for 2 of 3 partitions; partition 2 would", "use fewer partitions",
     ),
     "more partitions than rows": (
         lambda: perceptron(4, 3, 40), ROWS, 4, {"0": rows()},
