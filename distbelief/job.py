@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Job: the value a user writes. What can be wrong with it is said here, before anything starts."""
 
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,10 +190,9 @@ class Facts:
     test_examples: int
 
     def __str__(self) -> str:
-        tensors = (
-            f"{self.layout.length:,} parameters in {len(self.layout.pieces)} tensors ({self.layout.fingerprint()})"
-        )
-        return f"{tensors}, {self.examples:,} examples and {self.test_examples:,} to test on"
+        layouts = f"layout {zlib.crc32(repr((self.layout, self.buffers)).encode()):08x}"
+        tensors = f"{self.layout.length:,} parameters in {len(self.layout.pieces)} tensors"
+        return f"{tensors} ({layouts}), {self.examples:,} examples and {self.test_examples:,} to test on"
 
 
 def prepare(job: Job) -> tuple[Prepared, Facts]:

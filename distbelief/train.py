@@ -100,10 +100,10 @@ def train(
                 run, lambda path, reason: rejected.append(events.CheckpointRejected(path=str(path), reason=reason))
             )
             checkpoint.check_same_model(restore[1], model.module, restore[0])
+            check_resume(job, facts, *restore)
         launched = launch or of_main()
         with _run_folder(run):
             if restore is not None:
-                check_resume(job, facts, *restore)
                 restore = recut(*restore, facts.layout, facts.buffers, model.buffers)
         record = Record(run)
         with _reporting(record, run, engine, listeners, view) as emit:

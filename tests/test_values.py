@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 import distbelief as db
-from distbelief.job import prepare
+from distbelief.job import Facts, prepare
 from distbelief.launch import job_of
 from distbelief.model_replica import pick_device
+from distbelief.parameters import lay_out
 from distbelief.portions import Stages
 from tests.problems import classifier, job, points
 
@@ -133,6 +134,15 @@ def no_module() -> None:
 
 def lambda_free_pair() -> tuple[Tensor, Tensor]:
     return torch.randn(64, 12), torch.zeros(64, dtype=torch.int64)
+
+
+def test_what_hosts_are_told_to_have_prepared_differs_wherever_it_does() -> None:
+    layout = lay_out(classifier())
+    weighted = lay_out(classifier(), lambda name, parameter: {"weight_decay": 0.1})
+    facts = [Facts(each, buffers, 640, 200) for each in (layout, weighted) for buffers in (layout, weighted)]
+    assert len({str(each) for each in facts}) == 4
+    assert "259 parameters in 4 tensors (layout " in str(facts[0])
+    assert str(facts[0]).endswith("), 640 examples and 200 to test on")
 
 
 def test_numbers_of_numpy_and_mappings_from_0_on_are_taken(tmp_path: Path) -> None:
