@@ -130,7 +130,7 @@ class Peer:
 
     what: str
     baseline: Baseline
-    question: tuple[float | str, ...]
+    question: tuple[float, ...]
     comes: str
 
 

@@ -132,8 +132,8 @@ def _wait_for(run: Path, examples: int, process: "subprocess.Popen[bytes]") -> f
     """Wait until so many examples are behind a job; seconds since its first one."""
     while process.poll() is None:
         if (run / "events.jsonl").exists():
-            progress = [one for one in read_events(run / "events.jsonl") if isinstance(one.event, Progress)]
-            told = [(one.seconds, one.event.examples) for one in progress if isinstance(one.event, Progress)]
+            heard = read_events(run / "events.jsonl")
+            told = [(one.seconds, one.event.examples) for one in heard if isinstance(one.event, Progress)]
             if told and told[-1][1] >= examples:
                 return told[-1][0] - next(seconds for seconds, seen in told if seen)
         time.sleep(POLL_SECONDS)

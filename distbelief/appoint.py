@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from distbelief import checkpoint, events, shard_file
-from distbelief.checkpoint import Manifest
+from distbelief.checkpoint import Manifest, Search
 from distbelief.coordinator import Coordinator
 from distbelief.downpour import Downpour
 from distbelief.downpour_coordinator import DownpourCoordinator
@@ -22,6 +22,7 @@ from distbelief.lbfgs import Solver
 from distbelief.parameter_server import ParameterServerShard, shard_name
 from distbelief.parameters import Span
 from distbelief.portions import Leases, lease_size
+from distbelief.report.words import count
 from distbelief.roles import evaluator_role, replica_role
 from distbelief.roster import EVALUATOR, RoleSpec, Settings, member_name, replica_name, shard_silence_seconds
 from distbelief.sandblaster import Sandblaster
@@ -74,7 +75,7 @@ def appoint(
     if isinstance(algorithm, Sandblaster):
         work = _work(job, algorithm, facts)
         solver = _solver(algorithm, facts, restore, work.objective)
-        if restore is not None and (before := restore[1].search) is not None and before.objective == work.objective:
+        if (before := _search(restore, work.objective)) is not None:
             work = replace(work, computed=before.computed, round_trips=before.round_trips)
         return SandblasterCoordinator(engine, settings, buffers, manifest, emit, solver, work)
     leases = _leases(job, facts, restore)
@@ -101,7 +102,7 @@ def check_resume(job: Job, facts: Facts, folder: AnyPath, manifest: Manifest) ->
     if leases.finished:
         done = leases.settled_examples // facts.examples
         raise ConfigurationError(
-            f"{folder} has {done} epoch{'s' if done > 1 else ''} behind it, the job asks for {job.epochs}",
+            f"{folder} has {count(done, 'epoch')} behind it, the job asks for {job.epochs}",
             hint=f"give more epochs, for example --epochs {done * 2}",
         )
 
@@ -138,13 +139,19 @@ def _leases(job: Job, facts: Facts, restore: Restore) -> Leases:
     return Leases.resumed(before, job.epochs, checkpoint.read_replica_positions(folder, manifest))
 
 
+def _search(restore: Restore, objective: str) -> Search | None:
+    """Where the search for a minimum of this objective was, if the checkpoint is of one."""
+    before = None if restore is None else restore[1].search
+    return before if before is not None and before.objective == objective else None
+
+
 def _solver(algorithm: Sandblaster, facts: Facts, restore: Restore, objective: str) -> Solver:
     """A search from its beginning, or where a checkpoint of the same objective was in it."""
     line = Span(0, facts.layout.length)
     bends = any(penalty.bends for penalty in algorithm.keeping.penalties(facts.layout.segments(line), line))
     options = algorithm.options(facts.layout.dtype, bends)
-    before = None if restore is None else restore[1].search
-    if restore is None or before is None or before.objective != objective:
+    before = _search(restore, objective)
+    if restore is None or before is None:
         return Solver(options)
     folder, _ = restore
     if (examples := before.examples) != facts.examples:

@@ -21,12 +21,14 @@ from distbelief.cluster import Cluster
 from distbelief.errors import ConfigurationError
 from distbelief.events import JobFinished, Observation
 from distbelief.job import Job
+from distbelief.model_replica import scalar
 from distbelief.parameters import Groups
 from distbelief.sandblaster import Sandblaster
 from distbelief.train import train
 
 ONE = "x"
 """The name of the parameter where there is one only."""
+WORDS = "the function returned", "return the sum over the examples of the portion, for example losses.sum()"
 
 
 @dataclass(frozen=True)
@@ -71,19 +73,8 @@ class Share:
         x = held[ONE] if self.single else dict(held.items())
         first = batch[0] if isinstance(batch, tuple | list) else batch
         if self.data == "none":
-            return _scalar(self.function(x))
-        return _scalar(self.function(x, first if self.data == "tensor" else batch)) / len(first)
-
-
-def _scalar(value: Any) -> Tensor:
-    """What the user's function returned, if it is one number. Raises ConfigurationError."""
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ConfigurationError(
-            f"the function returned {shape}, not a scalar",
-            hint="return the sum over the examples of the portion, for example losses.sum()",
-        )
-    return value
+            return scalar(self.function(x), *WORDS)
+        return scalar(self.function(x, first if self.data == "tensor" else batch), *WORDS) / len(first)
 
 
 def minimize(

@@ -51,14 +51,13 @@ class Objective:
         return loss.detach()
 
 
-def scalar(value: Any) -> torch.Tensor:
-    """The loss of one mini-batch, if it is one number. Raises ConfigurationError."""
+def scalar(
+    value: Any, subject: str = "the loss is", hint: str = "return the mean over the mini-batch, for example loss.mean()"
+) -> torch.Tensor:
+    """The loss of one mini-batch, or what else is to be one number. Raises ConfigurationError."""
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise ConfigurationError(
-            f"the loss is {shape}, not a scalar",
-            hint="return the mean over the mini-batch, for example loss.mean()",
-        )
+        raise ConfigurationError(f"{subject} {shape}, not a scalar", hint=hint)
     return value
 
 
