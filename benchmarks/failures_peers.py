@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ FRAMES = 20_000
 def data_parallel() -> Iterator[Callable[[float], float]]:
     """DistributedDataParallel on two gloo processes, with torch's own time limits.
 
-    Yields `measure(still_seconds)`, seconds that some steps take longer when one process is stopped for so long; with 0
+    Yields `measure(still_seconds)`, seconds of the longest step while one process is stopped for so long; with 0
     it is killed instead, and the answer is seconds from then to the exception in the other.
     """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -66,20 +67,22 @@ def _second(folder: str, connection: Any) -> None:
 
 
 def _stand_still(loop: Loop, pid: int, seconds: float) -> float:
-    undisturbed = _seconds(loop)
+    _longest(loop)
     os.kill(pid, signal.SIGSTOP)
     timer = threading.Timer(seconds, os.kill, (pid, signal.SIGCONT))
     timer.start()
-    disturbed = _seconds(loop)
+    waited = _longest(loop)
     timer.join()
-    return disturbed - undisturbed
+    return waited
 
 
-def _seconds(loop: Loop) -> float:
-    start = time.perf_counter()
+def _longest(loop: Loop) -> float:
+    """Seconds of the longest of some steps."""
+    moments = [time.perf_counter()]
     for _ in range(STEPS):
         loop.step(BATCH_SIZE)
-    return time.perf_counter() - start
+        moments.append(time.perf_counter())
+    return max(later - earlier for earlier, later in pairwise(moments))
 
 
 def _die(loop: Loop, pid: int) -> float:
