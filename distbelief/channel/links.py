@@ -13,7 +13,7 @@ from distbelief.channel.secure import SecureLink
 from distbelief.errors import PeerLost
 
 BUFFER_BYTES = 1 << 20
-LOW_WATER_BYTES = 1 << 19
+LEAST_WAKE_BYTES, MOST_WAKE_BYTES = 1 << 17, 1 << 19
 PROBE_SECONDS = 1
 """How long a TCP connection is quiet before its kernel asks the other one whether it is there."""
 _UNDER_WAY = (0, errno.EINPROGRESS)
@@ -104,9 +104,11 @@ def _plain(parts: deque[Part]) -> list[memoryview]:
 def wake_for(link: socket.socket, awaited_bytes: int, before: int) -> int:
     """In the midst of a long body, be woken for a good part of it, not for each packet.
 
-    The answer is for how many bytes, so far `before`.
+    For a quarter of what is awaited, so that a body of a few hundred kilobytes is copied here while the other side is
+    still copying its end. The answer is for how many bytes, so far `before`.
     """
-    wanted = max(1, min(LOW_WATER_BYTES, awaited_bytes))
+    good_part = min(max(awaited_bytes // 4, LEAST_WAKE_BYTES), MOST_WAKE_BYTES)
+    wanted = max(1, min(good_part, awaited_bytes))
     if wanted != before:
         link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
     return wanted
