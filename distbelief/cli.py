@@ -2,9 +2,12 @@
 """The command line: builds the same values as a script would."""
 
 import ast
+import copy
 import dataclasses
+import functools
 import gc
 import inspect
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -178,34 +181,53 @@ def _parse(
     more: Sequence[tuple[str, Any, Any]] = (),
 ) -> tuple[Job, Launch, dict[str, Any]]:  # fmt: skip
     """The job of the script's options and its own, how to start it again, and the values of `more` options."""
+    parse = functools.partial(_parse_command, make_job, program)
+    options = {name: parameter.default for name, parameter in inspect.signature(make_job).parameters.items()}
+    overrides: dict[str, Any] = {}
+    for earlier in before.commands:
+        try:
+            options, overrides, _ = parse(earlier, options, overrides)
+        except (SystemExit, ConfigurationError) as error:
+            raise ConfigurationError(
+                f"the run was started with {shlex.join(earlier)}, which {before.script} does not take any more",
+                hint="let its job take these options again, or start another run",
+            ) from error
+    options, overrides, extra = parse(arguments, options, overrides, more)
+    return _override(make_job(**options), overrides), before.then(arguments), extra
+
+
+def _parse_command(
+    make_job: Callable[..., Job], program: str, arguments: Sequence[str], options: dict[str, Any],
+    overrides: dict[str, Any], more: Sequence[tuple[str, Any, Any]] = (),
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """The script's options, the overrides of the job's fields, and `more`, after one command; before it as given."""
     hints = get_type_hints(make_job, include_extras=True)
     extra = [name for name, _, _ in more]
     fields = {item.name for item in dataclasses.fields(Job)} - NOT_OPTIONS | {*extra}
-    for name, parameter in inspect.signature(make_job).parameters.items():
-        if name in fields or name not in hints or parameter.default is parameter.empty:
+    for name, value in options.items():
+        if name in fields or name not in hints or value is inspect.Parameter.empty:
             raise ConfigurationError(
                 f"parameter {name} of {make_job.__name__} cannot become an option"
                 + (": distbelief has an option of that name" if name in fields else ""),
                 hint="give every parameter a name of its own, a type and a default, for example `width: int = 512`",
             )
     own = [
-        (name, hints[name], dataclasses.field(default=before.options.get(name, parameter.default)))
-        for name, parameter in inspect.signature(make_job).parameters.items()
+        (name, hints[name], dataclasses.field(default_factory=functools.partial(copy.copy, value)))
+        for name, value in options.items()
     ]
-    options_type = dataclasses.make_dataclass("Options", [*own, *more, *_override_fields(Job)], kw_only=True)
+    kind = dataclasses.make_dataclass("Options", [*own, *more, *_override_fields(Job)], kw_only=True)
     about = inspect.getdoc(make_job) or ""
     algorithm, arguments = _algorithm(arguments)
-    options: Any = tyro.cli(options_type, args=arguments, prog=program, description=f"{about}\n\n{ALGORITHM_OPTION}")
-    given = {name: getattr(options, name) for name, _, _ in own}
-    overrides = before.overrides | _given(options, [*given, *extra])
+    parsed: Any = tyro.cli(kind, args=arguments, prog=program, description=f"{about}\n\n{ALGORITHM_OPTION}")
+    given = _given(parsed, [*options, *extra])
     if algorithm is not None:
         # Another algorithm begins with its defaults, not with what an earlier command said of the one before.
         overrides = {name: value for name, value in overrides.items() if not name.startswith("algorithm")}
-        overrides |= _given(options, [*given, *extra]) | {"algorithm": algorithm}
+        given["algorithm"] = algorithm
     return (
-        _override(make_job(**given), overrides),
-        Launch(before.script, given, overrides),
-        {name: getattr(options, name) for name in extra},
+        {name: getattr(parsed, name) for name in options},
+        overrides | given,
+        {name: getattr(parsed, name) for name in extra},
     )
 
 

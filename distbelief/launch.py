@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run was started, so that `distbelief resume RUN` can start it again: the script, its options, the overrides."""
+"""How a run was started, so that `distbelief resume RUN` can start it again: the script, and what commands said."""
 
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import msgspec
 
@@ -17,19 +16,21 @@ from distbelief.job import Job
 LAUNCH = "launch.json"
 
 
-class Launch(msgspec.Struct, frozen=True):
-    """The command behind a run."""
+class Launch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The commands behind a run."""
 
     script: str | None = None
     """Path of the script that defines `job`; None when there is none, as in an interactive session."""
-    options: dict[str, Any] = {}
-    """Arguments of the script's `job` function."""
-    overrides: dict[str, Any] = {}
-    """Dotted field of the job -> value given on the command line."""
+    commands: tuple[tuple[str, ...], ...] = ()
+    """The options of each command, the first one first, as they were typed: so they may be of any type."""
+
+    def then(self, command: Sequence[str]) -> "Launch":
+        """With another command behind these."""
+        return Launch(self.script, (*self.commands, tuple(command)) if command else self.commands)
 
     def write(self, run: Path) -> None:
         """Keep it in the run folder. Raises OSError."""
-        (run / LAUNCH).write_bytes(msgspec.json.format(msgspec.json.encode(self, enc_hook=str), indent=1))
+        (run / LAUNCH).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
 
 
 def read(run: Path) -> Launch:

@@ -103,6 +103,65 @@ def test_a_rule_or_rate_that_cannot_be_is_refused_before_anything_starts(
     assert not Path("a").exists()
 
 
+TYPED = """
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+import distbelief as db
+from tests import problems
+
+class Kind(enum.Enum):
+    ONE = len
+    TWO = print
+
+@dataclass(frozen=True)
+class Plain:
+    width: int = 3
+
+@dataclass(frozen=True)
+class Deep:
+    where: Path = Path("/")
+
+def job(
+    folder: Path = Path("x"), kind: Kind = Kind.ONE, sizes: tuple[int, ...] = (8,), names: list[str] = ["a"],
+    mode: Literal["a", "b"] = "a", wait: float = 1.0, net: Plain | Deep = Plain(), flag: bool = True,
+) -> db.Job:
+    print("options:", repr(folder), kind, sizes, names, mode, wait, net, flag)
+    return problems.job(epochs=1)
+"""
+
+
+def test_options_of_every_type_are_those_of_the_commands_before_when_a_run_is_resumed(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rules_script.py").write_text(TYPED)
+    given = "--folder y --kind TWO --sizes 16 8 --names u v --mode b --wait inf --no-flag net:deep --net.where /tmp"
+    expected = "options: PosixPath('y') Kind.TWO (16, 8) ['u', 'v'] b inf Deep(where=PosixPath('/tmp')) False"
+    run("train", "rules_script.py", "--run", "a", "--cluster.silence-seconds", "inf", *given.split())
+    assert expected in capsys.readouterr().out
+    run("resume", "a", "--epochs", "2")
+    assert expected in capsys.readouterr().out
+    run("resume", "a", "--epochs", "3", "--names", "w", "--flag")
+    assert expected.replace("['u', 'v']", "['w']").replace("False", "True") in capsys.readouterr().out
+    run("resume", "a", "--epochs", "4")
+    assert "['w']" in capsys.readouterr().out
+    assert read_summary(Path("a/summary.json")).examples.seen == 4 * 640
+
+
+def test_a_resume_says_which_of_the_options_before_the_file_does_not_take_any_more(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train", "rules_script.py", "--run", "a", "--rule", "db.sgd(0.1)", "--epochs", "1")
+    Path("rules_script.py").write_text(SCRIPT.replace("rule", "other"))
+    with pytest.raises(SystemExit) as ended:
+        run("resume", "a", "--epochs", "2")
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "the run was started with --run a --rule 'db.sgd(0.1)' --epochs 1, which" in said
+    assert "rules_script.py does not take any more\nhint: let its job take these options again" in said
+
+
 NAMED = """
 import functools
 import distbelief as db

@@ -177,7 +177,7 @@ def test_what_a_refused_resume_was_given_is_not_kept_and_no_role_starts(
 ) -> None:
     run = trained(problems.job(), tmp_path / "run").run
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    job, given = problems.job(**({"epochs": 3} | changes)), Launch("other.py", {}, {"seed": 3})
+    job, given = problems.job(**({"epochs": 3} | changes)), Launch("other.py", (("--seed", "3"),))
     with pytest.raises(db.DistbeliefError, match=said):
         db.train(job, resume=run, view=False, launch=given)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
