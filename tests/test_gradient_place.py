@@ -325,6 +325,7 @@ def test_functional_transforms_see_ordinary_layers() -> None:
     assert placed.untouched()
 
 
+@pytest.mark.filterwarnings("default:Guards may run slower on Python 3.13.0")
 def test_a_compiled_model_has_the_gradients_of_ordinary_layers() -> None:
     placed = Placed(layers)
     compiled = torch.compile(placed.model, backend="eager", fullgraph=True)

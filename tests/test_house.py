@@ -64,6 +64,10 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
     assert not documentation.startswith(f"{name}("), "the docstring that dataclass makes up"
 
 
+def test_type_checkers_are_told_that_the_package_has_types() -> None:
+    assert (Path(distbelief.__file__).parent / "py.typed").is_file()
+
+
 def test_all_lists_what_the_package_offers_and_nothing_else() -> None:
     offered = {
         name for name, value in vars(distbelief).items() if not name.startswith("_") and not inspect.ismodule(value)
