@@ -63,10 +63,16 @@ RULES: dict[str, Callable[..., UpdateRule]] = {
 
 def command() -> None:
     """Entry point of `distbelief`."""
+    try:
+        _command(sys.argv[1:])
+    finally:
+        gc.freeze()  # Python would look for garbage in all of torch before it ends, for half a second
+
+
+def _command(arguments: list[str]) -> None:
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": _train, "plan": _plan, "resume": _resume, "export": _export, "show": _show,
     }  # fmt: skip
-    arguments = sys.argv[1:]
     if arguments == ["--version"]:
         print(metadata.version("distbelief"))
         return
@@ -78,10 +84,7 @@ def command() -> None:
     if arguments[1:] in (["-h"], ["--help"]):
         print(USAGE)
         return
-    try:
-        _run(lambda: verbs[arguments[0]](arguments[1:]))
-    finally:
-        gc.freeze()  # Python would look for garbage in all of torch before it ends, for half a second
+    _run(lambda: verbs[arguments[0]](arguments[1:]))
 
 
 def main(make_job: Callable[..., Job]) -> None:
