@@ -143,7 +143,7 @@ def formulas(
     A partition has a part of the parameters and of what each layer computes, but all that the layer reads.
     """
     span = NUMBER_BYTES * parameters / SHARDS
-    staged = REPLICAS if transport == "tcp" else 0
+    staged = 1 if transport == "tcp" else 0
     gathered = LAYERS * width if partitions > 1 else 0
     states = INPUTS + gathered + (2 * LAYERS * width + 2 * classes) / partitions
     replica = NUMBER_BYTES * (4 * parameters / partitions + BATCH_SIZE * states)

@@ -38,7 +38,8 @@ class Cluster:
     device: str | None = None
     """Where replicas compute: "cpu", "cuda" (the devices in turn), "cuda:1"; None takes CUDA when there is one."""
     memory_bytes: int | None = None
-    """What one partition may hold of parameters, gradients and states; a plan that needs more is refused."""
+    """What one partition may hold of parameters, gradients and states; a plan that needs more is refused. The states of
+    a model that is not cut are not known before it runs, and count nothing."""
     cpus_per_replica: float = 1.0
     """Cores of a Ray cluster that a replica is given, all its partitions together; a shard is given one."""
     gpus_per_replica: float = 0.0

@@ -62,7 +62,7 @@ class Downpour:
     backlog: int = 4
     """While a push is under way, accrue at most so many times n_push mini-batches before waiting for it."""
     refusals: int = 10
-    """Stop the job after so many pushes refused for a gradient that is not finite.
+    """Stop the job after more than so many pushes refused for a gradient that is not finite.
 
     One such mini-batch spoils what was accrued with it: the whole push is refused, up to n_push * backlog mini-batches.
     """

@@ -21,11 +21,11 @@ from distbelief.evaluator import Measures, Metric
 from distbelief.model_partition import CutModel, cut_model
 from distbelief.model_replica import Objective, Step, build, scalar
 from distbelief.parameters import Groups, Layout
-from distbelief.partition.footprint import check_memory, footprints
+from distbelief.partition.footprint import check_memory, footprints, uncut_footprint
 from distbelief.partition.pipeline import preload
 from distbelief.partition.stages import StagePlan
 from distbelief.portions import Stages
-from distbelief.repeatable import check_batch, check_repeatable
+from distbelief.repeatable import check_batch, check_loss, check_repeatable
 from distbelief.sandblaster import Sandblaster
 from distbelief.update_rule import check
 
@@ -209,6 +209,8 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
         buffers = lay_out_buffers(cut.module, cut.held_buffers)
         return Prepared(job, data, test, cut.layout, cut), Facts(cut.layout, buffers, len(data), test_examples)
     module, layout = build(job.model, job.seed, job.grouping)
+    if job.cluster.memory_bytes is not None:
+        check_memory([uncut_footprint(module, layout.length, layout.dtype)], job.cluster.memory_bytes)
     _check_algorithm(job, module, layout, False)
     return Prepared(job, data, test, layout, None), Facts(layout, lay_out_buffers(module), len(data), test_examples)
 
@@ -232,11 +234,16 @@ def attempt(prepared: Prepared) -> None:
 def _attempt_loss(job: Job, cut: CutModel, x: torch.Tensor, target: Any) -> None:
     """Try the loss of a partitioned model, which no process may hold whole, on an output that is invented."""
     assert job.loss is not None
+    output = torch.zeros_like(cut.output(x), device="cpu")
+    if output.is_floating_point():
+        output.uniform_(0.25, 0.75, generator=torch.Generator().manual_seed(job.seed))
     try:
-        value = job.loss(torch.zeros_like(cut.output(x), device="cpu"), target)
+        value = job.loss(output, target)
     except Exception:
-        return  # zeros may be to blame: the first mini-batch will tell
+        return  # what was invented may be to blame: the first mini-batch will tell
     scalar(value)
+    if isinstance(job.algorithm, Sandblaster):
+        check_loss(job.loss, output, target)
 
 
 def _sample(job: Job, data: Any) -> Any:

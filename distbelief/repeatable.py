@@ -6,6 +6,7 @@ other reasons, and then the search fails in ways that nobody would trace to them
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,13 +91,24 @@ def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> No
     _check_gradient(module, objective, sample, first[0])
     doubled = _doubled(sample)
     if doubled is not None and torch.isfinite(first[0]).all():
-        once, twice = float(first[0]), float(_loss_and_gradient(module, objective, doubled)[0])
-        if abs(twice - once) > MEAN_TOLERANCE * abs(once) + 1e-12:
-            raise ConfigurationError(
-                f"the loss of the same examples twice over is {twice:.6g}, of once {once:.6g}: it is not their mean",
-                hint='let the loss be the mean over the mini-batch (reduction="mean"), the same for every example; a '
-                "function of minimize is the sum over the examples of its portion",
-            )
+        _check_mean(float(first[0]), float(_loss_and_gradient(module, objective, doubled)[0]))
+
+
+def check_loss(loss: Callable[[torch.Tensor, Any], torch.Tensor], output: torch.Tensor, target: Any) -> None:
+    """The same of a loss alone, on an output, where no process may hold the model. Raises ConfigurationError."""
+    doubled = _doubled((output, target))
+    once = float(loss(output, target))
+    if doubled is not None and math.isfinite(once):
+        _check_mean(once, float(loss(*doubled)))
+
+
+def _check_mean(once: float, twice: float) -> None:
+    if abs(twice - once) > MEAN_TOLERANCE * abs(once) + 1e-12:
+        raise ConfigurationError(
+            f"the loss of the same examples twice over is {twice:.6g}, of once {once:.6g}: it is not their mean",
+            hint='let the loss be the mean over the mini-batch (reduction="mean"), the same for every example; a '
+            "function of minimize is the sum over the examples of its portion",
+        )
 
 
 def _check_gradient(module: nn.Module, objective: Objective, sample: Any, loss: torch.Tensor) -> None:

@@ -69,7 +69,8 @@ class Sandblaster:
     backups: bool = True
     """Whether an idle replica computes a copy of the slowest portion."""
     deterministic: bool = False
-    """Whether results are the same bit for bit, whatever the number of replicas and whoever was slow or died."""
+    """Whether results are the same bit for bit, whatever the number of replicas and whoever was slow or died, where
+    they compute with as many threads (`Cluster.threads_per_replica`). Shards then keep what comes before its turn."""
     history_in_bfloat16: bool = False
     """Halves the memory of the history, for some more evaluations."""
 

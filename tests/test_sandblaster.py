@@ -112,7 +112,7 @@ def test_any_number_of_shards_and_replicas_takes_the_steps_of_one_process(tmp_pa
         torch.testing.assert_close(torch.tensor(path), torch.tensor(paths[0]), rtol=1e-6, atol=1e-9)
 
 
-def test_without_penalties_it_takes_the_steps_of_torch_lbfgs(tmp_path: Path) -> None:
+def test_without_penalties_it_ends_where_torch_lbfgs_does_after_as_many_evaluations(tmp_path: Path) -> None:
     """The same loss as torch.optim.LBFGS (strong Wolfe) after as many evaluations, within a few of them."""
     _, heard = trained(job(tmp_path / "run", algorithm={"max_iterations": 30}))
     model, (inputs, targets) = problems.fresh_model(job(tmp_path)), points().tensors

@@ -96,6 +96,7 @@ def nothing() -> TensorDataset:
         ({"model": Noisy}, r"the same examples differs by .* from call to call"),
         ({"model": Counting}, r"changes the buffer calls"),
         ({"loss": summed}, r"twice over is .* not their mean"),
+        ({"loss": summed, "cluster": {"engine": "local", "partitions": 2}}, r"twice over is .* not their mean"),
         ({"groups": unknown_option}, r"0\.weight weight_decay, which Sandblaster has not"),
         ({"algorithm": {"bounds": (0.0, 1.0)}}, r"\d+ of the 20 .* of 0\.weight lie outside its bounds, 0 to 1"),
         ({"groups": bounded_weights, "algorithm": {"l1": 0.1}}, r"0\.weight has l1=0\.1 and bounds"),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from distbelief.errors import ConfigurationError
 from distbelief.partition.box import count
@@ -46,6 +47,13 @@ def footprints(plan: Blueprint | StagePlan, batch_size: int, dtype: torch.dtype)
         kept = sum(count(piece.box) for piece in (*plan.frozen(partition), *plan.buffers(partition)))
         found.append(Footprint(numbers.parameters * COPIES * size, kept * size, numbers.states * batch_size * size))
     return tuple(found)
+
+
+def uncut_footprint(module: nn.Module, parameters: int, dtype: torch.dtype) -> Footprint:
+    """Of a whole model with so many trainable parameters; its states are not known and count nothing."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    kept = sum(tensor.nbytes for tensor in tensors.values()) - parameters * dtype.itemsize
+    return Footprint(parameters * COPIES * dtype.itemsize, kept, 0)
 
 
 def check_memory(held: Sequence[Footprint], memory_bytes: int) -> None:

@@ -2,7 +2,9 @@
 """Update rules: how a parameter server shard turns a pushed gradient into new parameters (paper, section 4.1).
 
 rule.py               what an update rule is; `check` at the door
-torch_rule.py         any elementwise torch.optim optimizer: adagrad (the paper's), sgd, adam, adamw, optimizer
+optimizers.py         the rules by name: adagrad (the paper's), sgd, adam, adamw, and optimizer for any other
+torch_rule.py         any elementwise torch.optim optimizer in a shard
+bare.py               optimizers without what torch wraps around their steps
 adaptive_revision.py  Adagrad that takes the delay of a gradient into account
 schedule.py           the learning rate as a function of examples applied
 trial.py              runs an optimizer on a few numbers, to know it before it is given millions

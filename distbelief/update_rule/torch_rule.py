@@ -5,9 +5,10 @@
     what is optimized   |------------- body ------------|rest'|----- body ---|rest'|
 
 The optimizer sees one nn.Parameter per body, a view of the shard's vector: a step is one pass, in place. A body is a
-multiple of 64 elements long and the rest of its segment is stepped in a padded copy of 64, because the fused kernels of
-torch round the last elements, which do not fill a vector register, differently (seen in SGD with momentum and Adam).
-So every element takes the same path wherever the vector is cut, and the number of shards never changes a result.
+multiple of 64 elements long and the rest of its segment is stepped in a padded copy of 64 (a segment of up to 4,096
+with a rest is copied whole), because the fused kernels of torch round the last elements, which do not fill a vector
+register, differently (seen in SGD with momentum and Adam). So every element takes the same path wherever the vector is
+cut, and the number of shards never changes a result.
 """
 
 import inspect
