@@ -4,10 +4,13 @@
 The answer is one JSON object on the last line: scenario -> what came of it.
 """
 
+import contextlib
 import functools
 import json
 import os
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,7 @@ import torch
 from ray.cluster_utils import Cluster
 
 import distbelief as db
+from distbelief.channel import frames
 from distbelief.channel.base import exported
 from distbelief.engine.base import Home
 from distbelief.engine.hosts import HostsEngine
@@ -61,11 +65,61 @@ def summary_of(name: str, **fields: Any) -> dict[str, Any]:
         "lost": [event.reason for event in heard if isinstance(event, RoleLost)],
         "started": sum(isinstance(event, RoleStarted) for event in heard),
         "parameters": [float(value.double().sum()) for value in result.model.state_dict().values()],
+        "values": torch.cat([value.flatten() for value in result.model.state_dict().values()]).tolist(),
     }  # fmt: skip
 
 
+class Wiretap:
+    """Counts what passes on the loopback interface and begins a frame that is not encrypted; None without the right."""
+
+    def __init__(self) -> None:
+        self.frames: int | None = 0
+        try:
+            self._line = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        except PermissionError:
+            self.frames = None
+            return
+        self._line.bind(("lo", 0))
+        self._line.settimeout(0.1)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._listen)
+
+    def _listen(self) -> None:
+        assert self.frames is not None
+        while not self._over.is_set():
+            with contextlib.suppress(TimeoutError):
+                self.frames += frames.MAGIC in self._line.recv(1 << 16)
+
+    def __enter__(self) -> "Wiretap":
+        if self.frames is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.frames is not None:
+            self._over.set()
+            self._thread.join()
+            self._line.close()
+
+
 def downpour() -> dict[str, Any]:
-    return summary_of("downpour")
+    with Wiretap() as wiretap:
+        told = summary_of("downpour")
+    return told | {"frames": wiretap.frames}
+
+
+def encrypted_and_rounded() -> dict[str, Any]:
+    """One replica, and a shard on either host, so that one of them is beyond the wire."""
+    algorithm = db.Downpour(update_rule=db.adagrad(0.1), fetch="awaited")
+    with Wiretap() as wiretap:
+        told = summary_of(
+            "encrypted",
+            algorithm=algorithm,
+            cluster=cluster(replicas=1, tls=True, wire="bfloat16"),
+            test=None,
+            epochs=1,
+        )
+    return told | {"frames": wiretap.frames}
 
 
 def partitioned() -> dict[str, Any]:
@@ -167,7 +221,7 @@ def lost_host() -> dict[str, Any]:
     }  # fmt: skip
 
 
-SCENARIOS = [downpour, partitioned, sandblaster, placement, refusals, lost_host]
+SCENARIOS = [downpour, encrypted_and_rounded, partitioned, sandblaster, placement, refusals, lost_host]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

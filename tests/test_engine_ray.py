@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import marked_processes
 
 import distbelief as db
@@ -65,6 +66,26 @@ def test_downpour_counts_every_example_once_and_leaves_the_files_of_any_run(told
     assert (came["reason"], came["missing"], came["repeated"], came["lost"]) == ("all epochs finished", 0, 0, [])
     assert came["test"]["accuracy"] > 0.8
     assert set(FILES) <= set(came["files"])
+
+
+@marked(in_turn)
+def test_what_travels_between_hosts_may_be_encrypted_and_rounded_and_the_result_is_not_rounded(
+    told: dict[str, Any], tmp_path: Path
+) -> None:
+    came = told["encrypted_and_rounded"]
+    assert (came["reason"], came["missing"], came["lost"]) == ("all epochs finished", 0, [])
+    algorithm = db.Downpour(update_rule=db.adagrad(0.1), fetch="awaited")
+    cluster = db.Cluster(replicas=1, shards=2, device="cpu")
+    job = problems.job(run=tmp_path / "run", algorithm=algorithm, cluster=cluster, test=None, epochs=1)
+    exact = torch.cat([value.flatten() for value in db.train(job, view=False).model.state_dict().values()])
+    values = torch.tensor(came["values"])
+    assert not torch.equal(values, exact), "nothing was rounded on its way"
+    torch.testing.assert_close(values, exact, rtol=0.0, atol=0.02)
+    assert (values == values.bfloat16()).float().mean() < 0.1
+    if told["downpour"]["frames"] is None:
+        pytest.skip("only root can look at what travels")
+    assert told["downpour"]["frames"] > 0
+    assert came["frames"] == 0
 
 
 @marked(in_turn)

@@ -664,3 +664,54 @@ def test_ctrl_c_once_takes_a_checkpoint_and_stops_cleanly(tmp_path: Path) -> Non
     # A clean stop settles everything that was pushed: what is on disk is what was seen, and nothing will repeat.
     assert manifest.examples == summary.examples.seen
     assert summary.examples.repeated == 0
+
+
+STUCK = """
+import time
+from pathlib import Path
+import distbelief as db
+from tests import problems
+
+def loss(output, target):
+    if Path("go").exists():
+        Path("stuck").touch()
+        time.sleep(600)
+    return problems.nn.functional.cross_entropy(output, target)
+
+job = problems.job(loss=loss, cluster=db.Cluster(replicas=2, shards=2, threads_per_replica=1), epochs=1000, run="run")
+"""
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_the_command_at_once_and_leaves_no_process(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(STUCK)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distbelief", "train", "script.py"], cwd=tmp_path, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+    def until(there: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not there():
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+
+    def told(event: str) -> bool:
+        events = tmp_path / "run" / "events.jsonl"
+        return events.exists() and event in events.read_text()
+
+    try:
+        until(lambda: told("EpochFinished"))
+        (tmp_path / "go").touch()
+        until((tmp_path / "stuck").exists)
+        roles = descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        until(lambda: told("JobStopping"))
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=5)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    assert len(roles) == 6
+    assert not alive(roles)
