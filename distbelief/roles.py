@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a process of a job is built of when it is born: a partition of a replica, or of the evaluator."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -40,7 +42,7 @@ def _seat(
     job, cut = prepared.job, prepared.cut
     if cut is None:
         module, layout = build(job.model, job.seed, job.grouping, prepared.layout)
-        torch.manual_seed(seed)
+        _seed(seed)
         return Seat(whole(module), layout, Span(0, layout.length), Group(None, 0, 1, device=device))
     coordinator = home.find(COORDINATOR, Coordinator, UNTIL_LOST_SECONDS)
     meeting = Meeting(home, coordinator, (Coordinator.keep, Coordinator.look), f"{name}/{home.incarnation}")
@@ -58,8 +60,15 @@ def _seat(
             device=device, own_device=own_device, address=home.address,
         )  # fmt: skip
     part = cut.part(partition, group, seed)
-    torch.manual_seed(seed)
+    _seed(seed)
     return Seat(part, cut.layout.of_partition(partition), cut.layout.partitions[partition], group)
+
+
+def _seed(seed: int) -> None:
+    """Begin the random numbers of torch, NumPy and Python, which roles would share, as forks of one process."""
+    torch.manual_seed(seed)
+    numpy.random.seed(seed % (1 << 32))
+    random.seed(seed)
 
 
 def replica_role(
@@ -68,7 +77,7 @@ def replica_role(
     """Build one partition of model replica `index` in its own process."""
     job = prepared.job
     torch.set_num_threads(job.cluster.threads)
-    # Draws such as dropout's differ between replicas and lives.
+    # Draws, of dropout or augmentation, differ between replicas and lives, and are the same for partitions of one.
     seed = job.seed + 1_000_003 * (index + 1) + 7_919 * home.incarnation
     device = pick_device(job.cluster.device, index * job.cluster.plan.partitions + partition)
     seat = _seat(home, prepared, replica_name(index), partition, device, seed, spans)

@@ -147,7 +147,7 @@ class Nursery:
         if self.alive.get(role) == incarnation:
             del self.alive[role]
             self.processes.pop(role, None)
-        if code == 0:
+        if code == 0 and not failure:
             return
         reason = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         if failure.startswith(zygote.LOST.decode()):

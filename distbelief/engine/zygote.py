@@ -13,6 +13,7 @@ descriptors attached. Only these, and the job on its way to the hosts of a clust
 import array
 import contextlib
 import ctypes
+import fcntl
 import gc
 import mmap
 import os
@@ -20,6 +21,7 @@ import pickle
 import selectors
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -35,6 +37,8 @@ LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
 LOST = b"\0"
 """Begins a role's last words when they are no traceback but the reason of a death."""
+OVER = b"\1"
+"""The last word of a role whose work is over."""
 
 
 def send(control: socket.socket, message: Any, descriptors: tuple[int, ...] = ()) -> None:
@@ -68,11 +72,30 @@ def die_with_parent(number: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
+def open_files_anew() -> None:
+    """Give this fork a place of its own in each file that is open for reading.
+
+    A fork shares it with its parent and with all others: of data sets that keep a file open, one would move the place
+    at which another one reads. Files that are written stay shared, so that nobody writes over what others have written.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # it was that of the folder, or may not be opened any more
+            descriptor = int(name)
+            only_read = fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR) == 0
+            if descriptor > 2 and only_read and stat.S_ISREG(os.fstat(descriptor).st_mode):
+                own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
+                os.lseek(own, os.lseek(descriptor, 0, os.SEEK_CUR), os.SEEK_SET)
+                os.dup2(own, descriptor, inheritable=os.get_inheritable(descriptor))
+                os.close(own)
+
+
 def run_role(build: Callable[[], Callable[[], None]], report: int) -> None:
     """Run one role in a fresh fork; a traceback goes to the descriptor `report`. Does not return."""
     code = 0
     try:
+        open_files_anew()
         build()()
+        os.write(report, OVER)
     except ChannelError as error:
         # Not the user's doing: somebody this role needs is gone. It counts as a death and the role is replaced.
         code = 1
@@ -114,6 +137,7 @@ def try_apart(attempt: Callable[[], object]) -> None:
         die_with_parent(signal.SIGKILL)
         error: DistbeliefError | None = None
         try:
+            open_files_anew()
             attempt()
         except DistbeliefError as raised:
             error = raised
@@ -256,11 +280,14 @@ class Zygote:
         _, status = os.waitpid(pid, 0)
         os.set_blocking(read_end, False)
         try:
-            failure = os.read(read_end, 1 << 16).decode(errors="replace")
+            said = os.read(read_end, 1 << 16)
         except BlockingIOError:
-            failure = ""
+            said = b""
         os.close(read_end)
-        self._tell("ended", role, incarnation, os.waitstatus_to_exitcode(status), failure)
+        code = os.waitstatus_to_exitcode(status)
+        if code == 0 and said != OVER:
+            said = LOST + b"something in it ended it, with exit code 0"
+        self._tell("ended", role, incarnation, code, said.removeprefix(OVER).decode(errors="replace"))
 
 
 def serve(control: socket.socket) -> None:
