@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset, default_collate
 
 from distbelief.channel.base import Future
 from distbelief.engine.base import Home
+from distbelief.errors import ConfigurationError
 from distbelief.portions import Lease
 
 PREFETCH_SECONDS = 1e-3
@@ -28,15 +29,32 @@ def epoch_order(examples: int, seed: int, epoch: int) -> torch.Tensor:
 def collect(dataset: Any, indices: torch.Tensor) -> Any:
     """The mini-batch of these examples.
 
-    A TensorDataset is indexed at once. A dataset with `__getitems__` is asked once for all; a tuple of tensors it
-    returns is the mini-batch, a list of examples is collated. Any other dataset is asked example by example.
+    A TensorDataset is indexed at once. A dataset with `__getitems__` is asked once for all; a tuple or dict of tensors
+    it returns is the mini-batch, a list of examples is collated. Any other dataset is asked example by example.
     """
     if type(dataset) is TensorDataset:
         return tuple(tensor[indices] for tensor in dataset.tensors)
     if hasattr(dataset, "__getitems__"):
         found = dataset.__getitems__(indices.tolist())
-        return found if isinstance(found, tuple) else default_collate(found)
+        return found if isinstance(found, tuple | dict) else default_collate(found)
     return default_collate([dataset[index] for index in indices.tolist()])
+
+
+def kind(batch: Any) -> str:
+    """What a mini-batch is made of, in words."""
+    if isinstance(batch, tuple | list):
+        return f"({', '.join(type(each).__name__ for each in batch)})"
+    return f"a {type(batch).__name__}"
+
+
+def pair(batch: Any, asked: str = "loss", instead: str = "step=(model, batch) -> scalar") -> tuple[Any, Any]:
+    """(input, target) of a mini-batch. Raises ConfigurationError for another kind."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ConfigurationError(
+            f"Job({asked}=...) takes mini-batches of (input, target), the data set gives {kind(batch)}",
+            hint=f"give {instead}, or a data set of (input, target)",
+        )
+    return batch[0], batch[1]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -56,8 +74,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
 class DataShard:
     """The examples that one replica is given, lease by lease.
 
-    The data set is asked for one mini-batch at a time, by the role's own thread or by its second one. Without a `seed`
-    the examples come in the data set's own order.
+    The data set is asked for one mini-batch at a time, by the role's own thread or by its second one; after it has
+    failed there, as one that is bound to a thread does, by the role's own. Without a `seed` the examples come in the
+    data set's own order.
     """
 
     def __init__(self, home: Home, dataset: Any, batch_size: int, seed: int | None) -> None:
@@ -66,6 +85,8 @@ class DataShard:
         self._order = torch.empty(0, dtype=torch.int64)
         self._seconds = 0.0
         """What it took to prepare the latest mini-batch."""
+        self._bound = False
+        """Whether only the role's own thread may ask."""
         self._ahead: tuple[Lease, Future[Any]] | None = None
         """The mini-batch that is being prepared beside, as the part of its lease that it is."""
 
@@ -80,7 +101,7 @@ class DataShard:
         for start in range(lease.start, lease.stop, self._batch_size):
             part = self._part(lease, start)
             batch = self._take(part)
-            if self._seconds > PREFETCH_SECONDS:
+            if self._seconds > PREFETCH_SECONDS and not self._bound:
                 following = lease if part.stop < lease.stop else upcoming()
                 if following is not None:
                     self._begin(self._part(following, part.stop if following is lease else following.start))
@@ -97,7 +118,11 @@ class DataShard:
         """The mini-batch; raises what the data set raised."""
         if self._ahead is not None:
             (ahead, prepared), self._ahead = self._ahead, None
-            batch = prepared.result()  # awaited in any case: the data set is asked for one at a time
+            try:
+                batch = prepared.result()  # awaited in any case: the data set is asked for one at a time
+            except Exception:
+                self._bound = True
+                return self._prepare(part)
             if ahead == part:
                 return batch
         return self._prepare(part)

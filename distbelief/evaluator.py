@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from distbelief.coordinator import Coordinator
-from distbelief.data_shard import collect, to_device
+from distbelief.data_shard import collect, pair, to_device
 from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Home
 from distbelief.errors import ConfigurationError
-from distbelief.model_replica import Part, flat_buffers, load_buffers, load_parameters
+from distbelief.model_replica import Part, flat_buffers, load_buffers, load_parameters, scalar
 from distbelief.parameter_server import ParameterServer
 from distbelief.parameters import Layout
 from distbelief.partition.group import Group
@@ -28,6 +28,7 @@ MAX_DIMENSIONS = 8
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
 """Of the inputs that the partitions of an evaluator can be told."""
 POLL_SECONDS = 0.1
+INSTEAD = "evaluate=(model, test set) -> metrics"
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,34 @@ class Measures:
         module.eval()
         with torch.no_grad():
             if self.evaluate is not None:
-                return None, {name: _number(name, value) for name, value in self.evaluate(module, dataset).items()}
+                return None, _numbers(self.evaluate(module, dataset))
             sums: dict[str, float] = dict.fromkeys(self.metrics, 0.0)
             loss_sum = 0.0
             for start in range(0, len(dataset), self.batch_size):
                 indices = torch.arange(start, min(start + self.batch_size, len(dataset)))
                 batch = to_device(collect(dataset, indices), device)
                 if self.step is not None:
-                    loss_sum += float(self.step(module, batch)) * len(indices)
+                    with torch.enable_grad():  # it may differentiate by its input, as of differential equations
+                        loss = scalar(self.step(module, batch)).detach()
+                    loss_sum += float(loss) * len(indices)
                 if self.step is None or self.metrics:
-                    output, target = module(batch[0]), batch[1]
+                    asked = "loss" if self.step is None else "metrics"
+                    inputs, target = pair(batch, asked, "step=(model, batch)" if self.step is None else INSTEAD)
+                    output = module(inputs)
                     if self.step is None and self.loss is not None:
                         loss_sum += float(self.loss(output, target)) * len(indices)
                     for name, metric in self.metrics.items():
                         sums[name] += _number(name, metric(output, target)) * len(indices)
             return loss_sum / len(dataset), {name: value / len(dataset) for name, value in sums.items()}
+
+
+def _numbers(found: Any) -> dict[str, float]:
+    """What the user's evaluation returned. Raises ConfigurationError."""
+    if not isinstance(found, Mapping):
+        raise ConfigurationError(
+            f"Job(evaluate=...) returned a {type(found).__name__}", hint='return metrics, such as {"accuracy": 0.9}'
+        )
+    return {name: _number(name, value) for name, value in found.items()}
 
 
 def _number(name: str, value: Any) -> float:

@@ -9,23 +9,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 
 from distbelief.checkpoint import lay_out_buffers
 from distbelief.checks import check_number, check_whole
 from distbelief.cluster import Cluster
-from distbelief.data_shard import collect
+from distbelief.data_shard import collect, kind
 from distbelief.downpour import Downpour
 from distbelief.errors import ConfigurationError
 from distbelief.evaluator import Measures, Metric
 from distbelief.model_partition import CutModel, cut_model
 from distbelief.model_replica import Objective, Step, build, scalar
-from distbelief.parameters import Groups, Layout
+from distbelief.parameters import Groups, Layout, trainable
 from distbelief.partition.footprint import check_memory, footprints, uncut_footprint
 from distbelief.partition.pipeline import preload
 from distbelief.partition.stages import StagePlan
 from distbelief.portions import Stages
-from distbelief.repeatable import check_batch, check_loss, check_repeatable
+from distbelief.repeatable import check_batch, check_data, check_loss, check_repeatable
 from distbelief.sandblaster import Sandblaster
 from distbelief.update_rule import check
 
@@ -127,6 +127,15 @@ class Job:
                 raise ConfigurationError(
                     f"Job({name}=...) is a {type(given).__name__}, which cannot be called", hint="give a function"
                 )
+        for name in ("loss", "step"):
+            given = getattr(self, name)
+            own = [each for each, _ in trainable(given)] if isinstance(given, nn.Module) else []
+            if own:
+                raise ConfigurationError(
+                    f"Job({name}=...) is a {type(given).__name__} with parameters of its own, {own[0]} first, which "
+                    "nobody would train",
+                    hint="make it a module of the model, and give step=(model, batch) -> loss; or freeze them",
+                )
         for name, metric in self.metrics.items():
             if not callable(metric):
                 raise ConfigurationError(
@@ -198,11 +207,12 @@ class Facts:
 def prepare(job: Job) -> tuple[Prepared, Facts]:
     """Build the data sets, and the model for its layout. Raises ConfigurationError, and what the user's code does."""
     data, test = _build_data(job.data, "data"), _build_data(job.test, "test")
-    sample, test_examples = _sample(job, data), 0 if test is None else len(test)
+    batch_size, test_examples = _batch_size(job, len(data)), 0 if test is None else len(test)
     if job.cluster.plan.partitions > 1:
+        sample = _sample(job, data)
         cut = cut_model(job.model, job.seed, job.grouping, _input(job, sample), job.cluster.plan)
         if job.cluster.memory_bytes is not None:
-            check_memory(footprints(cut.plan, len(sample[0]), cut.layout.dtype), job.cluster.memory_bytes)
+            check_memory(footprints(cut.plan, batch_size, cut.layout.dtype), job.cluster.memory_bytes)
         _check_algorithm(job, cut.module, cut.layout, isinstance(cut.plan, StagePlan))
         if isinstance(cut.plan, StagePlan):
             preload()
@@ -223,12 +233,31 @@ def attempt(prepared: Prepared) -> None:
         return
     module, _ = build(job.model, job.seed, job.grouping, prepared.layout)
     sample = _sample(job, data)
+    if not isinstance(job.algorithm, Sandblaster):
+        module.train()
+    _attempt_gradient(job.objective, module, sample)
     if isinstance(job.algorithm, Sandblaster):
+        check_data(sample, _sample(job, data))
         check_repeatable(module, job.objective, sample)
-    with torch.no_grad():
-        job.objective(module if isinstance(job.algorithm, Sandblaster) else module.train(), sample)
     if test is not None and job.evaluate is None:
         job.measures.measure(module, Subset(test, range(min(job.batch_size, len(test)))), torch.device("cpu"))
+
+
+def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> None:
+    """Compute a loss as replicas do, up to the backward pass. Raises ConfigurationError, and what user code raises."""
+    before = {name: (parameter, parameter._version) for name, parameter in trainable(module)}
+    if not objective(module, sample).requires_grad:
+        raise ConfigurationError(
+            "the loss of a mini-batch does not lead back to the parameters, so it has no gradient",
+            hint="compute it from the model's output, without .item(), .detach(), NumPy or torch.no_grad()",
+        )
+    for name, (parameter, version) in before.items():
+        if parameter._version != version:
+            raise ConfigurationError(
+                f"computing the loss changes parameter {name} itself, as max_norm of nn.Embedding does; shards keep "
+                "it, and their next answer would undo the change",
+                hint="compute with a changed copy in forward, or add a penalty to the loss",
+            )
 
 
 def _attempt_loss(job: Job, cut: CutModel, x: torch.Tensor, target: Any) -> None:
@@ -291,16 +320,10 @@ def _input(job: Job, sample: Any) -> torch.Tensor:
         )
     if not (isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[0], torch.Tensor)):
         raise ConfigurationError(
-            f"a mini-batch of {job.cluster.plan.partitions} partitions is (input tensor, target), not {_kind(sample)}",
+            f"a mini-batch of {job.cluster.plan.partitions} partitions is (input tensor, target), not {kind(sample)}",
             hint="let the data set give (input, target) with one tensor as input, or use partitions=1",
         )
     return sample[0]
-
-
-def _kind(sample: Any) -> str:
-    if isinstance(sample, tuple | list):
-        return f"({', '.join(type(each).__name__ for each in sample)})"
-    return f"a {type(sample).__name__}"
 
 
 def _check_is_data(data: Any, name: str) -> None:
@@ -323,7 +346,8 @@ def _build_data(data: Any, name: str) -> Any:
     if built is None and name == "test":
         return None
     _check_is_data(built, name)
-    if not hasattr(built, "__getitem__") or not hasattr(built, "__len__"):
+    indexed = hasattr(built, "__getitem__") and hasattr(built, "__len__")
+    if not indexed or isinstance(built, IterableDataset):
         raise ConfigurationError(
             f"Job({name}=...) is a {type(built).__name__}, which has no length or cannot be indexed",
             hint="give a map-style data set (with __len__ and __getitem__), or a function that builds one",

@@ -21,7 +21,7 @@ from distbelief.channel.base import Remote
 from distbelief.engine.base import Home
 from distbelief.errors import ConfigurationError, DeadlineExceeded
 from distbelief.model_replica import Objective, Part
-from distbelief.parameters import Groups, Layout, Piece, Span
+from distbelief.parameters import Groups, Layout, Piece, Span, check_state, group_options
 from distbelief.partition.box import sizes
 from distbelief.partition.group import Group
 from distbelief.partition.materialise import Recorded, record
@@ -82,6 +82,7 @@ def cut_model(
 ) -> CutModel:
     """Plan a model for mini-batches whose input is like `sample`. Raises ConfigurationError."""
     recorded = record(model, seed)
+    check_state(recorded.module)
     made = _make(plan, recorded.module, sample)
     return CutModel(recorded, made, lay_out_pieces(recorded.module, made, groups))
 
@@ -111,7 +112,7 @@ def _make(plan: Plan, module: nn.Module, sample: torch.Tensor) -> Blueprint | St
 def lay_out_pieces(module: nn.Module, plan: Blueprint | StagePlan, groups: Groups | None) -> Layout:
     """Partitions follow each other on the line; within one, pieces of one parameter group lie together."""
     named = dict(module.named_parameters())
-    options = {name: tuple(sorted((groups(name, each) if groups else {}).items())) for name, each in named.items()}
+    options = {name: group_options(groups, name, each) for name, each in named.items()}
     order = {group: rank for rank, group in enumerate(dict.fromkeys(options.values()))}
     pieces: list[Piece] = []
     edges: list[int] = []

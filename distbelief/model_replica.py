@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from distbelief.data_shard import to_device
+from distbelief.data_shard import pair, to_device
 from distbelief.errors import ConfigurationError
 from distbelief.freed import freed_at_once
 from distbelief.gradient_place import write_in_place
@@ -37,7 +37,10 @@ class Objective:
 
     def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """The scalar loss of one mini-batch. Raises ConfigurationError when it is none."""
-        return scalar(self.step(model, batch)) if self.step is not None else self.of(model(batch[0]), batch[1])
+        if self.step is not None:
+            return scalar(self.step(model, batch))
+        inputs, target = pair(batch)
+        return self.of(model(inputs), target)
 
     def of(self, output: Any, target: Any) -> torch.Tensor:
         """The scalar `loss` of an output. Raises ConfigurationError when it is none."""
@@ -92,9 +95,30 @@ class Part:
     buffers: Mapping[str, torch.Tensor]
 
 
+class Registered(Mapping[str, torch.Tensor]):
+    """The buffers of a module as they are at the moment: its forward pass may assign other tensors to them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._owners = {}
+        for name, _ in module.named_buffers():
+            path, _, key = name.rpartition(".")
+            self._owners[name] = module.get_submodule(path), key
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        owner, key = self._owners[name]
+        buffer: torch.Tensor = getattr(owner, key)
+        return buffer
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owners)
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+
 def whole(module: nn.Module) -> Part:
     """All of a model."""
-    return Part(module, dict(trainable(module)), dict(module.named_buffers()))
+    return Part(module, dict(trainable(module)), Registered(module))
 
 
 def pick_device(name: str | None, index: int) -> torch.device:
@@ -156,6 +180,7 @@ class ModelReplica:
         """Which parameter buffer the model uses; the other one is the spare."""
         self._written = [False] * len(self._parameters)
         self._mini_batches = 0
+        self._shapes = {name: buffer.shape for name, buffer in part.buffers.items()}
         self._weight = 1.0
         self.local_rate: float | None = None
         """Rate of the local step after each mini-batch; None for none."""
@@ -304,7 +329,16 @@ class ModelReplica:
     # buffers
 
     def buffers(self) -> torch.Tensor:
-        """The module's buffers (BatchNorm statistics and counters) as one float64 vector on the CPU."""
+        """The module's buffers (BatchNorm statistics and counters) as one float64 vector on the CPU.
+
+        Raises ConfigurationError where they are not of the shapes any more that they were built with.
+        """
+        for name, shape in self._shapes.items():
+            if self.part.buffers[name].shape != shape:
+                raise ConfigurationError(
+                    f"buffer {name} had shape {list(shape)} and now has {list(self.part.buffers[name].shape)}",
+                    hint="let buffers keep their shape, or keep what grows in an attribute that is no buffer",
+                )
         return flat_buffers(self.part.buffers)
 
     def set_buffers(self, values: torch.Tensor) -> None:
@@ -328,8 +362,12 @@ def load_buffers(buffers: Mapping[str, torch.Tensor], values: torch.Tensor) -> N
     start = 0
     for buffer in _real(buffers):
         part = values[start : start + buffer.numel()].view(buffer.shape)
-        buffer.copy_(part if buffer.dtype.is_floating_point else part.round())
         start += buffer.numel()
+        for dimension, (stride, size) in enumerate(zip(buffer.stride(), buffer.shape, strict=True)):
+            if stride == 0 and size > 1:  # expanded: the same numbers again and again
+                buffer, part = buffer.narrow(dimension, 0, 1), part.narrow(dimension, 0, 1)
+        with torch.no_grad():
+            buffer.copy_(part if buffer.dtype.is_floating_point else part.round())
 
 
 def load_parameters(parameters: Mapping[str, nn.Parameter], layout: Layout, flat: torch.Tensor) -> None:

@@ -23,6 +23,9 @@ from distbelief.errors import ConfigurationError
 Groups = Callable[[str, nn.Parameter], Mapping[str, float]]
 """The user's parameter groups: (name, parameter) -> options of the update rule that differ for it, {} for none."""
 
+EXACT_INTEGERS = 1 << 53
+"""The mean of replicas' buffers is taken in float64."""
+
 Options = tuple[tuple[str, float], ...]
 """Options of one parameter group in sorted order, so that equal groups compare equal."""
 
@@ -148,7 +151,8 @@ def lay_out(model: nn.Module, groups: Groups | None = None) -> Layout:
             hint="leave requires_grad on for at least one parameter",
         )
     _check_one_vector(named)
-    options = {name: tuple(sorted((groups(name, parameter) if groups else {}).items())) for name, parameter in named}
+    check_state(model)
+    options = {name: group_options(groups, name, parameter) for name, parameter in named}
     order = {group: rank for rank, group in enumerate(dict.fromkeys(options.values()))}
     pieces, start = [], 0
     for name, parameter in sorted(named, key=lambda item: order[options[item[0]]]):
@@ -156,6 +160,17 @@ def lay_out(model: nn.Module, groups: Groups | None = None) -> Layout:
         pieces.append(Piece(name, tuple(parameter.shape), span, options[name]))
         start = span.stop
     return Layout(tuple(pieces), named[0][1].dtype)
+
+
+def group_options(groups: Groups | None, name: str, parameter: nn.Parameter) -> Options:
+    """What the user's groups say of a parameter. Raises ConfigurationError."""
+    given = groups(name, parameter) if groups else {}
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(
+            f"Job(groups=...) gives {name} a {type(given).__name__}",
+            hint='return the options that differ, such as {"weight_decay": 0.0}, or {} for none',
+        )
+    return tuple(sorted(given.items()))
 
 
 def check_same(layout: Layout, expected: Layout) -> None:
@@ -192,12 +207,48 @@ def _check_one_vector(named: list[tuple[str, nn.Parameter]]) -> None:
                 f"parameter {name} is {'sparse' if parameter.is_sparse else 'lazy (its shape is not known yet)'}",
                 hint="use dense parameters of known shape",
             )
+        if _is_expanded(parameter):
+            raise ConfigurationError(
+                f"parameter {name} is expanded: several of its numbers lie at the same place",
+                hint="make it of a copy: nn.Parameter(values.expand(...).clone()), or expand it in forward",
+            )
         storage = parameter.untyped_storage().data_ptr()
         if parameter.device.type != "meta" and parameter.numel() and storages.setdefault(storage, name) != name:
             raise ConfigurationError(
                 f"parameters {storages[storage]} and {name} are different views of the same memory",
                 hint="assign the same nn.Parameter object to both modules, which is counted once",
             )
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def check_state(model: nn.Module) -> None:
+    """Raise ConfigurationError for what a model holds beside its parameters and cannot be kept with them."""
+    for name, module in model.named_modules():
+        own = type(module).get_extra_state is not nn.Module.get_extra_state
+        if own and not isinstance(module.get_extra_state(), torch.Tensor):
+            raise ConfigurationError(
+                f"module {name or 'of the model'} ({type(module).__name__}) has an extra state that is no tensor: "
+                "checkpoints and exports do not hold it",
+                hint="keep it in buffers, or let get_extra_state return a tensor",
+            )
+    trained = {parameter.untyped_storage().data_ptr(): name for name, parameter in trainable(model)}
+    for name, buffer in model.named_buffers():
+        problem, hint = "", "keep it in an attribute that is no buffer, and build it in forward or in the constructor"
+        if isinstance(buffer, nn.parameter.UninitializedBuffer):
+            problem, hint = "is lazy (its shape is not known yet)", "use buffers of known shape"
+        elif buffer.layout != torch.strided:
+            problem, hint = f"is sparse ({buffer.layout})", "register its indices and values instead"
+        elif buffer.device.type == "meta" or not buffer.numel():
+            continue
+        elif (parameter := trained.get(buffer.untyped_storage().data_ptr())) is not None:
+            problem, hint = f"is a view of parameter {parameter}", "register a copy of it: parameter.detach().clone()"
+        elif buffer.dtype is torch.int64 and bool(((buffer > EXACT_INTEGERS) | (buffer < -EXACT_INTEGERS)).any()):
+            problem = f"holds integers above {EXACT_INTEGERS:,}, which the mean of replicas' buffers would round"
+        if problem:
+            raise ConfigurationError(f"buffer {name} {problem}", hint=hint)
 
 
 def changed_pieces(

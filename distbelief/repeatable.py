@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from distbelief.batch_section import Keeping
 from distbelief.errors import ConfigurationError
@@ -69,6 +70,16 @@ def _check_within(name: str, values: torch.Tensor, low: float, high: float) -> N
         )
 
 
+def check_data(sample: Any, again: Any) -> None:
+    """Refuse a data set whose examples are others when it is asked for them again. Raises ConfigurationError."""
+    for one, other in zip(tree_leaves(sample), tree_leaves(again), strict=True):
+        if isinstance(one, torch.Tensor) and not torch.equal(one.nan_to_num(), other.nan_to_num()):
+            raise ConfigurationError(
+                "the data set gives other values each time it is asked for the same examples",
+                hint="remove what is random from the data (augmentation, noise), or draw it once, for all examples",
+            )
+
+
 def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> None:
     """Compute the loss of a mini-batch twice, along its gradient, and of it doubled; refuse what does not fit together.
 
@@ -118,7 +129,9 @@ def _check_gradient(module: nn.Module, objective: Objective, sample: Any, loss: 
     """
     parameters = [parameter for _, parameter in trainable(module)]
     gradients = torch.autograd.grad(objective(module, sample), parameters, allow_unused=True)
-    found = [(each, gradient) for each, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+    found = [
+        (each, _dense(gradient)) for each, gradient in zip(parameters, gradients, strict=True) if gradient is not None
+    ]
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for _, gradient in found))
     size = math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter, _ in found))
     rounding = 100 * torch.finfo(loss.dtype).eps * max(abs(float(loss)), torch.finfo(loss.dtype).tiny)
@@ -160,7 +173,12 @@ def _loss_and_gradient(module: nn.Module, objective: Objective, sample: Any) -> 
     parameters = [parameter for _, parameter in trainable(module)]
     loss = objective(module, sample)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [loss.detach(), *(gradient.detach() for gradient in gradients if gradient is not None)]
+    return [loss.detach(), *(_dense(gradient) for gradient in gradients if gradient is not None)]
+
+
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    """That of an embedding may be sparse."""
+    return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
 
 
 def _doubled(sample: Any) -> Any:

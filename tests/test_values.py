@@ -227,7 +227,7 @@ def per_example(output: Tensor, target: Tensor) -> Tensor:
 
 
 def as_number(output: Tensor, target: Tensor) -> float:
-    return float(nn.functional.cross_entropy(output, target))
+    return float(nn.functional.cross_entropy(output, target).detach())
 
 
 def test_a_loss_that_is_no_scalar_is_refused_with_its_shape(tmp_path: Path) -> None:

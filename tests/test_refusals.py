@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model, a loss or a data set may not be, said before anything starts; and odd ones that are trained right."""
+
+import functools
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import ChainDataset, Dataset, IterableDataset, TensorDataset
+
+import distbelief as db
+from tests import problems
+
+FEATURES, CLASSES = problems.FEATURES, problems.CLASSES
+
+
+def refused(tmp_path: Path, **fields: Any) -> str:
+    """What a job with these fields is refused with; nothing is left of its run."""
+    with pytest.raises(db.ConfigurationError) as caught:
+        db.train(problems.job(run=tmp_path / "run", **fields), view=False)
+    assert not list(tmp_path.glob("run*"))
+    assert "\nhint: " in str(caught.value)
+    return str(caught.value)
+
+
+# models
+
+
+class WithBuffer(nn.Module):
+    """A layer and a buffer, made by a function of the layer."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES)
+        self.register_buffer("extra", make(self.layer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class WithExtraState(nn.Module):
+    """Its state_dict holds more than tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES)
+
+    def get_extra_state(self) -> Any:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def with_buffer(make: Any) -> nn.Module:
+    return WithBuffer(make)
+
+
+def the_weight(layer: nn.Linear) -> Tensor:
+    return layer.weight.detach()
+
+
+def sparse(layer: nn.Linear) -> Tensor:
+    return torch.eye(3).to_sparse()
+
+
+def large_integers(layer: nn.Linear) -> Tensor:
+    return torch.tensor([3, (1 << 53) + 1])
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, CLASSES), nn.LazyBatchNorm1d(affine=False))
+
+
+def expanded() -> nn.Module:
+    model = nn.Linear(FEATURES, CLASSES)
+    model.weight = nn.Parameter(torch.ones(1, FEATURES).expand(CLASSES, FEATURES))
+    return model
+
+
+class Looked(nn.Module):
+    """An embedding whose rows are shortened when they are looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.layer = nn.Embedding(4, 5, max_norm=0.1), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.rows((x[:, 0] > 0).long()))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (functools.partial(with_buffer, the_weight), "buffer extra is a view of parameter layer.weight"),
+        (functools.partial(with_buffer, sparse), "buffer extra is sparse (torch.sparse_coo)"),
+        (functools.partial(with_buffer, large_integers), "buffer extra holds integers above 9,007,199,254,740,992"),
+        (lazy, "buffer 1.running_mean is lazy"),
+        (expanded, "parameter weight is expanded: several of its numbers lie at the same place"),
+        (WithExtraState, "module of the model (WithExtraState) has an extra state that is no tensor"),
+        (Looked, "computing the loss changes parameter rows.weight itself, as max_norm"),
+    ],
+)
+def test_models_whose_parts_would_be_lost_are_refused_by_name(model: Any, said: str, tmp_path: Path) -> None:
+    assert said in refused(tmp_path, model=model)
+
+
+# losses and groups
+
+
+class Weighing(nn.Module):
+    """A loss with a parameter."""
+
+    def __init__(self, trained: bool = True) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(()), requires_grad=trained)
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, target) * torch.exp(-self.log_variance)
+
+
+def without_gradient(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output.detach(), target)
+
+
+def no_groups(name: str, parameter: nn.Parameter) -> None:
+    return None
+
+
+def of_dict(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch["input"]), batch["target"])
+
+
+class Dicts(TensorDataset):
+    """Gives dicts."""
+
+    def __init__(self) -> None:
+        super().__init__(*problems.points(64).tensors)
+
+    def __getitem__(self, index: int) -> Any:
+        return dict(zip(("input", "target"), super().__getitem__(index), strict=True))
+
+
+def weighted() -> TensorDataset:
+    return TensorDataset(*problems.points(64).tensors, torch.ones(64))
+
+
+class Counted(IterableDataset[Any]):
+    """Has a length, but no index."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __iter__(self) -> Any:
+        return iter([])
+
+
+def chained() -> Dataset[Any]:
+    return ChainDataset([Counted()])
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"loss": without_gradient}, "the loss of a mini-batch does not lead back to the parameters"),
+        ({"groups": no_groups}, "Job(groups=...) gives 0.weight a NoneType"),
+        ({"data": Dicts}, "Job(loss=...) takes mini-batches of (input, target), the data set gives a dict"),
+        ({"data": weighted}, "takes mini-batches of (input, target), the data set gives (Tensor, Tensor, Tensor)"),
+        (
+            {"data": Dicts, "test": Dicts, "loss": None, "step": of_dict},
+            "Job(metrics=...) takes mini-batches of (input",
+        ),
+        ({"data": Counted}, "Job(data=...) is a Counted, which has no length or cannot be indexed"),
+        ({"data": chained}, "Job(data=...) is a ChainDataset, which has no length or cannot be indexed"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_what_it_is(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+    assert said in refused(tmp_path, **fields)
+
+
+def test_a_loss_with_parameters_of_its_own_is_refused_unless_they_are_frozen() -> None:
+    with pytest.raises(db.ConfigurationError, match="Weighing with parameters of its own, log_variance first"):
+        problems.job(loss=Weighing())
+    assert problems.job(loss=Weighing(trained=False)).loss is not None
+
+
+def draws(examples: int) -> Dataset[Any]:
+    return Noisy(*problems.points(examples).tensors)
+
+
+class Noisy(TensorDataset):
+    """Adds noise to each example, whenever it is asked for."""
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = super().__getitem__(index)
+        return inputs + torch.randn(inputs.shape), target
+
+
+def test_sandblaster_refuses_data_that_are_others_each_time(tmp_path: Path) -> None:
+    said = refused(tmp_path, data=functools.partial(draws, 64), algorithm=db.Sandblaster())
+    assert "the data set gives other values each time it is asked for the same examples" in said
+
+
+# what is odd, and trained right
+
+
+class Averaging(nn.Module):
+    """Assigns its buffers anew in each forward pass, and has one that is expanded."""
+
+    steps: Tensor
+    mean: Tensor
+    places: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(CLASSES))
+        self.register_buffer("places", torch.arange(CLASSES).expand(4, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x)
+        if self.training:
+            self.steps = self.steps + 1
+            self.mean = 0.5 * self.mean + 0.5 * output.detach().mean(0)
+        return output + self.places[0]
+
+
+@pytest.mark.parametrize("engine", ["simulated", pytest.param("local", marks=pytest.mark.slow)])
+def test_buffers_that_the_forward_pass_assigns_anew_are_those_of_the_plain_loop(engine: Any, tmp_path: Path) -> None:
+    cluster = db.Cluster(replicas=1, shards=2, engine=engine, threads_per_replica=1)
+    job = problems.job(
+        model=Averaging, cluster=cluster, algorithm=db.Downpour(update_rule=db.sgd(0.1), fetch="awaited"),
+        run=tmp_path / "run",
+    )  # fmt: skip
+    trained = db.train(job, view=False).model.state_dict()
+    model = problems.fresh_model(job)
+    expected = problems.plain_loop(job, torch.optim.SGD(model.parameters(), 0.1), model).state_dict()
+    assert trained["steps"] == expected["steps"] == 80
+    torch.testing.assert_close(trained, expected, rtol=1e-5, atol=1e-6)
+
+
+class Growing(nn.Module):
+    """Keeps all outputs in a buffer."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES)
+        self.register_buffer("seen", torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x)
+        if self.training:
+            self.seen = torch.cat([self.seen, output.detach().flatten()])
+        return output
+
+
+def test_a_buffer_that_grows_ends_the_job_with_its_shapes(tmp_path: Path) -> None:
+    with pytest.raises(db.DistbeliefError, match=r"buffer seen had shape \[0\] and now has \[\d+\]"):
+        db.train(problems.job(model=Growing, run=tmp_path / "run"), view=False)
+
+
+def by_its_input(model: nn.Module, batch: Any) -> Tensor:
+    inputs, _ = batch
+    inputs = inputs.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+    return (slope - 1.0).square().mean()
+
+
+@pytest.mark.parametrize("algorithm", [db.Downpour(update_rule=db.adagrad(0.05)), db.Sandblaster(max_iterations=9)])
+def test_a_step_may_differentiate_by_its_input_in_training_and_in_tests(algorithm: Any, tmp_path: Path) -> None:
+    job = problems.job(loss=None, step=by_its_input, metrics={}, algorithm=algorithm, run=tmp_path / "run")
+    summary = db.train(job, view=False).summary
+    assert summary.test["loss"] < 0.5
+
+
+class Bound(Dataset[Any]):
+    """Examples in a data base whose connection serves one thread only; slow enough to be prepared in another one."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.connection: Any = None
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        self.connection = self.connection or sqlite3.connect(self.path)
+        (label,) = self.connection.execute("select label from examples where place = ?", (index,)).fetchone()
+        time.sleep(0.0005)
+        return torch.full((FEATURES,), float(label)), label
+
+
+@pytest.mark.slow
+def test_a_data_set_that_is_bound_to_a_thread_is_asked_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "examples.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("create table examples (place integer, label integer)")
+        connection.executemany("insert into examples values (?, ?)", [(index, index % 3) for index in range(64)])
+    connection.close()
+    job = problems.job(
+        data=functools.partial(Bound, str(path)), test=None, run=tmp_path / "run",
+        cluster=db.Cluster(replicas=2, shards=1, threads_per_replica=1),
+    )  # fmt: skip
+    summary = db.train(job, view=False).summary
+    assert (summary.examples.seen, summary.examples.missing, summary.faults) == (128, 0, ())
+
+
+def embedding(sparse: bool) -> nn.Module:
+    return nn.Sequential(nn.EmbeddingBag(4, 6, sparse=sparse, mode="sum"), nn.Linear(6, CLASSES))
+
+
+def tokens() -> TensorDataset:
+    inputs, target = problems.points(64).tensors
+    return TensorDataset((inputs[:, :4] > 0).long() + 2 * (inputs[:, 4:8] > 0).long(), target)
+
+
+def test_sandblaster_takes_sparse_gradients_like_dense_ones(tmp_path: Path) -> None:
+    losses = [
+        db.train(
+            problems.job(
+                model=functools.partial(embedding, sparse), data=tokens, test=None, run=tmp_path / str(sparse),
+                algorithm=db.Sandblaster(max_iterations=10),
+            ),
+            view=False,
+        ).summary.loss
+        for sparse in (False, True)
+    ]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
