@@ -4,6 +4,7 @@
 import functools
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,28 @@ class Noisy(TensorDataset):
 def test_sandblaster_refuses_data_that_are_others_each_time(tmp_path: Path) -> None:
     said = refused(tmp_path, data=functools.partial(draws, 64), algorithm=db.Sandblaster())
     assert "the data set gives other values each time it is asked for the same examples" in said
+
+
+class Pooled(TensorDataset):
+    """Asks a pool of threads, which is started with it or when it is first asked."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__(*problems.points(64).tensors)
+        self.pool = ThreadPoolExecutor(2)
+        if early:
+            self.pool.submit(time.sleep, 0.0).result()
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return list(self.pool.map(self.__getitem__, indices))
+
+
+@pytest.mark.slow
+def test_threads_that_no_fork_would_have_are_refused_and_those_of_a_role_are_not(tmp_path: Path) -> None:
+    fields = {"test": None, "cluster": db.Cluster(replicas=2, threads_per_replica=1)}
+    said = refused(tmp_path, data=functools.partial(Pooled, True), **fields)
+    assert "has started threads: ThreadPoolExecutor-0_0" in said
+    job = problems.job(data=functools.partial(Pooled, False), run=tmp_path / "run", **fields)
+    assert db.train(job, view=False).summary.examples.seen == 128
 
 
 # what is odd, and trained right

@@ -25,6 +25,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -121,6 +122,16 @@ def _refuse_cuda() -> None:
             "the script, or the function that builds the data or the model, has used CUDA before the job began",
             hint="build them on the CPU, replicas move what they need; torch.random.fork_rng() uses CUDA, too, without "
             "devices=[]",
+        )
+
+
+def _refuse_threads() -> None:
+    """Raise ConfigurationError when a pool of threads has been started here: forks would wait for it, and have none."""
+    left = [thread.name for thread in threading.enumerate() if not thread.daemon]
+    if left := left[1:]:
+        raise ConfigurationError(
+            f"the script, or a function that builds the data or the model, has started threads: {', '.join(left[:3])}",
+            hint="start them when the data set is first asked in a process: roles are forked, and have no threads then",
         )
 
 
@@ -236,6 +247,7 @@ class Zygote:
                 ) from error
             self._shared, description = prepare(*arguments)
             _refuse_cuda()
+            _refuse_threads()
             if attempt is not None:
                 try_apart(lambda: attempt(self._shared))
             gc.collect()

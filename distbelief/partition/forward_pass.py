@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from distbelief.errors import ConfigurationError
 from distbelief.partition.balance import Measure, measure
-from distbelief.partition.trace import _traced_factories
+from distbelief.partition.trace import _traced_factories, check_hooks
 
 _PREFIX = "model."
 
@@ -130,7 +130,9 @@ def follow(model: nn.Module, sample: Tensor, opened: Collection[str] = ()) -> Fo
 
     Raises ConfigurationError when its forward pass cannot be followed, or is another one in evaluation.
     """
-    called = Called(model)
+    called, tracer = Called(model), _Tracer(opened)
+    whole = [name_of(name) for name, each in called.named_modules() if name and tracer.is_leaf_module(each, name)]
+    check_hooks(model, whole, "put what they do into forward, or use partitions=1")
     training, evaluating = (_trace(called.train(mode), opened) for mode in (True, False))
     if [(node.op, node.target) for node in training.nodes] != [(node.op, node.target) for node in evaluating.nodes]:
         raise ConfigurationError(

@@ -76,6 +76,7 @@ def record(build: Callable[[], nn.Module], seed: int, at_work_bytes: int = AT_WO
         torch.manual_seed(seed)
         with Sharing(tape), tape:
             module = build()
+    _check_found(module)
     views = {name: tape.view(tensor) for name, _, _, tensor in tensors(module)}
     _move_to_meta(module, views)
     lost = tape.close()
@@ -86,6 +87,25 @@ def record(build: Callable[[], nn.Module], seed: int, at_work_bytes: int = AT_WO
             hint="register them with register_buffer(name, tensor, persistent=False)",
         )
     return Recorded(module, tape, views)
+
+
+def _check_found(module: nn.Module) -> None:
+    for name, each in module.named_modules():
+        if isinstance(each, torch.jit.ScriptModule):
+            raise ConfigurationError(
+                f"module {name or 'of the model'} is a script of torch.jit, which cannot be followed",
+                hint="use the module that it was made of, or partitions=1",
+            )
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise ConfigurationError(
+                f"parameter {name} is lazy (its shape is not known yet)", hint="use parameters of known shape"
+            )
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ConfigurationError(
+                f"parameter {name} has hooks, which its parts would not call",
+                hint="let the loss, or options such as clip_norm, do what they do, or use partitions=1",
+            )
 
 
 def tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

@@ -128,9 +128,17 @@ class StagePlan:
     def _used(self) -> list[set[str]]:
         """Per partition the first names of all tensors of its stage."""
         return [
-            {self._names[id(tensor)] for _, _, _, tensor in tensors(training)}
+            {self._name(tensor, name) for name, _, _, tensor in tensors(training)}
             for training, _ in (self._graphs(partition, self._passed.called) for partition in range(self.partitions))
         ]
+
+    def _name(self, tensor: Tensor, name: str) -> str:
+        if id(tensor) not in self._names:
+            raise ConfigurationError(
+                f"{name_of(name)} is made anew before each forward pass, as by torch.nn.utils.prune",
+                hint="make it a parameter (torch.nn.utils.prune.remove), or use partitions=1",
+            )
+        return self._names[id(tensor)]
 
     @cached_property
     def numbers(self) -> tuple[Numbers, ...]:

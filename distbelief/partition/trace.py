@@ -7,7 +7,7 @@ process: trace before any thread runs a forward.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from distbelief.errors import ConfigurationError
 FACTORIES = ("arange", "zeros", "ones", "full", "linspace", "tensor")
 """Functions that make a tensor from numbers alone, which tracing does not see by itself."""
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STAGES_HINT = "register a rule for the layer with register_rule, or cut the model by layers with Plan.stages"
 """The two ways out where a model cannot be cut by units."""
 
@@ -61,6 +62,17 @@ class Call:
         return name_of(self.node)
 
 
+def check_hooks(model: nn.Module, whole: Collection[str], hint: str) -> None:
+    """Raise ConfigurationError for hooks of modules that are not called as they are: neither in `whole` nor below."""
+    for name, module in model.named_modules():
+        kinds = [kind for kind in HOOKS if getattr(module, kind)]
+        if kinds and not any(name == each or name.startswith(f"{each}.") for each in whole):
+            of = f"module {name}" if name else "the model itself"
+            raise ConfigurationError(
+                f"{of} has {kinds[0].strip('_').replace('_', ' ')}, which its parts would not call", hint=hint
+            )
+
+
 def name_of(node: fx.Node) -> str:
     """The module's name, or the function's."""
     return str(getattr(node.target, "__name__", node.target))
@@ -82,7 +94,14 @@ def trace(model: nn.Module, sample: torch.Tensor, is_leaf: Callable[[nn.Module],
 
     Raises ConfigurationError for a forward pass that depends on values, or that is another one in evaluation.
     """
+    hint = "put what they do into a module of its own, or cut the model by layers with Plan.stages"
+    check_hooks(model, (), hint)
     training, evaluating = (_symbolic(model.train(mode), is_leaf) for mode in (True, False))
+    if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in training.nodes):
+        raise ConfigurationError(
+            f"the forward pass of {type(model).__name__} computes with a tensor of its own, or one made of a buffer",
+            hint="make it in the constructor and register it as a buffer, or cut the model by layers with Plan.stages",
+        )
     twins = dict(zip(evaluating.nodes, training.nodes, strict=False))
     if [(n.op, n.target) for n in training.nodes] != [(n.op, n.target) for n in evaluating.nodes]:
         raise ConfigurationError(

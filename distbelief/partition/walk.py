@@ -131,12 +131,13 @@ IN_PLACE = (
 def _check_uses(model: nn.Module, calls: Sequence[Call]) -> None:
     """Raise ConfigurationError for parameters used in two places, and for values used after they were overwritten."""
     names: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if names.setdefault(id(parameter), name) != name:
-            raise ConfigurationError(
-                f"parameters {names[id(parameter)]} and {name} are one: tied parameters cannot be cut by units",
-                hint="give each layer its own parameter, or cut the model by layers with Plan.stages",
-            )
+    for kind, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
+        for name, tensor in named(remove_duplicate=False):
+            if names.setdefault(id(tensor), name) != name:
+                raise ConfigurationError(
+                    f"{kind}s {names[id(tensor)]} and {name} are one: tied {kind}s cannot be cut by units",
+                    hint=f"give each layer its own {kind}, or cut the model by layers with Plan.stages",
+                )
     owners: dict[str, str] = {}
     position = {call.node: index for index, call in enumerate(calls)}
     for call in calls:
@@ -162,11 +163,6 @@ def _claim(model: nn.Module, call: Call, owners: dict[str, str]) -> None:
         used = [target] if target in dict(model.named_parameters()) else []
     else:
         module = model.get_submodule(target)
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise ConfigurationError(
-                f"module {target} has forward hooks, which its parts would not call",
-                hint="put what they do into a module of its own, or cut the model by layers with Plan.stages",
-            )
         used = [f"{target}.{name}" for name, _ in (*module.named_parameters(), *module.named_buffers())]
     for name in used:
         if name in owners:

@@ -293,6 +293,38 @@ def test_tensors_in_a_closure_are_refused_when_their_memory_was_given_back() -> 
     assert record(Closed, 0).module.scale(torch.ones(1000)).sum() == 1000
 
 
+def with_parameter_hook() -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.weight.register_hook(lambda gradient: 2 * gradient)
+    return model
+
+
+def with_accumulated_hook() -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.bias.register_post_accumulate_grad_hook(lambda parameter: None)
+    return model
+
+
+def scripted() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.ReLU()))
+
+
+@pytest.mark.filterwarnings("default:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (with_parameter_hook, "parameter weight has hooks, which its parts would not call"),
+        (with_accumulated_hook, "parameter bias has hooks, which its parts would not call"),
+        (lambda: nn.LazyLinear(3), r"parameter weight is lazy"),
+        (scripted, r"module 1 is a script of torch\.jit"),
+    ],
+)
+def test_what_no_part_would_have_is_refused_by_name(build: Callable[[], nn.Module], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        record(build, 0)
+    assert caught.value.hint
+
+
 def test_what_the_constructor_raises_is_raised() -> None:
     def build() -> nn.Module:
         raise KeyError("mine")

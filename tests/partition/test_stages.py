@@ -16,8 +16,10 @@ import torch
 from staged_models import MODELS, Block, Decoder, check, loss, make, mini_batch, of, perceptron, plain
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from distbelief.errors import ConfigurationError
+from distbelief.partition.materialise import record
 from distbelief.partition.stages import StagePlan, stages
 
 ROOT = Path(__file__).parents[2]
@@ -347,6 +349,32 @@ def test_a_model_that_cannot_be_cut_says_why(build: Callable[[], nn.Module], par
     with pytest.raises(ConfigurationError, match=said) as caught:
         stages(build(), torch.zeros(8, *shape, dtype=dtype), partitions, 2)
     assert str(caught.value).splitlines()[-1].startswith("hint: ")
+
+
+def hooked(name: str) -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 4)), nn.Linear(4, 4))
+    model.get_submodule(name).register_full_backward_hook(lambda module, before, after: None)
+    return model
+
+
+def test_hooks_of_modules_that_are_looked_into_are_refused_and_those_of_steps_are_not() -> None:
+    for name, said in (("", "the model itself has backward hooks"), ("1", "module 1 has backward hooks")):
+        with pytest.raises(ConfigurationError, match=said) as caught:
+            planned(hooked(name), 2, [4])
+        assert "partitions=1" in caught.value.hint
+    assert planned(hooked("0"), 2, [4]).partitions == 2
+
+
+def pruned() -> nn.Module:
+    model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
+    prune.random_unstructured(model[0], "weight", amount=0.5)
+    return model
+
+
+def test_a_pruned_layer_says_how_to_make_it_an_ordinary_one() -> None:
+    with pytest.raises(ConfigurationError, match=r"^0\.weight is made anew before each forward pass") as caught:
+        planned(record(pruned, 0).module, 2, [12]).pieces(0)
+    assert "prune.remove" in caught.value.hint
 
 
 def test_named_cuts_through_two_values_or_a_tied_parameter_are_refused() -> None:

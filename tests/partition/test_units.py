@@ -342,6 +342,36 @@ def hooked() -> nn.Module:
     return model
 
 
+def hooked_back() -> nn.Module:
+    model = perceptron(4, 16)
+    model[0].register_full_backward_hook(lambda module, before, after: None)
+    return model
+
+
+def hooked_whole() -> nn.Module:
+    model = perceptron(4, 16)
+    model.register_forward_pre_hook(lambda module, args: args)
+    return model
+
+
+class Offset(nn.Module):
+    """Looks up a number of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 8)
+        self.register_buffer("offsets", torch.arange(3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.offsets[1]
+
+
+def tied_buffers() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8))
+    model[2].running_mean = model[1].running_mean
+    return model
+
+
 def with_unused() -> nn.Module:
     model = Forwarded(lambda layer, x: layer(x))
     model.unused = nn.Parameter(torch.zeros(3))
@@ -407,6 +437,17 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, int, dict[str, Cut], s
         "add uses a value that mul_ has overwritten in place", "use the result of the call",
     ),
     "hooked": (hooked, ROWS, 2, {}, "module 0 has forward hooks", "a module of its own"),
+    "hooked on the way back": (
+        hooked_back, ROWS, 2, {}, "module 0 has backward hooks", "a module of its own, .* Plan.stages",
+    ),
+    "hooked as a whole": (hooked_whole, ROWS, 2, {}, "the model itself has forward pre hooks", "a module of its own"),
+    "a tensor made of a buffer": (
+        Offset, ROWS, 2, {}, "the forward pass of Offset computes with a tensor of its own, or one made of a buffer",
+        "register it as a buffer, .* Plan.stages",
+    ),
+    "tied buffers": (
+        tied_buffers, ROWS, 2, {}, r"buffers 1\.running_mean and 2\.running_mean are one", "its own buffer",
+    ),
     "several outputs": (
         lambda: Forwarded(lambda layer, x: (layer(x), x)), ROWS, 2, {},
         "the model returns tuple; a model cut by units returns one tensor", "let forward return one tensor",
