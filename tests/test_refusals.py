@@ -127,6 +127,15 @@ class Weighing(nn.Module):
         return nn.functional.cross_entropy(output, target) * torch.exp(-self.log_variance)
 
 
+def one_number(model: nn.Module, test: Any) -> Any:
+    return 0.5
+
+
+def test_an_evaluation_that_returns_no_metrics_ends_the_job_with_what_it_returned(tmp_path: Path) -> None:
+    with pytest.raises(db.DistbeliefError, match=r"Job\(evaluate=\.\.\.\) returned a float\nhint: return metrics"):
+        db.train(problems.job(evaluate=one_number, run=tmp_path / "run"), view=False)
+
+
 def without_gradient(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output.detach(), target)
 
