@@ -174,7 +174,7 @@ def keep_elsewhere(run: Path, store: str) -> None:
     folder = path_of(store)
     if any(child.name.isdecimal() for child in children(folder)):
         raise CheckpointError("it holds those of another run")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "probe").write_bytes(b"0" * 4096)
     remove(folder / "probe")
     (run / HOME).write_text(store)

@@ -17,6 +17,7 @@ from torch import nn
 
 from distbelief import checkpoint, tensor_file
 from distbelief.errors import CheckpointError, ConfigurationError
+from distbelief.files import AnyPath
 from distbelief.recut import buffer_reader, by_name, check_covered, uncut, vector_reader
 
 STATE = "state.json"
@@ -69,19 +70,22 @@ def write_template(run: Path, module: nn.Module, values: Values | None = None) -
 def state_dict(run: Path) -> dict[str, torch.Tensor]:
     """The newest checkpoint of a run as `Module.load_state_dict` takes it. Raises CheckpointError."""
     entries = _entries(run)
-    value = _newest(run)
+    value = _newest(run, lambda path, reason: None)
     return {key: value(entry) for key, entry in entries.items()}
 
 
-def export(run: Path, path: Path) -> int:
+def export(run: Path, path: Path, rejected: Callable[[AnyPath, str], None] = lambda path, reason: None) -> int:
     """Write the newest checkpoint's state_dict as safetensors; returns the number of parameters and buffers in it.
 
-    Memory: twice the largest of them. Raises CheckpointError, and ConfigurationError when `path` cannot be written.
+    `rejected` hears of newer ones that are damaged. Memory: twice the largest of parameters and buffers. Raises
+    CheckpointError, and ConfigurationError when `path` cannot be written.
     """
-    if not path.name or path.is_dir():
-        raise ConfigurationError(f"{path} is a folder", hint="give a file, such as model.safetensors")
+    path = path.resolve()  # what a link names is written, not the link replaced
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device or pipe"
+        raise ConfigurationError(f"{path} is a {kind}", hint="give a file, such as model.safetensors")
     entries = _entries(run)
-    value = _newest(run)
+    value = _newest(run, rejected)
     part = path.with_name(path.name + ".part")
     try:
         with contextlib.ExitStack() as undo:
@@ -105,9 +109,9 @@ def _entries(run: Path) -> dict[str, Entry]:
         raise _unknown(run, error) from error
 
 
-def _newest(run: Path) -> Callable[[Entry], torch.Tensor]:
+def _newest(run: Path, rejected: Callable[[AnyPath, str], None]) -> Callable[[Entry], torch.Tensor]:
     """Gives the values of entries in the newest checkpoint, each in new memory."""
-    folder, manifest = checkpoint.newest(run, lambda path, reason: None)
+    folder, manifest = checkpoint.newest(run, rejected)
     held = {
         "parameters": (by_name(manifest.layout.layout), vector_reader(folder, manifest, "parameters")),
         "buffers": (by_name(manifest.buffer_layout.layout), buffer_reader(folder, manifest)),

@@ -51,7 +51,7 @@ class StorePath:
         """Whether it is a folder that holds something. Raises OSError."""
         return bool(self._call("isdir"))
 
-    def mkdir(self, parents: bool = True) -> None:
+    def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         """Make the folder and those that it is in, where the store knows such a thing. Raises OSError."""
         self._call("makedirs", exist_ok=True)
 

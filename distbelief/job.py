@@ -89,6 +89,8 @@ class Job:
                 raise ConfigurationError(
                     f"Job({name}={getattr(self, name)}): at least 1 is needed", hint=f"set {name} to 1 or more"
                 )
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise ConfigurationError(f"Job(seed={self.seed}) has more than 63 bits", hint="use a smaller number")
         if (self.loss is None) == (self.step is None):
             raise ConfigurationError(
                 "a job needs either loss or step" + (", both were given" if self.loss else ", neither was given"),

@@ -43,17 +43,23 @@ def read(run: Path) -> Launch:
         ) from error
 
 
-def of_main() -> Launch:
-    """The script that is running, if it defines `job`."""
+def of_main(job: Job) -> Launch:
+    """The script that is running, if it is a file by itself whose `job` is this very job."""
     main = sys.modules.get("__main__")
     path, found = getattr(main, "__file__", None), getattr(main, "job", None)
-    return Launch(str(Path(path).resolve()) if path and (isinstance(found, Job) or inspect.isfunction(found)) else None)
+    return Launch(str(Path(path).resolve()) if path and found is job and not in_package() else None)
+
+
+def in_package() -> bool:
+    """Whether what is running is a module of a package, which cannot be started again as a file."""
+    return bool(getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "parent", ""))
 
 
 def job_of(path: Path) -> Callable[..., Job]:
     """The `job` of a script, as a function. Raises ConfigurationError."""
     if not path.is_file():
         raise ConfigurationError(f"there is no file {path}", hint="give the path of a Python file that defines job")
+    path = path.resolve()  # other processes import it from where it lies, by the name that it has there
     check_name(path)
     found = getattr(_load(path), "job", None)
     if isinstance(found, Job):
@@ -74,11 +80,24 @@ def check_name(path: Path) -> None:
             f"{path} cannot be imported, as other processes do, for the dot in its name",
             hint=f"rename it, for example to {path.stem.replace('.', '_')}.py",
         )
+    if path.suffix != ".py":
+        raise ConfigurationError(f"{path} is no Python file", hint="give a file whose name ends in .py")
+    known = sys.modules.get(path.stem)
+    if path.stem in sys.stdlib_module_names or (known and _file_of(known) != path):
+        raise ConfigurationError(
+            f"{path} has the name of another module, which processes would import in its place",
+            hint=f"rename it, for example to my_{path.name}",
+        )
+
+
+def _file_of(module: ModuleType) -> Path | None:
+    path = getattr(module, "__file__", None)
+    return Path(path).resolve() if path else None
 
 
 def _load(path: Path) -> ModuleType:
     """Import a file under its own name, so that other processes find its functions by that name."""
-    folder = str(path.resolve().parent)
+    folder = str(path.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
     spec = importlib.util.spec_from_file_location(path.stem, path)

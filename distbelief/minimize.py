@@ -53,7 +53,9 @@ class Point(nn.Module):
 
     def __init__(self, start: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.parameters_by_name = nn.ParameterDict({name: nn.Parameter(value.clone()) for name, value in start.items()})
+        self.parameters_by_name = nn.ParameterDict()
+        for name, value in start.items():  # all at once they would be sorted
+            self.parameters_by_name[name] = nn.Parameter(value.clone())
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,10 @@ def _check_start(parameters: object) -> None:
             hint="give the starting point as a tensor, such as torch.zeros(3), or as a dict of tensors",
         )
     for name, value in ({"": parameters} if isinstance(parameters, Tensor) else parameters).items():
+        if not isinstance(name, str) or "." in name:
+            raise ConfigurationError(
+                f"minimize(parameters=...) has a key {name!r}", hint="name parameters by strings without dots"
+            )
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ConfigurationError(

@@ -3,6 +3,7 @@
 
 import contextlib
 import fcntl
+import random
 import shlex
 import shutil
 import signal
@@ -16,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -86,6 +89,7 @@ def train(
         check_device(job.cluster.device)
     engine = engine_of(job, faults, costs)
     with contextlib.ExitStack() as alone, contextlib.closing(engine):
+        alone.enter_context(_random_numbers_kept())
         facts = engine.load(prepare, job, attempt=attempt)
         spans = _spans(job, facts)
         model = Uncut(job, facts)
@@ -101,7 +105,7 @@ def train(
             )
             checkpoint.check_same_model(restore[1], model.module, restore[0])
             check_resume(job, facts, *restore)
-        launched = launch or of_main()
+        launched = launch or of_main(job)
         with _run_folder(run):
             if restore is not None:
                 restore = recut(*restore, facts.layout, facts.buffers, model.buffers)
@@ -158,11 +162,27 @@ def _open_run(job: Job, resume: Path | str | None) -> Path:
     with _run_folder(run):
         run.mkdir(parents=True)
         probe = run / "probe"
-        probe.write_bytes(b"0" * 4096)
-        probe.unlink()
+        try:
+            probe.write_bytes(b"0" * 4096)
+            probe.unlink()
+        except OSError:
+            shutil.rmtree(run, ignore_errors=True)
+            raise
     if job.checkpoints is not None:
         _keep_elsewhere(run, job)
     return run
+
+
+@contextlib.contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """What is built here, or simulated, begins random numbers anew; those of the user go on as they would have."""
+    of_numpy, of_python = numpy.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            numpy.random.set_state(of_numpy)
+            random.setstate(of_python)
 
 
 @contextlib.contextmanager
@@ -276,7 +296,8 @@ def _reporting(
 
         yield emit
     if view:
-        console.out(text(record.summary()), highlight=False)
+        with contextlib.suppress(OSError, UnicodeError):  # the result is there, whoever reads of it
+            console.out(text(record.summary()), highlight=False)
 
 
 def _write_summary(run: Path, summary: Summary) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from distbelief import cli
+from distbelief import checkpoint, cli
 from distbelief.report import read_summary
 
 SCRIPT = """
@@ -303,3 +303,174 @@ def net():
 data = torch.utils.data.TensorDataset(torch.randn(40, 3), torch.zeros(40, dtype=torch.long))
 job = db.Job(model=net, data=data, loss=nn.functional.cross_entropy)
 """
+
+
+# what a file may be, and what it may not
+
+
+PLAIN = """
+import os
+from pathlib import Path
+from tests import problems
+
+def job(width: int = 3):
+    return problems.job(epochs=1)
+"""
+
+
+def refused(run: Callable[..., None], capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "\nhint: " in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("queue.py", "queue.py has the name of another module"),
+        ("pytest.py", "pytest.py has the name of another module"),
+        ("script.txt", "script.txt is no Python file"),
+        ("my.script.py", "my.script.py cannot be imported"),
+    ],
+)
+def test_a_file_that_other_processes_could_not_import_is_refused_by_its_name(
+    name: str, said: str, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(name).write_text(PLAIN)
+    assert said in refused(run, capsys, "train", name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (PLAIN.replace("return ", "return print or "), "job returned a builtin_function_or_method, not a Job"),
+        (PLAIN.replace("int = 3", "'Missing' = 3"), "an annotation of job cannot be looked up: name 'Missing'"),
+        (PLAIN.replace("= 3", "= 3, /"), "parameter width of job cannot become an option"),
+    ],
+)
+def test_a_function_that_makes_no_job_is_refused_by_what_it_is(
+    text: str, said: str, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rules_script.py").write_text(text)
+    assert said in refused(run, capsys, "train", "rules_script.py")
+
+
+def test_a_file_behind_a_link_is_trained_as_the_file_that_it_is(run: Callable[..., None]) -> None:
+    Path("there").mkdir()
+    Path("there/rules_script.py").write_text(SCRIPT.replace("db.adagrad(0.1, eps=1e-7)", "db.sgd(0.25)"))
+    Path("there/linked.py").write_text(SCRIPT)
+    Path("linked.py").symlink_to("there/rules_script.py")
+    run("train", "linked.py", "--run", "a", "--epochs", "1")
+    assert algorithm() == "Downpour, sgd(0.25)"
+
+
+def test_an_option_of_the_file_can_be_set_to_none(run: Callable[..., None]) -> None:
+    clipped = SCRIPT.replace("n_push=2", "n_push=2, clip_norm=1e-9")
+    Path("rules_script.py").write_text(clipped)
+    given = ["--epochs", "1", "--rule", "db.sgd(0.1)"]
+    run("train", "rules_script.py", "--run", "a", *given)
+    run("train", "rules_script.py", "--run", "b", *given, "--algorithm.clip-norm", "None")
+    a, b = (read_summary(Path(f"{name}/summary.json")).test["loss"] for name in "ab")
+    assert a is not None
+    assert b is not None
+    assert b < a - 0.05
+
+
+@pytest.mark.parametrize("option", ["--run", "--checkpoints"])
+def test_where_a_run_is_cannot_be_changed_by_a_resume(
+    option: str, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train", "rules_script.py", "--run", "a", "--epochs", "1")
+    said = refused(run, capsys, "resume", "a", "--epochs", "2", f"{option}=b")
+    assert f"{option} cannot be changed when a run is resumed" in said
+
+
+def test_an_export_says_which_damaged_checkpoint_it_passed_over(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train", "rules_script.py", "--run", "a", "--epochs", "1")
+    newest = sorted(Path("a/checkpoints").iterdir())[-1]
+    shard = next(newest.glob("shard-0*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    run("export", "a", "model.safetensors")
+    assert f"{newest} is damaged and was passed over, an older checkpoint is taken" in capsys.readouterr().err
+
+
+def test_an_export_writes_what_a_link_names_and_no_device(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train", "rules_script.py", "--run", "a", "--epochs", "1")
+    Path("link").symlink_to("model.safetensors")
+    run("export", "a", "link")
+    assert Path("link").is_symlink()
+    assert Path("model.safetensors").is_file()
+    os.mkfifo("pipe")
+    assert "pipe is a device or pipe" in refused(run, capsys, "export", "a", "pipe")
+
+
+def test_a_job_whose_last_checkpoint_failed_ends_with_an_error(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = checkpoint.commit
+    full = OSError(28, "No space left on device")
+
+    def fails(folder: Any, manifest: Any, buffers: Any, *, durable: bool) -> Any:
+        if manifest.examples:
+            raise full
+        return commit(folder, manifest, buffers, durable=durable)
+
+    monkeypatch.setattr(checkpoint, "commit", fails)
+    said = refused(run, capsys, "train", "rules_script.py", "--run", "a", "--epochs", "1")
+    assert "the last checkpoint of a could not be written: what was trained since the one before is lost" in said
+    assert read_summary(Path("a/summary.json")).checkpoints.last_failed
+
+
+SWEEP = """
+import dataclasses
+import distbelief as db
+from tests import problems
+
+job = problems.job(epochs=1)
+
+if __name__ == "__main__":
+    print("own:", db.train(job, view=False).summary.resume_command)
+    other = dataclasses.replace(job, epochs=2)
+    print("other:", db.train(other, view=False).summary.resume_command)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_is_named_for_resuming_only_where_it_defines_the_very_job(tmp_path: Path) -> None:
+    (tmp_path / "sweep.py").write_text(SWEEP)
+    run = subprocess.run(
+        [sys.executable, "sweep.py"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    own, other = (line for line in run.stdout.splitlines() if ":" in line)
+    assert own.startswith("own: distbelief resume runs/")
+    assert other.startswith("other: distbelief.train(")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["", " >&-", " > /dev/full"])
+def test_training_goes_on_beside_files_named_like_modules_and_without_anybody_to_read(
+    closed: str, tmp_path: Path
+) -> None:
+    for name in ("queue.py", "random.py", "torch.py"):
+        (tmp_path / name).write_text("raise RuntimeError('not Python's')")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "mine.py").write_text(PLAIN.replace("epochs=1", "epochs=1, cluster=local"))
+    text = (tmp_path / "scripts" / "mine.py").read_text()
+    (tmp_path / "scripts" / "mine.py").write_text(
+        text.replace("def job", "import distbelief\nlocal = distbelief.Cluster(replicas=1)\n\ndef job")
+    )
+    command = f"{sys.executable} -P -m distbelief train scripts/mine.py --run run{closed}"
+    run = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert read_summary(tmp_path / "run" / "summary.json").examples.missing == 0

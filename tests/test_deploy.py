@@ -18,10 +18,10 @@ import pytest
 
 import distbelief as db
 from distbelief import launch
-from distbelief.cli import _parse
 from distbelief.engine.placement import check_room
 from distbelief.engines import groups
 from distbelief.launch import Launch
+from distbelief.options import parse
 from tests.hosts import Hosts
 
 yaml = pytest.importorskip("yaml")
@@ -53,7 +53,7 @@ def job(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> db.Job:
     monkeypatch.chdir(ROOT)
     program, verb, file, *options = shlex.split(spec["entrypoint"])
     assert (program, verb) == ("distbelief", "train")
-    made, _, _ = _parse(launch.job_of(Path(file)), Launch(file), options, program)
+    made, _, _ = parse(launch.job_of(Path(file)), Launch(file), options, program)
     return made
 
 
@@ -132,5 +132,5 @@ def test_every_option_that_the_recipe_for_machines_names_exists(monkeypatch: pyt
     assert lines
     for line in lines:
         options = shlex.split(line)[1:]
-        job, _, _ = _parse(launch.job_of(Path("examples/digits.py")), Launch("digits"), options, "distbelief")
+        job, _, _ = parse(launch.job_of(Path("examples/digits.py")), Launch("digits"), options, "distbelief")
         assert (job.cluster.engine, job.cluster.address) == ("ray", "auto")

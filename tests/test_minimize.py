@@ -2,6 +2,7 @@
 """Laws of `minimize`, against SciPy, closed forms and scikit-learn."""
 
 import functools
+import random
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +167,32 @@ def test_the_scale_of_the_data_does_not_change_the_point() -> None:
 
 def scaled_squares(scale: float, x: Tensor, portion: tuple[Tensor, Tensor]) -> Tensor:
     return scale * squares(x, portion)
+
+
+def line(x: dict[str, Tensor], portion: tuple[Tensor, Tensor]) -> Tensor:
+    slope, intercept = x.values()
+    return (slope * portion[0] + intercept - portion[1]).square().sum()
+
+
+def test_parameters_in_a_dict_keep_their_order_and_have_names_without_dots() -> None:
+    places = torch.linspace(-1.0, 1.0, 40, dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64)
+    start = {"slope": zero, "intercept": zero}
+    found = db.minimize(line, start, data=(places, 3.0 * places - 7.0), cluster=SIMULATED)
+    assert list(found.parameters) == ["slope", "intercept"]
+    assert found.parameters["slope"].item() == pytest.approx(3.0, abs=1e-4)
+    assert found.parameters["intercept"].item() == pytest.approx(-7.0, abs=1e-4)
+    with pytest.raises(db.ConfigurationError, match=r"has a key 'a\.b'\nhint: name parameters"):
+        db.minimize(line, {"a.b": zero}, data=places)
+
+
+def test_the_random_numbers_of_the_caller_go_on_as_they_would_have() -> None:
+    drawn = []
+    for trains in (False, True):
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+        if trains:
+            db.minimize(rosenbrock, torch.zeros(2, dtype=torch.float64), cluster=SIMULATED)
+        drawn.append((torch.rand(2).tolist(), np.random.random(), random.random()))
+    assert drawn[0] == drawn[1]

@@ -155,7 +155,7 @@ def test_a_summary_says_what_the_events_of_a_finished_run_add_up_to() -> None:
         "refused": 10,
         "lost_updates": 3,
         "strangers": {"sent what is no message": 2, "did not prove that they are of this job": 1},
-        "checkpoints": {"written": 1, "failed": 1, "rejected": 1},
+        "checkpoints": {"written": 1, "failed": 1, "rejected": 1, "last_failed": True},
         "faults": [
             {"seconds": 1.5, "type": "RoleLost", "text": "replica 1 was lost: killed by signal 9"},
             {
@@ -394,7 +394,7 @@ def test_tensorboard_hides_what_resuming_undid(tmp_path: Path) -> None:
     while int(time.time()) == written:  # TensorBoard reads files by their names, and those are seconds
         time.sleep(0.01)
     write_board(tmp_path, resumed_run())
-    assert [scalar.step for scalar in read_board(tmp_path).Scalars("loss")] == [50, 200]
+    assert [scalar.step for scalar in read_board(tmp_path).Scalars("loss")] == [50, 100, 200]
 
 
 def test_without_tensorboard_there_is_no_listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

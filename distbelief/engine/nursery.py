@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 from distbelief.channel.endpoint import Endpoint
@@ -22,8 +23,10 @@ STOP_SECONDS = 10.0
 
 def program(module: str) -> str:
     """Python's text of a process that runs the `main` of a module of this package."""
-    # What is imported lives on: to look through it for garbage meanwhile is a tenth of the start.
-    return f"import gc; gc.disable(); from {module} import main; gc.enable(); main()"
+    # What is imported lives on: to look through it for garbage meanwhile is a tenth of the start. With -P no file of
+    # the working folder is taken for a module of Python's, and so the package is to be found where it is.
+    here = str(Path(__file__).parents[2])
+    return f"import gc, sys; gc.disable(); sys.path.append({here!r}); from {module} import main; gc.enable(); main()"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Nursery:
             ours, theirs = socket.socketpair()
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             self._process = subprocess.Popen(
-                [sys.executable, "-c", program("distbelief.engine.zygote"), str(theirs.fileno())],
+                [sys.executable, "-P", "-c", program("distbelief.engine.zygote"), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=environment,
             )  # fmt: skip
             theirs.close()

@@ -52,7 +52,7 @@ class KeeperActor:
         known = [*folders, *(each for each in sys.path if each not in folders)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, known))}
         process = subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.PIPE, start_new_session=True, env=environment
+            [sys.executable, "-P", "-c", program], stdin=subprocess.PIPE, start_new_session=True, env=environment
         )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:

@@ -90,6 +90,13 @@ def open_files_anew() -> None:
                 os.close(own)
 
 
+def flush() -> None:
+    """Write out what was printed, which forks would print again; there may be nothing to print to."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
 def run_role(build: Callable[[], Callable[[], None]], report: int) -> None:
     """Run one role in a fresh fork; a traceback goes to the descriptor `report`. Does not return."""
     code = 0
@@ -107,9 +114,7 @@ def run_role(build: Callable[[], Callable[[], None]], report: int) -> None:
         text = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):
             os.write(report, text.encode()[-60_000:])
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    flush()
     os._exit(code)
 
 
@@ -141,8 +146,7 @@ def try_apart(attempt: Callable[[], object]) -> None:
     A backward pass on a machine with accelerators starts threads, after which no fork could make another.
     """
     read_end, write_end = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     pid = os.fork()
     if pid == 0:
         die_with_parent(signal.SIGKILL)
@@ -156,8 +160,7 @@ def try_apart(attempt: Callable[[], object]) -> None:
             error = UserCodeError("".join(traceback.format_exception(raised)))
         with os.fdopen(write_end, "wb") as told:
             told.write(pickle.dumps(error))
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         os._exit(0)
     os.close(write_end)
     with os.fdopen(read_end, "rb") as heard:
@@ -264,8 +267,7 @@ class Zygote:
 
     def _fork(self, role: str, incarnation: int, payload: bytes, descriptors: list[int]) -> None:
         read_end, write_end = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:

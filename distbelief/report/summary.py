@@ -67,6 +67,8 @@ class Checkpoints(msgspec.Struct, frozen=True):
     written: int = 0
     failed: int = 0
     rejected: int = 0
+    last_failed: bool = False
+    """Whether the one that was to hold the latest state could not be written."""
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -213,9 +215,10 @@ def _checkpointed(summary: Summary, event: CheckpointWritten | CheckpointFailed 
     match event:
         case CheckpointWritten():
             commands = _commands(summary.run)
-            return replace(summary, checkpoints=replace(before, written=before.written + 1), **commands)
+            now = replace(before, written=before.written + 1, last_failed=False)
+            return replace(summary, checkpoints=now, **commands)
         case CheckpointFailed():
-            return replace(summary, checkpoints=replace(before, failed=before.failed + 1))
+            return replace(summary, checkpoints=replace(before, failed=before.failed + 1, last_failed=True))
         case CheckpointRejected():
             return replace(summary, checkpoints=replace(before, rejected=before.rejected + 1))
 
@@ -283,7 +286,8 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "test", ", ".join(f"{name} {number(value)}" for name, value in summary.test.items()) or "not measured"
     yield (
         "checkpoints",
-        f"{checkpoints.written:,} written, {checkpoints.failed:,} failed, {checkpoints.rejected:,} damaged",
+        f"{checkpoints.written:,} written, {checkpoints.failed:,} failed, {checkpoints.rejected:,} damaged"
+        + ("; the latest state is not kept" if checkpoints.last_failed else ""),
     )
     for position, (reason, number_of_them) in enumerate(sorted(summary.strangers.items())):
         yield "" if position else "strangers", f"{count(number_of_them, 'caller')} refused that {reason}"

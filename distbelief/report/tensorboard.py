@@ -96,7 +96,7 @@ class TensorBoardFiles:
         self.close()
         self._examples = event.resumed_examples
         # what an earlier run wrote beyond the checkpoint has been undone: TensorBoard then hides it
-        purge = event.resumed_examples or None
+        purge = event.resumed_examples + 1 if event.resumed_examples else None
         self._writer = SummaryWriter(str(self._folder), purge_step=purge)
 
     def _scalar(self, tag: str, value: float) -> None:
