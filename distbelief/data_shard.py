@@ -5,6 +5,7 @@ While the replica computes a mini-batch, the next one is prepared beside it. Tha
 answer; what is in memory is there sooner than another thread could be asked.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, final
 
@@ -47,9 +48,11 @@ def kind(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
-def pair(batch: Any, asked: str = "loss", instead: str = "step=(model, batch) -> scalar") -> tuple[Any, Any]:
-    """(input, target) of a mini-batch. Raises ConfigurationError for another kind."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
+def pair(
+    batch: Any, asked: str = "loss", instead: str = "step=(model, batch) -> scalar", *, more: bool = False
+) -> tuple[Any, Any]:
+    """(input, target) of a mini-batch, which may have `more`. Raises ConfigurationError for another kind."""
+    if not isinstance(batch, tuple | list) or not (len(batch) == 2 or (more and len(batch) > 2)):
         raise ConfigurationError(
             f"Job({asked}=...) takes mini-batches of (input, target), the data set gives {kind(batch)}",
             hint=f"give {instead}, or a data set of (input, target)",
@@ -120,9 +123,16 @@ class DataShard:
             (ahead, prepared), self._ahead = self._ahead, None
             try:
                 batch = prepared.result()  # awaited in any case: the data set is asked for one at a time
-            except Exception:
+            except Exception as error:
+                batch = self._prepare(part)  # raises what goes wrong here, too
                 self._bound = True
-                return self._prepare(part)
+                warnings.warn(
+                    f"preparing a mini-batch in a second thread failed with {error!r}, and not in the first: from now "
+                    "on none is prepared ahead",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return batch
             if ahead == part:
                 return batch
         return self._prepare(part)

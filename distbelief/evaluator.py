@@ -6,18 +6,20 @@ replicas' buffers. Where replicas span several processes, the evaluator does: no
 partitions asks, measures and tells; when it calls the model, the others compute their parts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import nn
 
+from distbelief.buffers import flat_buffers, load_buffers
 from distbelief.coordinator import Coordinator
 from distbelief.data_shard import collect, pair, to_device
 from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Home
 from distbelief.errors import ConfigurationError
-from distbelief.model_replica import Part, flat_buffers, load_buffers, load_parameters, scalar
+from distbelief.model_replica import Part, load_parameters, scalar
 from distbelief.parameter_server import ParameterServer
 from distbelief.parameters import Layout
 from distbelief.partition.group import Group
@@ -53,18 +55,29 @@ class Measures:
                 indices = torch.arange(start, min(start + self.batch_size, len(dataset)))
                 batch = to_device(collect(dataset, indices), device)
                 if self.step is not None:
-                    with torch.enable_grad():  # it may differentiate by its input, as of differential equations
-                        loss = scalar(self.step(module, batch)).detach()
-                    loss_sum += float(loss) * len(indices)
+                    with _constant(module), torch.enable_grad():
+                        loss_sum += float(scalar(self.step(module, batch)).detach()) * len(indices)
                 if self.step is None or self.metrics:
-                    asked = "loss" if self.step is None else "metrics"
-                    inputs, target = pair(batch, asked, "step=(model, batch)" if self.step is None else INSTEAD)
+                    inputs, target = pair(batch) if self.step is None else pair(batch, "metrics", INSTEAD, more=True)
                     output = module(inputs)
                     if self.step is None and self.loss is not None:
                         loss_sum += float(self.loss(output, target)) * len(indices)
                     for name, metric in self.metrics.items():
                         sums[name] += _number(name, metric(output, target)) * len(indices)
             return loss_sum / len(dataset), {name: value / len(dataset) for name, value in sums.items()}
+
+
+@contextmanager
+def _constant(module: nn.Module) -> Iterator[None]:
+    """Parameters as constants: a step may differentiate by its input, and by nothing else is anything kept for it."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _numbers(found: Any) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset, Subset
 
+from distbelief.buffers import flat_buffers
 from distbelief.checkpoint import lay_out_buffers
 from distbelief.checks import check_number, check_whole
 from distbelief.cluster import Cluster
@@ -19,7 +20,7 @@ from distbelief.downpour import Downpour
 from distbelief.errors import ConfigurationError
 from distbelief.evaluator import Measures, Metric
 from distbelief.model_partition import CutModel, cut_model
-from distbelief.model_replica import Objective, Step, build, scalar
+from distbelief.model_replica import Objective, Step, build, scalar, whole
 from distbelief.parameters import Groups, Layout, trainable
 from distbelief.partition.footprint import check_memory, footprints, uncut_footprint
 from distbelief.partition.pipeline import preload
@@ -237,9 +238,10 @@ def attempt(prepared: Prepared) -> None:
     sample = _sample(job, data)
     if not isinstance(job.algorithm, Sandblaster):
         module.train()
+    if isinstance(job.algorithm, Sandblaster):
+        check_data(_sample(job, data), _sample(job, data))  # the model may change what it is given
     _attempt_gradient(job.objective, module, sample)
     if isinstance(job.algorithm, Sandblaster):
-        check_data(sample, _sample(job, data))
         check_repeatable(module, job.objective, sample)
     if test is not None and job.evaluate is None:
         job.measures.measure(module, Subset(test, range(min(job.batch_size, len(test)))), torch.device("cpu"))
@@ -248,11 +250,13 @@ def attempt(prepared: Prepared) -> None:
 def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> None:
     """Compute a loss as replicas do, up to the backward pass. Raises ConfigurationError, and what user code raises."""
     before = {name: (parameter, parameter._version) for name, parameter in trainable(module)}
+    buffers = whole(module).buffers
     if not objective(module, sample).requires_grad:
         raise ConfigurationError(
             "the loss of a mini-batch does not lead back to the parameters, so it has no gradient",
             hint="compute it from the model's output, without .item(), .detach(), NumPy or torch.no_grad()",
         )
+    flat_buffers(buffers)
     for name, (parameter, version) in before.items():
         if parameter._version != version:
             raise ConfigurationError(

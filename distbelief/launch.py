@@ -37,6 +37,11 @@ def read(run: Path) -> Launch:
     """How the run was started. Raises CheckpointError."""
     try:
         return msgspec.json.decode((run / LAUNCH).read_bytes(), type=Launch)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(
+            f"{run} was started by another version of distbelief, which kept other things: {error}\n"
+            f"hint: go on with distbelief.train(job, resume={str(run)!r})"
+        ) from error
     except (OSError, msgspec.MsgspecError) as error:
         raise CheckpointError(
             f"{run} does not say how it was started: {error}\nhint: give the folder that an earlier run printed"

@@ -10,7 +10,7 @@ there, and the host buffers, pinned, stage them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -18,6 +18,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from distbelief.buffers import Registered, flat_buffers, load_buffers
 from distbelief.data_shard import pair, to_device
 from distbelief.errors import ConfigurationError
 from distbelief.freed import freed_at_once
@@ -95,27 +96,6 @@ class Part:
     buffers: Mapping[str, torch.Tensor]
 
 
-class Registered(Mapping[str, torch.Tensor]):
-    """The buffers of a module as they are at the moment: its forward pass may assign other tensors to them."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._owners = {}
-        for name, _ in module.named_buffers():
-            path, _, key = name.rpartition(".")
-            self._owners[name] = module.get_submodule(path), key
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        owner, key = self._owners[name]
-        buffer: torch.Tensor = getattr(owner, key)
-        return buffer
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._owners)
-
-    def __len__(self) -> int:
-        return len(self._owners)
-
-
 def whole(module: nn.Module) -> Part:
     """All of a model."""
     return Part(module, dict(trainable(module)), Registered(module))
@@ -180,7 +160,6 @@ class ModelReplica:
         """Which parameter buffer the model uses; the other one is the spare."""
         self._written = [False] * len(self._parameters)
         self._mini_batches = 0
-        self._shapes = {name: buffer.shape for name, buffer in part.buffers.items()}
         self._weight = 1.0
         self.local_rate: float | None = None
         """Rate of the local step after each mini-batch; None for none."""
@@ -329,45 +308,12 @@ class ModelReplica:
     # buffers
 
     def buffers(self) -> torch.Tensor:
-        """The module's buffers (BatchNorm statistics and counters) as one float64 vector on the CPU.
-
-        Raises ConfigurationError where they are not of the shapes any more that they were built with.
-        """
-        for name, shape in self._shapes.items():
-            if self.part.buffers[name].shape != shape:
-                raise ConfigurationError(
-                    f"buffer {name} had shape {list(shape)} and now has {list(self.part.buffers[name].shape)}",
-                    hint="let buffers keep their shape, or keep what grows in an attribute that is no buffer",
-                )
+        """The module's buffers (BatchNorm statistics and counters) as one float64 vector on the CPU."""
         return flat_buffers(self.part.buffers)
 
     def set_buffers(self, values: torch.Tensor) -> None:
         """The inverse of `buffers`."""
         load_buffers(self.part.buffers, values)
-
-
-def _real(buffers: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Every buffer, a complex one (rotary frequencies) as its real and imaginary parts."""
-    return (torch.view_as_real(buffer) if buffer.is_complex() else buffer for buffer in buffers.values())
-
-
-def flat_buffers(buffers: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """All buffers one after another, float64 on the CPU; float64 holds counters exactly up to 2**53."""
-    parts = [buffer.detach().to("cpu", torch.float64).reshape(-1) for buffer in _real(buffers)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
-
-
-def load_buffers(buffers: Mapping[str, torch.Tensor], values: torch.Tensor) -> None:
-    """Write a vector made by `flat_buffers` back; counters are rounded."""
-    start = 0
-    for buffer in _real(buffers):
-        part = values[start : start + buffer.numel()].view(buffer.shape)
-        start += buffer.numel()
-        for dimension, (stride, size) in enumerate(zip(buffer.stride(), buffer.shape, strict=True)):
-            if stride == 0 and size > 1:  # expanded: the same numbers again and again
-                buffer, part = buffer.narrow(dimension, 0, 1), part.narrow(dimension, 0, 1)
-        with torch.no_grad():
-            buffer.copy_(part if buffer.dtype.is_floating_point else part.round())
 
 
 def load_parameters(parameters: Mapping[str, nn.Parameter], layout: Layout, flat: torch.Tensor) -> None:

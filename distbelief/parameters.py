@@ -11,7 +11,7 @@ are no keys and no name table on the wire: who talks to whom about what is the o
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -220,6 +220,17 @@ def _check_one_vector(named: list[tuple[str, nn.Parameter]]) -> None:
             )
 
 
+def _memory(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """(storage, first byte, last byte and one) of a strided tensor; the storage tells on the meta device, too."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start = int(tensor.storage_offset()) * tensor.itemsize
+    return tensor.untyped_storage()._cdata, start, start + (reach * tensor.itemsize if tensor.numel() else 0)
+
+
+def _overlap(one: Sequence[int], other: Sequence[int]) -> bool:
+    return one[0] == other[0] and max(one[1], other[1]) < min(one[2], other[2])
+
+
 def _is_expanded(tensor: torch.Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
@@ -234,17 +245,17 @@ def check_state(model: nn.Module) -> None:
                 "checkpoints and exports do not hold it",
                 hint="keep it in buffers, or let get_extra_state return a tensor",
             )
-    trained = {parameter.untyped_storage().data_ptr(): name for name, parameter in trainable(model)}
+    trained = [(name, *_memory(parameter)) for name, parameter in trainable(model)]
     for name, buffer in model.named_buffers():
         problem, hint = "", "keep it in an attribute that is no buffer, and build it in forward or in the constructor"
         if isinstance(buffer, nn.parameter.UninitializedBuffer):
             problem, hint = "is lazy (its shape is not known yet)", "use buffers of known shape"
         elif buffer.layout != torch.strided:
             problem, hint = f"is sparse ({buffer.layout})", "register its indices and values instead"
-        elif buffer.device.type == "meta" or not buffer.numel():
+        elif shared := [name for name, *memory in trained if _overlap(_memory(buffer), memory)]:
+            problem, hint = f"is a view of parameter {shared[0]}", "register a copy of it: parameter.detach().clone()"
+        elif buffer.device.type == "meta":
             continue
-        elif (parameter := trained.get(buffer.untyped_storage().data_ptr())) is not None:
-            problem, hint = f"is a view of parameter {parameter}", "register a copy of it: parameter.detach().clone()"
         elif buffer.dtype is torch.int64 and bool(((buffer > EXACT_INTEGERS) | (buffer < -EXACT_INTEGERS)).any()):
             problem = f"holds integers above {EXACT_INTEGERS:,}, which the mean of replicas' buffers would round"
         if problem:

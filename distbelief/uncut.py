@@ -6,12 +6,13 @@ from typing import final
 
 from torch import nn
 
+from distbelief.buffers import flat_buffers, load_buffers
 from distbelief.coordinator import Coordinator
 from distbelief.engine.base import Engine
 from distbelief.export import Values, state_dict
 from distbelief.job import Facts, Job
 from distbelief.model_partition import initial_buffers
-from distbelief.model_replica import build, flat_buffers, load_buffers, load_parameters
+from distbelief.model_replica import build, load_parameters
 from distbelief.parameters import Span
 from distbelief.partition.materialise import record
 

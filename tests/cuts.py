@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from distbelief import checkpoint, shard_file
+from distbelief.buffers import flat_buffers
 from distbelief.checkpoint import Manifest
 from distbelief.model_partition import lay_out_pieces
-from distbelief.model_replica import flat_buffers
 from distbelief.parameters import Layout, Piece, Span, cut, lay_out, trainable
 from distbelief.partition.box import count, sizes, split, whole
 from distbelief.partition.units import OwnedPiece, units

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distbelief import checkpoint
+from distbelief.buffers import load_buffers
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.export import INITIAL, STATE, export, state_dict, write_template
-from distbelief.model_replica import load_buffers
 from distbelief.parameters import lay_out, trainable
 from distbelief.partition.materialise import record
 from tests.cuts import Attention, Lines, Vision, buffer_numbers, by_rows, lines, write_checkpoint

@@ -20,10 +20,10 @@ from hypothesis import strategies as some
 from torch import Tensor, nn
 
 from distbelief import checkpoint, shard_file
+from distbelief.buffers import flat_buffers
 from distbelief.checkpoint import Manifest
 from distbelief.errors import CheckpointError
 from distbelief.export import export, write_template
-from distbelief.model_replica import flat_buffers
 from distbelief.parameters import Layout, Piece, Span, lay_out
 from distbelief.portions import Leases, LeaseState
 from distbelief.recut import recut

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import ChainDataset, Dataset, IterableDataset, TensorDataset
 
 import distbelief as db
+from distbelief.job import prepare
 from tests import problems
 
 FEATURES, CLASSES = problems.FEATURES, problems.CLASSES
@@ -296,9 +297,102 @@ class Growing(nn.Module):
         return output
 
 
-def test_a_buffer_that_grows_ends_the_job_with_its_shapes(tmp_path: Path) -> None:
-    with pytest.raises(db.DistbeliefError, match=r"buffer seen had shape \[0\] and now has \[\d+\]"):
+def test_a_buffer_that_grows_is_refused_with_its_shapes(tmp_path: Path) -> None:
+    with pytest.raises(
+        db.ConfigurationError, match=r"buffer seen was real of shape \[0\] and now is real of shape \[\d+\]"
+    ):
         db.train(problems.job(model=Growing, run=tmp_path / "run"), view=False)
+
+
+class Caching(nn.Module):
+    """Makes a table when it is first needed, in a buffer that is not kept."""
+
+    table: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES)
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+        self.register_buffer("other", torch.zeros(2), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table, self.other = torch.arange(CLASSES), None
+        output: Tensor = self.layer(x) + self.table
+        return output
+
+
+class Wavering(nn.Module):
+    """Assigns fractions to a buffer of whole numbers."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES)
+        self.register_buffer("mean", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.5 * self.mean + 0.25
+        output: Tensor = self.layer(x)
+        return output
+
+
+def test_buffers_that_are_not_persistent_may_change_their_shape_and_others_may_not_change_their_kind(
+    tmp_path: Path,
+) -> None:
+    assert db.train(problems.job(model=Caching, run=tmp_path / "run"), view=False).summary.examples.missing == 0
+    said = refused(tmp_path / "other", model=Wavering)
+    assert "buffer mean was whole of shape [] and now is real of shape []" in said
+
+
+def in_place() -> nn.Module:
+    return nn.Sequential(nn.ReLU(inplace=True), nn.Linear(FEATURES, CLASSES))
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(problems.normalised_classifier())
+
+
+@pytest.mark.filterwarnings("default:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize(
+    ("model", "algorithm"), [(in_place, db.Sandblaster(max_iterations=3)), (scripted, db.Downpour())]
+)
+def test_models_that_change_their_input_and_scripts_are_trained(model: Any, algorithm: Any, tmp_path: Path) -> None:
+    result = db.train(problems.job(model=model, algorithm=algorithm, run=tmp_path / "run"), view=False)
+    assert result.summary.examples.missing == 0
+
+
+def beside() -> nn.Module:
+    """A parameter and a buffer in one memory, beside each other."""
+    model = nn.Linear(FEATURES, CLASSES)
+    both = torch.zeros(CLASSES * FEATURES + 4)
+    model.weight = nn.Parameter(both[:-4].view(CLASSES, FEATURES))
+    model.register_buffer("rest", both[-4:])
+    return model
+
+
+def viewing() -> nn.Module:
+    model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    model[2].register_buffer("first", model[2].weight.detach())
+    return model
+
+
+def test_a_buffer_beside_a_parameter_is_no_view_of_it_and_partitions_see_those_that_are(tmp_path: Path) -> None:
+    assert prepare(problems.job(model=beside))[1].layout.length == CLASSES * FEATURES + CLASSES
+    said = refused(tmp_path, model=viewing, cluster=db.Cluster(replicas=1, partitions=2))
+    assert "buffer 2.first is a view of parameter 2.weight" in said
+
+
+def of_triples(model: nn.Module, batch: Any) -> Tensor:
+    inputs, target, weight = batch
+    output = model(inputs)
+    assert output.requires_grad == model.training, "a test keeps a graph that nobody needs"
+    return (nn.functional.cross_entropy(output, target, reduction="none") * weight).mean()
+
+
+def test_metrics_beside_a_step_are_of_the_first_two_of_a_mini_batch_and_tests_keep_no_graph(tmp_path: Path) -> None:
+    job = problems.job(data=weighted, test=weighted, loss=None, step=of_triples, run=tmp_path / "run")
+    assert {"loss", "accuracy"} <= db.train(job, view=False).test.keys()
 
 
 def by_its_input(model: nn.Module, batch: Any) -> Tensor:
@@ -333,7 +427,9 @@ class Bound(Dataset[Any]):
 
 
 @pytest.mark.slow
-def test_a_data_set_that_is_bound_to_a_thread_is_asked_by_one(tmp_path: Path) -> None:
+def test_a_data_set_that_is_bound_to_a_thread_is_asked_by_one(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "examples.db"
     with sqlite3.connect(path) as connection:
         connection.execute("create table examples (place integer, label integer)")
@@ -345,6 +441,7 @@ def test_a_data_set_that_is_bound_to_a_thread_is_asked_by_one(tmp_path: Path) ->
     )  # fmt: skip
     summary = db.train(job, view=False).summary
     assert (summary.examples.seen, summary.examples.missing, summary.faults) == (128, 0, ())
+    assert "none is prepared ahead" in capfd.readouterr().err
 
 
 def embedding(sparse: bool) -> nn.Module:

@@ -31,7 +31,7 @@ from distbelief.events import (
     RoleLost,
 )
 from distbelief.export import export, state_dict
-from distbelief.launch import Launch
+from distbelief.launch import Launch, read
 from distbelief.report import read_summary, text
 from tests import problems
 
@@ -181,6 +181,12 @@ def test_what_a_refused_resume_was_given_is_not_kept_and_no_role_starts(
     with pytest.raises(db.DistbeliefError, match=said):
         db.train(job, resume=run, view=False, launch=given)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_of_another_version_says_so(tmp_path: Path) -> None:
+    (tmp_path / "launch.json").write_text('{"script": "mine.py", "options": {}, "overrides": {}}')
+    with pytest.raises(db.CheckpointError, match=r"was started by another version of distbelief.*\nhint: go on with"):
+        read(tmp_path)
 
 
 def test_a_folder_that_is_no_run_is_left_as_it_is_by_a_resume(tmp_path: Path) -> None:

@@ -84,8 +84,9 @@ def open_files_anew() -> None:
             descriptor = int(name)
             only_read = fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR) == 0
             if descriptor > 2 and only_read and stat.S_ISREG(os.fstat(descriptor).st_mode):
+                place = os.lseek(descriptor, 0, os.SEEK_CUR)
                 own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
-                os.lseek(own, os.lseek(descriptor, 0, os.SEEK_CUR), os.SEEK_SET)
+                os.lseek(own, place, os.SEEK_SET)
                 os.dup2(own, descriptor, inheritable=os.get_inheritable(descriptor))
                 os.close(own)
 
@@ -132,8 +133,11 @@ def _refuse_cuda() -> None:
 
 def _refuse_threads() -> None:
     """Raise ConfigurationError when a pool of threads has been started here: forks would wait for it, and have none."""
-    left = [thread.name for thread in threading.enumerate() if not thread.daemon]
-    if left := left[1:]:
+    gc.collect()  # a pool that nobody holds any more ends its threads
+    until = time.monotonic() + 1.0
+    for thread in (started := [each for each in threading.enumerate()[1:] if not each.daemon]):
+        thread.join(max(0.0, until - time.monotonic()))
+    if left := [thread.name for thread in started if thread.is_alive()]:
         raise ConfigurationError(
             f"the script, or a function that builds the data or the model, has started threads: {', '.join(left[:3])}",
             hint="start them when the data set is first asked in a process: roles are forked, and have no threads then",

@@ -131,8 +131,8 @@ def follow(model: nn.Module, sample: Tensor, opened: Collection[str] = ()) -> Fo
     Raises ConfigurationError when its forward pass cannot be followed, or is another one in evaluation.
     """
     called, tracer = Called(model), _Tracer(opened)
-    whole = [name_of(name) for name, each in called.named_modules() if name and tracer.is_leaf_module(each, name)]
-    check_hooks(model, whole, "put what they do into forward, or use partitions=1")
+    leaves = [name_of(name) for name, each in called.named_modules() if name and tracer.is_leaf_module(each, name)]
+    check_hooks(model, leaves, "put what they do into forward, or use partitions=1", called=True)
     training, evaluating = (_trace(called.train(mode), opened) for mode in (True, False))
     if [(node.op, node.target) for node in training.nodes] != [(node.op, node.target) for node in evaluating.nodes]:
         raise ConfigurationError(

@@ -135,8 +135,10 @@ class StagePlan:
     def _name(self, tensor: Tensor, name: str) -> str:
         if id(tensor) not in self._names:
             raise ConfigurationError(
-                f"{name_of(name)} is made anew before each forward pass, as by torch.nn.utils.prune",
-                hint="make it a parameter (torch.nn.utils.prune.remove), or use partitions=1",
+                f"{name_of(name)} is made anew before each forward pass, as by torch.nn.utils.prune, weight_norm or "
+                "spectral_norm",
+                hint="use those of torch.nn.utils.parametrizations, make it a parameter (prune.remove), or use "
+                "partitions=1",
             )
         return self._names[id(tensor)]
 

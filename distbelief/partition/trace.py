@@ -62,11 +62,17 @@ class Call:
         return name_of(self.node)
 
 
-def check_hooks(model: nn.Module, whole: Collection[str], hint: str) -> None:
-    """Raise ConfigurationError for hooks of modules that are not called as they are: neither in `whole` nor below."""
+def check_hooks(model: nn.Module, leaves: Collection[str], hint: str, *, called: bool) -> None:
+    """Raise ConfigurationError for hooks that nobody would call.
+
+    Those of `leaves` and of what is below are called where the leaves are `called` as they are; of what a trace looks
+    into, forward hooks become a part of it.
+    """
     for name, module in model.named_modules():
-        kinds = [kind for kind in HOOKS if getattr(module, kind)]
-        if kinds and not any(name == each or name.startswith(f"{each}.") for each in whole):
+        in_leaf = any(name == each or name.startswith(f"{each}.") for each in leaves)
+        lost = () if in_leaf and called else HOOKS if in_leaf or not (name or called) else HOOKS[2:]
+        kinds = [kind for kind in lost if getattr(module, kind)]
+        if kinds:
             of = f"module {name}" if name else "the model itself"
             raise ConfigurationError(
                 f"{of} has {kinds[0].strip('_').replace('_', ' ')}, which its parts would not call", hint=hint
@@ -95,7 +101,8 @@ def trace(model: nn.Module, sample: torch.Tensor, is_leaf: Callable[[nn.Module],
     Raises ConfigurationError for a forward pass that depends on values, or that is another one in evaluation.
     """
     hint = "put what they do into a module of its own, or cut the model by layers with Plan.stages"
-    check_hooks(model, (), hint)
+    leaves = [name for name, each in model.named_modules() if name and _Tracer(is_leaf).is_leaf_module(each, name)]
+    check_hooks(model, leaves, hint, called=False)
     training, evaluating = (_symbolic(model.train(mode), is_leaf) for mode in (True, False))
     if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in training.nodes):
         raise ConfigurationError(

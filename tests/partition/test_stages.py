@@ -351,9 +351,12 @@ def test_a_model_that_cannot_be_cut_says_why(build: Callable[[], nn.Module], par
     assert str(caught.value).splitlines()[-1].startswith("hint: ")
 
 
-def hooked(name: str) -> nn.Module:
+def hooked(name: str, forward: bool = False) -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 4)), nn.Linear(4, 4))
-    model.get_submodule(name).register_full_backward_hook(lambda module, before, after: None)
+    if forward:
+        model.get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
+    else:
+        model.get_submodule(name).register_full_backward_hook(lambda module, before, after: None)
     return model
 
 
@@ -363,6 +366,16 @@ def test_hooks_of_modules_that_are_looked_into_are_refused_and_those_of_steps_ar
             planned(hooked(name), 2, [4])
         assert "partitions=1" in caught.value.hint
     assert planned(hooked("0"), 2, [4]).partitions == 2
+
+
+@pytest.mark.parametrize("name", ["", "0", "1", "1.1"])
+def test_forward_hooks_are_a_part_of_the_stages_that_they_are_in(name: str) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return hooked(name, forward=True)
+
+    x = torch.randn(8, 4)
+    torch.testing.assert_close(in_turn(planned(build(), 2, [4]), build)(x), build()(x))
 
 
 def pruned() -> nn.Module:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Buffers of a module (BatchNorm statistics, counters) as one vector, so that their mean over replicas can be taken."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from distbelief.errors import ConfigurationError
+
+
+class Registered(Mapping[str, torch.Tensor]):
+    """The buffers of a module as they are at the moment: its forward pass may assign other tensors to them.
+
+    Those that are not persistent, as caches are, stay what they were. Raises ConfigurationError for one that is asked
+    for when it is of another shape or kind than before.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._before = dict(module.named_buffers())
+        self._owners = {}
+        modules = dict(module.named_modules())
+        for name in self._before:
+            path, _, key = name.rpartition(".")
+            if key not in modules[path]._non_persistent_buffers_set:
+                self._owners[name] = modules[path], key
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        before = self._before[name]
+        if name not in self._owners:
+            return before
+        now = getattr(*self._owners[name])
+        if not isinstance(now, torch.Tensor) or (now.shape, _kind(now.dtype)) != (before.shape, _kind(before.dtype)):
+            is_tensor = isinstance(now, torch.Tensor)
+            raise ConfigurationError(
+                f"buffer {name} was {_kind(before.dtype)} of shape {list(before.shape)} and now is "
+                + (f"{_kind(now.dtype)} of shape {list(now.shape)}" if is_tensor else f"a {type(now).__name__}"),
+                hint="let it keep its shape and kind, register it with persistent=False, or keep it in an attribute",
+            )
+        return now
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._before)
+
+    def __len__(self) -> int:
+        return len(self._before)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return "complex" if dtype.is_complex else "real" if dtype.is_floating_point else "whole"
+
+
+def _real(buffers: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Every buffer, a complex one (rotary frequencies) as its real and imaginary parts."""
+    return (torch.view_as_real(buffer) if buffer.is_complex() else buffer for buffer in buffers.values())
+
+
+def flat_buffers(buffers: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """All buffers one after another, float64 on the CPU; float64 holds counters exactly up to 2**53."""
+    parts = [buffer.detach().to("cpu", torch.float64).reshape(-1) for buffer in _real(buffers)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+
+
+def load_buffers(buffers: Mapping[str, torch.Tensor], values: torch.Tensor) -> None:
+    """Write a vector made by `flat_buffers` back; counters are rounded."""
+    start = 0
+    for buffer in _real(buffers):
+        part = values[start : start + buffer.numel()].view(buffer.shape)
+        start += buffer.numel()
+        for dimension, (stride, size) in enumerate(zip(buffer.stride(), buffer.shape, strict=True)):
+            if stride == 0 and size > 1:  # expanded: the same numbers again and again
+                buffer, part = buffer.narrow(dimension, 0, 1), part.narrow(dimension, 0, 1)
+        with torch.no_grad():
+            buffer.copy_(part if buffer.dtype.is_floating_point else part.round())
