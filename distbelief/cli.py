@@ -121,7 +121,7 @@ def _resume(arguments: list[str]) -> None:
     before = launch.read(run)
     if before.script is None:
         raise ConfigurationError(
-            f"{run} was not started from a script that defines job",
+            f"{run} was not started by a command, or by a script whose job is the very one that was trained",
             hint=f"call distbelief.train(job, resume={str(run)!r})",
         )
     for fixed in ("--run", "--checkpoints"):
