@@ -239,7 +239,7 @@ def attempt(prepared: Prepared) -> None:
     if not isinstance(job.algorithm, Sandblaster):
         module.train()
     if isinstance(job.algorithm, Sandblaster):
-        check_data(_sample(job, data), _sample(job, data))  # the model may change what it is given
+        check_data(sample, _sample(job, data))  # before the model, which may change what it is given
     _attempt_gradient(job.objective, module, sample)
     if isinstance(job.algorithm, Sandblaster):
         check_repeatable(module, job.objective, sample)
