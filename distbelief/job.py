@@ -64,9 +64,11 @@ class Job:
     algorithm: Downpour | Sandblaster = field(default_factory=Downpour)
     """Downpour: asynchronous stochastic gradient descent. Sandblaster: full-batch L-BFGS."""
     cluster: Cluster = field(default_factory=Cluster)
+    """How many processes, and where."""
     groups: Groups | None = None
     """(name, parameter) -> options of the update rule that differ for it, such as {"weight_decay": 0.0}."""
     epochs: int = 1
+    """Passes over the data."""
     batch_size: int = 32
     """Examples per mini-batch of one replica."""
     seed: int = 0
@@ -79,7 +81,9 @@ class Job:
     evaluate_every: int | None = None
     """Examples between evaluations on the test set; None for once an epoch, under Sandblaster once in ten passes."""
     checkpoint_seconds: float = 60.0
+    """Between checkpoints, which are written while training goes on."""
     keep_checkpoints: int = 3
+    """How many of the newest are kept."""
 
     def __post_init__(self) -> None:
         check_whole(self, ("epochs", "batch_size", "keep_checkpoints", "seed", "evaluate_every"))
@@ -116,6 +120,12 @@ class Job:
                 f"Job(model=...) is a {type(self.model).__name__} that is built already",
                 hint="give the class, a function or functools.partial that builds it in each process",
             )
+        for name in ("metrics", "evaluate", "evaluate_every"):
+            if self.test is None and getattr(self, name):
+                raise ConfigurationError(
+                    f"Job({name}=...) has nothing to be measured on: there is no test set",
+                    hint=f"give test=, a data set that is not trained on, or leave {name} out",
+                )
 
     def _check_kinds(self) -> None:
         for name, kinds in (("algorithm", (Downpour, Sandblaster)), ("cluster", (Cluster,)), ("metrics", (Mapping,))):

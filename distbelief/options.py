@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
+from rich.console import Console
 
 from distbelief.cluster import Cluster
 from distbelief.downpour import Downpour
@@ -89,10 +90,16 @@ def _parse_command(
         (name, hints[name], dataclasses.field(default_factory=functools.partial(copy.copy, value)))
         for name, value in options.items()
     ]
-    kind = dataclasses.make_dataclass("Options", [*own, *more, *_override_fields(Job)], kw_only=True)
-    about = inspect.getdoc(make_job) or ""
+    summary, _, rest = (inspect.getdoc(make_job) or "").partition("\n\n")
+    about = f"{summary}\n\n{ALGORITHM_OPTION}\n\n{rest}"  # what it says of its parameters stands beside them
+    fields_of_all = [*own, *more, *_override_fields(Job)]
+    kind = dataclasses.make_dataclass("Options", fields_of_all, kw_only=True, namespace={"__doc__": about})
     algorithm, arguments = _algorithm(arguments)
-    parsed: Any = tyro.cli(kind, args=arguments, prog=program, description=f"{about}\n\n{ALGORITHM_OPTION}")
+    try:
+        parsed: Any = tyro.cli(kind, args=arguments, prog=program)
+    except BrokenPipeError:  # of --help, whose reader went away early, such as head
+        Console().on_broken_pipe()
+        raise
     given = _given(parsed, [*options, *extra], {word.partition("=")[0].replace("_", "-") for word in arguments})
     if algorithm is not None:
         # Another algorithm begins with its defaults, not with what an earlier command said of the one before.

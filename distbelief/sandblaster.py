@@ -45,7 +45,9 @@ class Sandblaster:
     history: int = 10
     """Pairs of steps and gradient changes that the direction is made of; each costs two vectors on the shards."""
     max_iterations: int = 200
+    """Steps before it stops."""
     max_evaluations: int = 10_000
+    """Passes over the batch before it stops."""
     gtol: float = 1e-5
     """Stop when no entry of the gradient, as penalties and bounds reduce it, is larger."""
     ftol: float | None = None

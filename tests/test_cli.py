@@ -201,6 +201,38 @@ def test_the_help_names_the_rules_and_the_rate(run: Callable[..., None], capsys:
     assert "Named here, it has its default options. (default: as in the file)" in told
 
 
+DESCRIBED = """
+import distbelief as db
+from tests import problems
+
+def job(*, width: int = 8, deep: bool = False) -> db.Job:
+    {doc}
+    return problems.job()
+"""
+GOOGLE = """'''Trains a net.
+
+    Args:
+        width: How wide
+            it is.
+        deep: How deep.
+    '''"""
+REST = "'''Trains a net.\n\n    :param width: How wide\n        it is.\n    :param deep: How deep.\n    '''"
+
+
+@pytest.mark.parametrize("doc", [GOOGLE, REST])
+def test_what_a_job_says_of_its_parameters_stands_beside_the_options(
+    doc: str, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rules_script.py").write_text(DESCRIBED.format(doc=doc))
+    with pytest.raises(SystemExit):
+        run("train", "rules_script.py", "--help")
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Trains a net. --algorithm {downpour,sandblaster} Trains with the other" in told
+    assert "--width INT How wide it is. (default: 8)" in told
+    assert "How deep. (default: False)" in told
+    assert told.count("How wide") == 1
+
+
 def test_another_algorithm_is_named_on_the_command_line_and_goes_on_where_the_first_one_was(
     run: Callable[..., None],
 ) -> None:
@@ -278,16 +310,16 @@ def test_what_is_shown_of_a_resumed_run_that_was_killed_is_all_of_it_and_not_its
     assert "all epochs finished" in capsys.readouterr().out
 
 
-def test_a_reader_who_goes_away_early_is_no_error(tmp_path: Path) -> None:
-    script = tmp_path / "small.py"
-    script.write_text(PLANNED)
+@pytest.mark.parametrize("words", ["plan small.py --cluster.partitions 2", "train small.py --help"])
+def test_a_reader_who_goes_away_early_is_no_error(words: str, tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(PLANNED)
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-c", "from distbelief.cli import command; command()", "plan", str(script)]
+    command = [sys.executable, "-c", "from distbelief.cli import command; command()", *words.split()]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     told = subprocess.run(
-        [*command, "--cluster.partitions", "2"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()},
-        stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60,
-    )  # fmt: skip
+        command, cwd=tmp_path, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60
+    )
     os.close(writing)
     assert "Traceback" not in told.stderr
     assert "BrokenPipe" not in told.stderr

@@ -180,6 +180,8 @@ def train(tmp_path: Path, examples: int, *options: str) -> "subprocess.Popen[str
 @marked(in_turn)
 def test_the_command_line_trains_on_a_ray_begun_for_the_job_and_ends_it(tmp_path: Path) -> None:
     before = set(marked_processes())
+    for name in ("queue", "random", "selectors"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('files of the working folder are not Python\\'s own')")
     with train(tmp_path, 320, "--cluster.replicas", "1") as process:
         said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said

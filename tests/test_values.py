@@ -68,6 +68,12 @@ def refused_by_train(folder: Path, **fields: Any) -> str:
         (partial(job, batch_size=-1), "Job(batch_size=-1)"),
         (partial(job, keep_checkpoints=0), "Job(keep_checkpoints=0)"),
         (partial(job, evaluate_every=0), "evaluate_every=0"),
+        (
+            partial(job, test=None, metrics={"accuracy": cross_entropy}),
+            "Job(metrics=...) has nothing to be measured on",
+        ),
+        (partial(job, test=None, evaluate=cross_entropy), "Job(evaluate=...) has nothing to be measured on"),
+        (partial(job, test=None, evaluate_every=100), "Job(evaluate_every=...) has nothing to be measured on"),
         (partial(job, checkpoint_seconds=0.0), "checkpoint_seconds=0.0"),
         (partial(job, checkpoint_seconds=float("nan")), "checkpoint_seconds=nan"),
         (partial(job, loss=None), "neither was given"),

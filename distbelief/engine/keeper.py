@@ -21,8 +21,8 @@ Spawn = Callable[..., "subprocess.Popen[Any]"]
 
 def begin(host: str, address: str, invitation: Invitation, spawn: Spawn = subprocess.Popen) -> "subprocess.Popen[Any]":
     """Start the keeper of this host in a process of its own. `spawn` is called as subprocess.Popen is."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     arguments: Sequence[str] = [sys.executable, "-P", "-c", PROGRAM]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = spawn(arguments, stdin=subprocess.PIPE, start_new_session=True, env=environment)
     assert process.stdin is not None
     with process.stdin:

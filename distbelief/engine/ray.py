@@ -47,13 +47,18 @@ STORE_BYTES = 80 << 20
 class KeeperActor:
     """Starts the keeper on its host, in a process that shares nothing with Ray's but its end."""
 
-    def run(self, program: str, folders: Sequence[str], text: bytes) -> int:
-        """Be there as long as the keeper is; returns its exit code."""
-        known = [*folders, *(each for each in sys.path if each not in folders)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, known))}
+    def run(self, program: str, first: str, folders: Sequence[str], text: bytes) -> int:
+        """Be there as long as the keeper is; returns its exit code.
+
+        `first` is the PYTHONPATH of who trains. What else is in his path, and in Ray's here, comes after Python's own
+        modules: files of the working folder may have their names.
+        """
+        own = os.pathsep.join(filter(None, (first, os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": own}
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", program], stdin=subprocess.PIPE, start_new_session=True, env=environment
-        )
+            [sys.executable, "-P", "-c", f"import sys; sys.path += {[*folders, *sys.path]!r}; {program}"],
+            stdin=subprocess.PIPE, start_new_session=True, env=environment,
+        )  # fmt: skip
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:
             process.stdin.write(text)
@@ -145,7 +150,8 @@ class RayKeepers:
             where = NodeAffinitySchedulingStrategy(self._nodes()[host]["NodeID"], soft=False)
             keeper = actor.options(scheduling_strategy=where).remote()
             text = pickle.dumps((host, self._addresses[host], invitation))
-            self._actors[host] = keeper, keeper.run.remote(PROGRAM, [os.getcwd(), *sys.path], text)
+            first = os.environ.get("PYTHONPATH", "")
+            self._actors[host] = keeper, keeper.run.remote(PROGRAM, first, [*filter(None, sys.path), os.getcwd()], text)
         return hosts
 
     def _check_free(self) -> None:
