@@ -7,10 +7,11 @@ answer; what is in memory is there sooner than another thread could be asked.
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data import Subset, TensorDataset, default_collate
 
 from distbelief.channel.base import Future
 from distbelief.engine.base import Home
@@ -27,18 +28,52 @@ def epoch_order(examples: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(examples, generator=generator)
 
 
+@dataclass(frozen=True)
+class Collated:
+    """A data set whose mini-batches the user makes of a list of its examples, as DataLoader's `collate_fn` does."""
+
+    examples: Any
+    collate: Callable[[Any], Any]
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        return len(self.examples)
+
+
+def first(dataset: Any, examples: int) -> Any:
+    """The data set of the first examples of another one."""
+    if isinstance(dataset, Collated):
+        return Collated(first(dataset.examples, examples), dataset.collate)
+    return Subset(dataset, range(min(examples, len(dataset))))
+
+
 def collect(dataset: Any, indices: torch.Tensor) -> Any:
     """The mini-batch of these examples.
 
     A TensorDataset is indexed at once. A dataset with `__getitems__` is asked once for all; a tuple or dict of tensors
     it returns is the mini-batch, a list of examples is collated. Any other dataset is asked example by example.
+    Raises ConfigurationError where examples do not fit together.
     """
+    if isinstance(dataset, Collated):
+        return dataset.collate(_examples(dataset.examples, indices))
     if type(dataset) is TensorDataset:
         return tuple(tensor[indices] for tensor in dataset.tensors)
+    found = _examples(dataset, indices)
+    if isinstance(found, tuple | dict):
+        return found
+    try:
+        return default_collate(found)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigurationError(
+            f"{len(found)} examples cannot be put together as a mini-batch: {error}",
+            hint="give Job(collate=...), a function of a list of examples, as DataLoader's collate_fn",
+        ) from error
+
+
+def _examples(dataset: Any, indices: torch.Tensor) -> Any:
     if hasattr(dataset, "__getitems__"):
-        found = dataset.__getitems__(indices.tolist())
-        return found if isinstance(found, tuple | dict) else default_collate(found)
-    return default_collate([dataset[index] for index in indices.tolist()])
+        return dataset.__getitems__(indices.tolist())
+    return [dataset[index] for index in indices.tolist()]
 
 
 def kind(batch: Any) -> str:
@@ -61,9 +96,11 @@ def pair(
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The mini-batch on `device`; tuples, named tuples, lists and dicts of tensors are followed."""
+    """The mini-batch on `device`; tuples, named tuples, lists and dicts are followed to what has a `to` of its own."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

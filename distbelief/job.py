@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import IterableDataset
 
 from distbelief.buffers import flat_buffers
 from distbelief.checkpoint import lay_out_buffers
 from distbelief.checks import check_number, check_whole
 from distbelief.cluster import Cluster
-from distbelief.data_shard import collect, kind
+from distbelief.data_shard import Collated, collect, first, kind
 from distbelief.downpour import Downpour
 from distbelief.errors import ConfigurationError
 from distbelief.evaluator import Measures, Metric
@@ -26,7 +26,7 @@ from distbelief.partition.footprint import check_memory, footprints, uncut_footp
 from distbelief.partition.pipeline import preload
 from distbelief.partition.stages import StagePlan
 from distbelief.portions import Stages
-from distbelief.repeatable import check_batch, check_data, check_loss, check_repeatable
+from distbelief.repeatable import check_batch, check_data, check_loss, check_repeatable, doubled
 from distbelief.sandblaster import Sandblaster
 from distbelief.update_rule import check
 
@@ -51,6 +51,8 @@ class Job:
     """Builds an ordinary module; called once in each process, with torch's random numbers seeded by `seed`."""
     data: Any
     """A map-style data set, or a function without arguments that builds one."""
+    collate: Callable[[Any], Any] | None = None
+    """List of examples -> mini-batch, as DataLoader's collate_fn, for `test` too; None stacks what is alike."""
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     """(output, target) -> mean loss over the mini-batch, for mini-batches of (input, target)."""
     step: Step | None = None
@@ -134,7 +136,7 @@ class Job:
                 raise ConfigurationError(
                     f"Job({name}={given!r}) is a {type(given).__name__}", hint=f"use for example {_EXAMPLES[name]}"
                 )
-        for name in ("loss", "step", "evaluate", "groups"):
+        for name in ("loss", "step", "evaluate", "groups", "collate"):
             given = getattr(self, name)
             if given is not None and not callable(given):
                 raise ConfigurationError(
@@ -220,6 +222,9 @@ class Facts:
 def prepare(job: Job) -> tuple[Prepared, Facts]:
     """Build the data sets, and the model for its layout. Raises ConfigurationError, and what the user's code does."""
     data, test = _build_data(job.data, "data"), _build_data(job.test, "test")
+    if job.collate is not None:
+        data = Collated(data, job.collate)
+        test = test if test is None or job.evaluate else Collated(test, job.collate)
     batch_size, test_examples = _batch_size(job, len(data)), 0 if test is None else len(test)
     if job.cluster.plan.partitions > 1:
         sample = _sample(job, data)
@@ -252,9 +257,10 @@ def attempt(prepared: Prepared) -> None:
         check_data(sample, _sample(job, data))  # before the model, which may change what it is given
     _attempt_gradient(job.objective, module, sample)
     if isinstance(job.algorithm, Sandblaster):
-        check_repeatable(module, job.objective, sample)
+        twice = _sample(job, data, repeats=2) if isinstance(data, Collated) else doubled(sample)
+        check_repeatable(module, job.objective, sample, twice)
     if test is not None and job.evaluate is None:
-        job.measures.measure(module, Subset(test, range(min(job.batch_size, len(test)))), torch.device("cpu"))
+        job.measures.measure(module, first(test, job.batch_size), torch.device("cpu"))
 
 
 def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> None:
@@ -291,9 +297,9 @@ def _attempt_loss(job: Job, cut: CutModel, x: torch.Tensor, target: Any) -> None
         check_loss(job.loss, output, target)
 
 
-def _sample(job: Job, data: Any) -> Any:
-    """The first mini-batch."""
-    return collect(data, torch.arange(_batch_size(job, len(data))))
+def _sample(job: Job, data: Any, repeats: int = 1) -> Any:
+    """The first mini-batch, or one of its examples more than once."""
+    return collect(data, torch.arange(_batch_size(job, len(data))).repeat(repeats))
 
 
 def _batch_size(job: Job, examples: int) -> int:

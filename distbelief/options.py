@@ -26,7 +26,7 @@ from distbelief.update_rule import UpdateRule, adagrad, adam, adamw, adaptive_re
 from distbelief.update_rule.adaptive_revision import AdaptiveRevision
 from distbelief.update_rule.torch_rule import TorchRule
 
-NOT_OPTIONS = {"model", "data", "loss", "step", "test", "metrics", "evaluate", "groups"}
+NOT_OPTIONS = {"model", "data", "loss", "step", "test", "metrics", "evaluate", "groups", "collate"}
 """Fields that hold code or data and cannot be written on a command line."""
 
 ALGORITHMS: dict[str, type[Downpour] | type[Sandblaster]] = {"downpour": Downpour, "sandblaster": Sandblaster}

@@ -80,10 +80,11 @@ def check_data(sample: Any, again: Any) -> None:
             )
 
 
-def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> None:
+def check_repeatable(module: nn.Module, objective: Objective, sample: Any, twice: Any) -> None:
     """Compute the loss of a mini-batch twice, along its gradient, and of it doubled; refuse what does not fit together.
 
-    Gradients of the module are left as they were found: none. Raises ConfigurationError.
+    `twice` is the mini-batch of the same examples twice over, or None, see `doubled`. Gradients of the module are left
+    as they were found: none. Raises ConfigurationError.
     """
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     first, second = (_loss_and_gradient(module, objective, sample) for _ in range(2))
@@ -100,17 +101,16 @@ def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> No
             hint="remove what is random from the model, the loss and the data (dropout, noise, augmentation)",
         )
     _check_gradient(module, objective, sample, first[0])
-    doubled = _doubled(sample)
-    if doubled is not None and torch.isfinite(first[0]).all():
-        _check_mean(float(first[0]), float(_loss_and_gradient(module, objective, doubled)[0]))
+    if twice is not None and torch.isfinite(first[0]).all():
+        _check_mean(float(first[0]), float(_loss_and_gradient(module, objective, twice)[0]))
 
 
 def check_loss(loss: Callable[[torch.Tensor, Any], torch.Tensor], output: torch.Tensor, target: Any) -> None:
     """The same of a loss alone, on an output, where no process may hold the model. Raises ConfigurationError."""
-    doubled = _doubled((output, target))
+    twice = doubled((output, target))
     once = float(loss(output, target))
-    if doubled is not None and math.isfinite(once):
-        _check_mean(once, float(loss(*doubled)))
+    if twice is not None and math.isfinite(once):
+        _check_mean(once, float(loss(*twice)))
 
 
 def _check_mean(once: float, twice: float) -> None:
@@ -181,14 +181,14 @@ def _dense(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
 
 
-def _doubled(sample: Any) -> Any:
+def doubled(sample: Any) -> Any:
     """The mini-batch twice over; None for one that is not made of tensors."""
     if isinstance(sample, torch.Tensor):
         return torch.cat([sample, sample]) if sample.ndim else None
     if isinstance(sample, dict):
-        parts = {key: _doubled(value) for key, value in sample.items()}
+        parts = {key: doubled(value) for key, value in sample.items()}
         return None if any(part is None for part in parts.values()) else parts
     if isinstance(sample, tuple | list):
-        several = [_doubled(value) for value in sample]
+        several = [doubled(value) for value in sample]
         return None if any(part is None for part in several) else type(sample)(several)
     return None
