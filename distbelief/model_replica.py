@@ -149,9 +149,9 @@ class ModelReplica:
                 _pin(buffer)
         self._working = self._host[:2] if on_cpu else [torch.zeros_like(self._host[0], device=device)]
         self._accruing = self._host[2:] if on_cpu else [torch.zeros_like(self._host[0], device=device)]
-        self._parameter_views = [list(layout.views(flat).values()) for flat in self._working]
-        self._gradient_views = [list(layout.views(flat).values()) for flat in self._accruing]
         self._parameters = [part.parameters[piece.name] for piece in layout.pieces]
+        self._parameter_views = [self._views(layout, flat) for flat in self._working]
+        self._gradient_views = [self._views(layout, flat) for flat in self._accruing]
         self._filling = 0
         """Which gradient buffer is accrued into."""
         self._places = self._gradient_views[0]
@@ -179,6 +179,11 @@ class ModelReplica:
             write_in_place(part.module, places)
 
     # parameters
+
+    def _views(self, layout: Layout, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Where each parameter lies in a flat vector, in the shape that the module has: a piece may be of a view."""
+        pairs = zip(layout.views(flat).values(), self._parameters, strict=True)
+        return [view.view(parameter.shape) for view, parameter in pairs]
 
     @property
     def spare(self) -> torch.Tensor:

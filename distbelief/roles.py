@@ -85,7 +85,10 @@ def replica_role(
     model = ModelReplica(seat.part, seat.layout, objective.differentiate, device, home.allocate, seat.group)
     server = ParameterServer(home, spans, seat.own, index, partition)
     if isinstance(job.algorithm, Sandblaster):
-        # The module's training modes are as the user built it: an objective must not change from call to call.
+        # The module's training modes are as the user built it: an objective must not change from call to call. What
+        # would make it do so is refused where it is left in training, so parts compute as in evaluation.
+        if prepared.cut is not None:
+            seat.part.module.eval()
         micro_batch = job.algorithm.micro_batch_of(job.batch_size, len(prepared.data))
         data = DataShard(home, prepared.data, micro_batch, None)
         return SandblasterReplica(home, index, model, data, server)

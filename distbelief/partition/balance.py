@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from distbelief.errors import ConfigurationError
+from distbelief.partition.tracer import Followed
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Measure:
     """Floating-point operations of the whole mini-batch, as torch counts them: those of matrix products alone."""
     saved: int
     """Elements that it keeps for the backward pass, and that no call before it has kept."""
+    changed: tuple[fx.Node, ...]
+    """The calls whose results it changes in place."""
 
     @property
     def elements(self) -> int:
@@ -46,9 +49,9 @@ def measure(module: fx.GraphModule, sample: Tensor) -> dict[fx.Node, Measure]:
     return run.found
 
 
-class _Measuring(fx.Interpreter):
+class _Measuring(Followed):
     def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
+        super().__init__(module)
         self.found: dict[fx.Node, Measure] = {}
         self._kept = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers())]
 
@@ -66,12 +69,14 @@ class _Measuring(fx.Interpreter):
         with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
             try:
                 result = super().run_node(n)
+            except ConfigurationError:
+                raise
             except Exception as error:
                 raise ConfigurationError(
                     f"{n.target} cannot be planned without computing it: {type(error).__name__}: {error}",
                     hint="let it depend on no values, and make new tensors on the device of its input",
                 ) from error
-        self.found[n] = Measure(result, counter.get_total_flops(), saved)
+        self.found[n] = Measure(result, counter.get_total_flops(), saved, tuple(self.changed.get(n, ())))
         return result
 
 

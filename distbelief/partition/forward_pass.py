@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from distbelief.errors import ConfigurationError
 from distbelief.partition.balance import Measure, measure
-from distbelief.partition.trace import _traced_factories, check_hooks
+from distbelief.partition.trace import check_hooks
+from distbelief.partition.tracer import Tracer, check_changes, graph_of
 
 _PREFIX = "model."
 
@@ -140,10 +141,14 @@ def follow(model: nn.Module, sample: Tensor, opened: Collection[str] = ()) -> Fo
             hint="put what differs into a module of its own",
         )
     measures = measure(fx.GraphModule(called.train(), training), sample)
-    return ForwardPass(called, training, dict(zip(training.nodes, evaluating.nodes, strict=True)), measures)
+    passed = ForwardPass(called, training, dict(zip(training.nodes, evaluating.nodes, strict=True)), measures)
+    # Steps are done once, in order; what does not depend on the input is computed anew by whoever needs it.
+    once = {passed.input, *passed.steps}
+    check_changes({call: each.changed for call, each in measures.items()}, lambda node: node not in once)
+    return passed
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, opened: Iterable[str]) -> None:
@@ -157,8 +162,9 @@ class _Tracer(fx.Tracer):
 def _trace(called: Called, opened: Iterable[str]) -> fx.Graph:
     name = type(called.model).__name__
     try:
-        with _traced_factories():
-            graph = _Tracer(opened).trace(called)
+        graph = graph_of(lambda: _Tracer(opened), called, name)
+    except ConfigurationError:
+        raise
     except Exception as error:  # whatever the user's code meets when its values are none
         raise ConfigurationError(
             f"the forward pass of {name} cannot be followed: {type(error).__name__}: {error}",

@@ -7,8 +7,7 @@ process: trace before any thread runs a forward.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from distbelief.errors import ConfigurationError
-
-FACTORIES = ("arange", "zeros", "ones", "full", "linspace", "tensor")
-"""Functions that make a tensor from numbers alone, which tracing does not see by itself."""
+from distbelief.partition.tracer import Followed, Tracer, check_changes, graph_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STAGES_HINT = "register a rule for the layer with register_rule, or cut the model by layers with Plan.stages"
@@ -72,8 +69,10 @@ def check_hooks(model: nn.Module, leaves: Collection[str], hint: str, *, called:
         in_leaf = any(name == each or name.startswith(f"{each}.") for each in leaves)
         lost = () if in_leaf and called else HOOKS if in_leaf or not (name or called) else HOOKS[2:]
         kinds = [kind for kind in lost if getattr(module, kind)]
+        of = f"module {name}" if name else "the model itself"
+        if lost == HOOKS and "forward" in vars(module):
+            raise ConfigurationError(f"{of} has a forward of its own, which its parts would not call", hint=hint)
         if kinds:
-            of = f"module {name}" if name else "the model itself"
             raise ConfigurationError(
                 f"{of} has {kinds[0].strip('_').replace('_', ' ')}, which its parts would not call", hint=hint
             )
@@ -119,8 +118,9 @@ def trace(model: nn.Module, sample: torch.Tensor, is_leaf: Callable[[nn.Module],
     facts = [_Facts(fx.GraphModule(model.train(), training)) for _ in range(2)]
     for run, batch in zip(facts, (size, size + 1), strict=True):
         example = torch.empty((batch, *sample.shape[1:]), dtype=sample.dtype, device="meta")
-        with torch.device("meta"), torch.no_grad():
+        with torch.device("meta"), torch.enable_grad():
             run.run(example)
+    check_changes(facts[0].changed, lambda node: True)
     calls = []
     for twin, node in twins.items():
         arguments = fx.node.map_arg((twin.args, twin.kwargs), twins.__getitem__)
@@ -153,7 +153,7 @@ def _value(one: Any, two: Any, size: int) -> Value | None:
     return None
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     def __init__(self, is_leaf: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self._is_leaf = is_leaf
@@ -163,36 +163,14 @@ class _Tracer(fx.Tracer):
 
 
 def _symbolic(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Graph:
-    with _traced_factories():
-        try:
-            return _Tracer(is_leaf).trace(model)
-        except (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError) as error:
-            raise ConfigurationError(
-                f"the forward pass of {type(model).__name__} cannot be followed by units: {error}",
-                hint="let it depend on no values of its input, or cut the model by layers with Plan.stages",
-            ) from error
-
-
-@contextmanager
-def _traced_factories() -> Iterator[None]:
-    originals = {name: getattr(torch, name) for name in FACTORIES}
-    for name, original in originals.items():
-        setattr(torch, name, _traced(original))
+    name = type(model).__name__
     try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
-
-
-def _traced(original: Callable[..., Any]) -> Callable[..., Any]:
-    def factory(*args: Any, **kwargs: Any) -> Any:
-        for argument in torch.utils._pytree.tree_leaves((args, kwargs)):
-            if isinstance(argument, fx.Proxy):
-                return argument.tracer.create_proxy("call_function", original, args, kwargs)
-        return original(*args, **kwargs)
-
-    return factory
+        return graph_of(lambda: _Tracer(is_leaf), model, name)
+    except (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        raise ConfigurationError(
+            f"the forward pass of {name} cannot be followed by units: {error}",
+            hint="let it depend on no values of its input, or cut the model by layers with Plan.stages",
+        ) from error
 
 
 @dataclass
@@ -212,12 +190,11 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class _Facts(fx.Interpreter):
+class _Facts(Followed):
     """Runs the graph on meta tensors and notes what each node yields."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.extra_traceback = False
+        super().__init__(module)
         self.found: dict[fx.Node, _Fact] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -225,6 +202,8 @@ class _Facts(fx.Interpreter):
         with FlopCounterMode(display=False) as counter, draws:
             try:
                 result = super().run_node(n)
+            except ConfigurationError:
+                raise
             except Exception as error:
                 raise ConfigurationError(
                     f"{name_of(n)} cannot be planned without computing it: {type(error).__name__}: {error}",

@@ -3,7 +3,6 @@
 
 import difflib
 import inspect
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from distbelief.errors import ConfigurationError
 from distbelief.partition.division import at, everywhere
 from distbelief.partition.rules import has_rule, rule_of
 from distbelief.partition.site import Site, State, Step
-from distbelief.partition.trace import Call, name_of, trace
+from distbelief.partition.trace import Call, trace
 from distbelief.plan import Cut
 
 
@@ -122,14 +121,9 @@ def check_cuts(model: nn.Module, cuts: Mapping[str, Cut], partitions: int) -> No
 LIGHT_SHARE = 1 / 64
 """The part of a partition's work that is not worth an exchange."""
 
-IN_PLACE = (
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.ifloordiv, operator.imod,
-    operator.iand, operator.ior, operator.ixor, operator.setitem,
-)  # fmt: skip
-
 
 def _check_uses(model: nn.Module, calls: Sequence[Call]) -> None:
-    """Raise ConfigurationError for parameters used in two places, and for values used after they were overwritten."""
+    """Raise ConfigurationError for parameters used in two places."""
     names: dict[int, str] = {}
     for kind, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
         for name, tensor in named(remove_duplicate=False):
@@ -139,22 +133,9 @@ def _check_uses(model: nn.Module, calls: Sequence[Call]) -> None:
                     hint=f"give each layer its own {kind}, or cut the model by layers with Plan.stages",
                 )
     owners: dict[str, str] = {}
-    position = {call.node: index for index, call in enumerate(calls)}
     for call in calls:
         if call.kind in ("call_module", "get_attr"):
             _claim(model, call, owners)
-        if _overwrites(model, call):
-            victim = call.node.args[0]
-            later = (
-                [user for user in victim.users if position[user] > position[call.node]]
-                if isinstance(victim, fx.Node)
-                else []
-            )
-            if later:
-                raise ConfigurationError(
-                    f"{name_of(later[0])} uses a value that {call.name} has overwritten in place",
-                    hint="use the result of the call, or compute out of place",
-                )
 
 
 def _claim(model: nn.Module, call: Call, owners: dict[str, str]) -> None:
@@ -174,11 +155,3 @@ def _claim(model: nn.Module, call: Call, owners: dict[str, str]) -> None:
                 hint="give each call a layer of its own, or cut the model by layers with Plan.stages",
             )
         owners[name] = call.node.name
-
-
-def _overwrites(model: nn.Module, call: Call) -> bool:
-    if call.kind == "call_method":
-        return str(call.target).endswith("_") and not str(call.target).endswith("__")
-    if call.kind == "call_module":
-        return bool(getattr(model.get_submodule(str(call.target)), "inplace", False))
-    return call.target in IN_PLACE or bool(call.kwargs.get("inplace", False))

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Symbolic tracing for both kinds of plans. What a graph of calls would lose, or freeze, is refused by name.
+
+the user's forward                        a graph of its calls would        here
+with torch.no_grad(): y = f(x)            train f                           refused, where y then needs a gradient
+with torch.autocast(...): y = f(x)        compute in full precision         refused
+y = MyFunction.apply(x)                   forget its backward               one call, with its backward
+y = x * self.calls                        keep the number of the first      refused, where the second differs
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from distbelief.errors import ConfigurationError
+
+FACTORIES = ("arange", "zeros", "ones", "full", "linspace", "tensor")
+"""Functions that make a tensor from numbers alone, which tracing does not see by itself."""
+
+_NO_GRAD = "no_grad"
+"""The mark of a node whose call stands below torch.no_grad()."""
+_OWN_MODULE = "put what does it into a module of its own, and cut the model by layers with Plan.stages"
+"""Modules that stages do not look into are called as they are."""
+
+
+class Tracer(fx.Tracer):
+    """Follows a forward pass as it is when the trace begins: with gradients, without autocast."""
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a call to the graph."""
+        node = super().create_node(kind, *args, **kwargs)
+        if kind.startswith("call_"):
+            if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+                raise ConfigurationError(
+                    f"{called(node)} is called below torch.autocast, which parts of the model would not know",
+                    hint=_OWN_MODULE,
+                )
+            node.meta[_NO_GRAD] = not torch.is_grad_enabled()
+        return node
+
+
+def graph_of(make: Callable[[], Tracer], root: nn.Module, name: str) -> fx.Graph:
+    """The calls of `root`, whose forward pass in training must be the same one when it is called again.
+
+    `name` is that of the model in messages. Raises ConfigurationError where it is not, and what tracing raises.
+    """
+    with _traced(), torch.enable_grad():
+        first = make().trace(root)
+        again = make().trace(root) if root.training else first
+    differing = [
+        f"{called(a)} with {one!r}, then with {other!r}"
+        for a, b in zip(first.nodes, again.nodes, strict=False)
+        for one, other in zip(_numbers(a), _numbers(b), strict=False)
+        if one != other
+    ]
+    if differing or [node.op for node in first.nodes] != [node.op for node in again.nodes]:
+        what = f"calls {differing[0]}" if differing else "makes other calls"
+        raise ConfigurationError(
+            f"the forward pass of {name} {what} when it is done again: it counts, or draws numbers",
+            hint="keep counters in buffers and draw with torch, within a module of its own that is cut in stages; or "
+            "use partitions=1",
+        )
+    return first
+
+
+def _numbers(node: fx.Node) -> list[Any]:
+    leaves = tree_leaves((node.args, node.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, int | float | complex | str) and leaf == leaf]
+
+
+def called(node: fx.Node) -> str:
+    """How messages name what a node calls; in stages the model is a module of what is traced."""
+    return str(getattr(node.target, "__name__", node.target)).removeprefix("model.")
+
+
+class Followed(fx.Interpreter):
+    """Runs a graph and notes which results of earlier calls each call changes in place."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.extra_traceback = False
+        self.changed: dict[fx.Node, list[fx.Node]] = {}
+        """For each call the earlier ones whose results it has changed."""
+        self._versions: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one call. Raises ConfigurationError for one that is trained where the user's forward does not."""
+        result = super().run_node(n)
+        for node, version in self._versions.items():
+            now = self.env[node]._version
+            if now != version:
+                self.changed.setdefault(n, []).append(node)
+                self._versions[node] = now
+        if isinstance(result, torch.Tensor):
+            self._versions[n] = result._version
+            if n.meta.get(_NO_GRAD) and result.requires_grad:
+                raise ConfigurationError(
+                    f"{called(n)} is called below torch.no_grad(), and parts of the model would train it",
+                    hint="freeze its parameters with requires_grad_(False), or detach its result",
+                )
+        return result
+
+
+def check_changes(changed: Mapping[fx.Node, Iterable[fx.Node]], movable: Callable[[fx.Node], bool]) -> None:
+    """Raise ConfigurationError for changes in place that parts of the model would not see.
+
+    `changed` has for each call those whose results it changes; `movable` says of one whether its users may be
+    elsewhere than the call that changes it.
+    """
+    order = {node: position for call in changed for position, node in enumerate(call.graph.nodes)}
+    for call, node in ((call, node) for call, nodes in changed.items() for node in nodes):
+        if node.op == "get_attr":
+            raise ConfigurationError(
+                f"{called(call)} in forward changes {called(node)} itself, which other parts would not see",
+                hint=_OWN_MODULE,
+            )
+        later = [user for user in node.users if order[user] > order[call]]
+        if movable(node) and later:
+            raise ConfigurationError(
+                f"{called(later[0])} uses a value that {called(call)} has overwritten in place",
+                hint="use the result of the call, or compute out of place, such as x * 2 for x.mul_(2)",
+            )
+
+
+@contextmanager
+def _traced() -> Iterator[None]:
+    """Functions that make tensors from numbers, and autograd functions, are calls of the graph, too."""
+    originals = {name: getattr(torch, name) for name in FACTORIES}
+    apply = torch.autograd.Function.__dict__["apply"]
+    for name, original in originals.items():
+        setattr(torch, name, _factory(original))
+    torch.autograd.Function.apply = classmethod(_apply(apply))  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+def _proxy(arguments: Any) -> fx.Proxy | None:
+    return next((each for each in tree_leaves(arguments) if isinstance(each, fx.Proxy)), None)
+
+
+def _factory(original: Callable[..., Any]) -> Callable[..., Any]:
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        proxy = _proxy((args, kwargs))
+        if proxy is None:
+            return original(*args, **kwargs)
+        return proxy.tracer.create_proxy("call_function", original, args, kwargs)
+
+    return factory
+
+
+def _apply(original: Any) -> Callable[..., Any]:
+    def apply(function: Any, *args: Any) -> Any:
+        proxy = _proxy(args)
+        if proxy is None or function.__module__.startswith(
+            "torch."
+        ):  # such as that of checkpoints, which calls modules
+            return original.__func__(function, *args)
+        return proxy.tracer.create_proxy("call_function", _applied(function), args, {})
+
+    return apply
+
+
+@functools.cache
+def _applied(function: Any) -> Callable[..., Any]:
+    """A function of that name: what torch itself calls `apply` would be looked for there by the name."""
+
+    def applied(*args: Any) -> Any:
+        return function.apply(*args)
+
+    applied.__name__ = applied.__qualname__ = function.__name__
+    applied.__module__ = function.__module__
+    return applied
