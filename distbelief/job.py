@@ -11,22 +11,21 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from distbelief.buffers import flat_buffers
 from distbelief.checkpoint import lay_out_buffers
 from distbelief.checks import check_number, check_whole
 from distbelief.cluster import Cluster
-from distbelief.data_shard import Collated, collect, first, kind
+from distbelief.data_shard import Collated, collect, kind
 from distbelief.downpour import Downpour
 from distbelief.errors import ConfigurationError
 from distbelief.evaluator import Measures, Metric
 from distbelief.model_partition import CutModel, cut_model
-from distbelief.model_replica import Objective, Step, build, scalar, whole
+from distbelief.model_replica import Objective, Step, build
 from distbelief.parameters import Groups, Layout, trainable
 from distbelief.partition.footprint import check_memory, footprints, uncut_footprint
 from distbelief.partition.pipeline import preload
 from distbelief.partition.stages import StagePlan
 from distbelief.portions import Stages
-from distbelief.repeatable import check_batch, check_data, check_loss, check_repeatable, doubled
+from distbelief.repeatable import check_batch
 from distbelief.sandblaster import Sandblaster
 from distbelief.update_rule import check
 
@@ -227,7 +226,7 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
         test = test if test is None or job.evaluate else Collated(test, job.collate)
     batch_size, test_examples = _batch_size(job, len(data)), 0 if test is None else len(test)
     if job.cluster.plan.partitions > 1:
-        sample = _sample(job, data)
+        sample = sample_of(job, data)
         cut = cut_model(job.model, job.seed, job.grouping, _input(job, sample), job.cluster.plan)
         if job.cluster.memory_bytes is not None:
             check_memory(footprints(cut.plan, batch_size, cut.layout.dtype), job.cluster.memory_bytes)
@@ -243,63 +242,15 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
     return Prepared(job, data, test, layout, None), Facts(layout, lay_out_buffers(module), len(data), test_examples)
 
 
-def attempt(prepared: Prepared) -> None:
-    """Try one mini-batch, and a look at the test set. Raises ConfigurationError, and what the user's code raises."""
-    job, data, test = prepared.job, prepared.data, prepared.test
-    if prepared.cut is not None:
-        _attempt_loss(job, prepared.cut, *_sample(job, data))
-        return
-    module, _ = build(job.model, job.seed, job.grouping, prepared.layout)
-    sample = _sample(job, data)
-    if not isinstance(job.algorithm, Sandblaster):
-        module.train()
-    if isinstance(job.algorithm, Sandblaster):
-        check_data(sample, _sample(job, data))  # before the model, which may change what it is given
-    _attempt_gradient(job.objective, module, sample)
-    if isinstance(job.algorithm, Sandblaster):
-        twice = _sample(job, data, repeats=2) if isinstance(data, Collated) else doubled(sample)
-        check_repeatable(module, job.objective, sample, twice)
-    if test is not None and job.evaluate is None:
-        job.measures.measure(module, first(test, job.batch_size), torch.device("cpu"))
+def sample_of(job: Job, data: Any) -> Any:
+    """A mini-batch to try things with."""
+    return collect(data, trial(job, data))
 
 
-def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> None:
-    """Compute a loss as replicas do, up to the backward pass. Raises ConfigurationError, and what user code raises."""
-    before = {name: (parameter, parameter._version) for name, parameter in trainable(module)}
-    buffers = whole(module).buffers
-    if not objective(module, sample).requires_grad:
-        raise ConfigurationError(
-            "the loss of a mini-batch does not lead back to the parameters, so it has no gradient",
-            hint="compute it from the model's output, without .item(), .detach(), NumPy or torch.no_grad()",
-        )
-    flat_buffers(buffers)
-    for name, (parameter, version) in before.items():
-        if parameter._version != version:
-            raise ConfigurationError(
-                f"computing the loss changes parameter {name} itself, as max_norm of nn.Embedding does; shards keep "
-                "it, and their next answer would undo the change",
-                hint="compute with a changed copy in forward, or add a penalty to the loss",
-            )
-
-
-def _attempt_loss(job: Job, cut: CutModel, x: torch.Tensor, target: Any) -> None:
-    """Try the loss of a partitioned model, which no process may hold whole, on an output that is invented."""
-    assert job.loss is not None
-    output = torch.zeros_like(cut.output(x), device="cpu")
-    if output.is_floating_point():
-        output.uniform_(0.25, 0.75, generator=torch.Generator().manual_seed(job.seed))
-    try:
-        value = job.loss(output, target)
-    except Exception:
-        return  # what was invented may be to blame: the first mini-batch will tell
-    scalar(value)
-    if isinstance(job.algorithm, Sandblaster):
-        check_loss(job.loss, output, target)
-
-
-def _sample(job: Job, data: Any, repeats: int = 1) -> Any:
-    """The first mini-batch, or one of its examples more than once."""
-    return collect(data, torch.arange(_batch_size(job, len(data))).repeat(repeats))
+def trial(job: Job, data: Any) -> torch.Tensor:
+    """The examples of the mini-batch that is tried, from all over the data, which may be sorted."""
+    size = _batch_size(job, len(data))
+    return torch.arange(size) * len(data) // size
 
 
 def _batch_size(job: Job, examples: int) -> int:

@@ -6,7 +6,6 @@ other reasons, and then the search fails in ways that nobody would trace to them
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from distbelief.parameters import Layout, trainable
 
 PENALTIES = ("l2", "l1", "low", "high")
 """What a parameter group may say."""
-MEAN_TOLERANCE = 1e-3
-"""Relative difference of a loss over examples and over the same examples twice: rounding, not a factor."""
 
 
 def check_batch(module: nn.Module, layout: Layout, keeping: Keeping) -> None:
@@ -80,11 +77,10 @@ def check_data(sample: Any, again: Any) -> None:
             )
 
 
-def check_repeatable(module: nn.Module, objective: Objective, sample: Any, twice: Any) -> None:
-    """Compute the loss of a mini-batch twice, along its gradient, and of it doubled; refuse what does not fit together.
+def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> None:
+    """Compute the loss of a mini-batch twice, and along its gradient; refuse what does not fit together.
 
-    `twice` is the mini-batch of the same examples twice over, or None, see `doubled`. Gradients of the module are left
-    as they were found: none. Raises ConfigurationError.
+    Gradients of the module are left as they were found: none. Raises ConfigurationError.
     """
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     first, second = (_loss_and_gradient(module, objective, sample) for _ in range(2))
@@ -101,25 +97,6 @@ def check_repeatable(module: nn.Module, objective: Objective, sample: Any, twice
             hint="remove what is random from the model, the loss and the data (dropout, noise, augmentation)",
         )
     _check_gradient(module, objective, sample, first[0])
-    if twice is not None and torch.isfinite(first[0]).all():
-        _check_mean(float(first[0]), float(_loss_and_gradient(module, objective, twice)[0]))
-
-
-def check_loss(loss: Callable[[torch.Tensor, Any], torch.Tensor], output: torch.Tensor, target: Any) -> None:
-    """The same of a loss alone, on an output, where no process may hold the model. Raises ConfigurationError."""
-    twice = doubled((output, target))
-    once = float(loss(output, target))
-    if twice is not None and math.isfinite(once):
-        _check_mean(once, float(loss(*twice)))
-
-
-def _check_mean(once: float, twice: float) -> None:
-    if abs(twice - once) > MEAN_TOLERANCE * abs(once) + 1e-12:
-        raise ConfigurationError(
-            f"the loss of the same examples twice over is {twice:.6g}, of once {once:.6g}: it is not their mean",
-            hint='let the loss be the mean over the mini-batch (reduction="mean"), the same for every example; a '
-            "function of minimize is the sum over the examples of its portion",
-        )
 
 
 def _check_gradient(module: nn.Module, objective: Objective, sample: Any, loss: torch.Tensor) -> None:
@@ -179,16 +156,3 @@ def _loss_and_gradient(module: nn.Module, objective: Objective, sample: Any) -> 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:
     """That of an embedding may be sparse."""
     return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
-
-
-def doubled(sample: Any) -> Any:
-    """The mini-batch twice over; None for one that is not made of tensors."""
-    if isinstance(sample, torch.Tensor):
-        return torch.cat([sample, sample]) if sample.ndim else None
-    if isinstance(sample, dict):
-        parts = {key: doubled(value) for key, value in sample.items()}
-        return None if any(part is None for part in parts.values()) else parts
-    if isinstance(sample, tuple | list):
-        several = [doubled(value) for value in sample]
-        return None if any(part is None for part in several) else type(sample)(several)
-    return None

@@ -24,6 +24,7 @@ from torch import nn
 
 from distbelief import checkpoint, events
 from distbelief.appoint import appoint, check_resume, started
+from distbelief.attempt import attempt
 from distbelief.coordinator import Coordinator
 from distbelief.engine.base import Engine, Faults
 from distbelief.engine.hosts import HostsEngine
@@ -32,7 +33,7 @@ from distbelief.engines import engine_of
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.events import AnyEvent, Listener, Observation
 from distbelief.export import write_template
-from distbelief.job import Facts, Job, attempt, prepare
+from distbelief.job import Facts, Job, prepare
 from distbelief.launch import Launch, of_main
 from distbelief.model_replica import check_device
 from distbelief.parameters import Span, cut

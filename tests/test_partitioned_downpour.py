@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import distbelief as db
+from distbelief.attempt import attempt
 from distbelief.events import Observation, RoleLost, RoleStarted
-from distbelief.job import attempt, prepare
+from distbelief.job import prepare
 from distbelief.plan import Plan, on
 from tests import problems
 

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job tried on one mini-batch before anything starts, so that what cannot work is said at once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from distbelief.buffers import flat_buffers
+from distbelief.data_shard import Collated, collect, first
+from distbelief.errors import ConfigurationError
+from distbelief.job import Job, Prepared, sample_of, trial
+from distbelief.mean_loss import AS_A_MEAN, DISTANCES, Part, check_mean, divided, doubled, moved
+from distbelief.model_partition import CutModel
+from distbelief.model_replica import Objective, build, scalar, whole
+from distbelief.parameters import trainable
+from distbelief.partition.stages import StagePlan
+from distbelief.repeatable import check_data, check_repeatable
+from distbelief.sandblaster import Sandblaster
+
+
+def attempt(prepared: Prepared) -> None:
+    """Try one mini-batch, and a look at the test set. Raises ConfigurationError, and what the user's code raises."""
+    job, data, test = prepared.job, prepared.data, prepared.test
+    if prepared.cut is not None:
+        _attempt_loss(job, prepared.cut, data, *sample_of(job, data))
+        return
+    module, _ = build(job.model, job.seed, job.grouping, prepared.layout)
+    sample = sample_of(job, data)
+    if not isinstance(job.algorithm, Sandblaster):
+        module.train()
+    if isinstance(job.algorithm, Sandblaster):
+        check_data(sample, sample_of(job, data))  # before the model, which may change what it is given
+    _attempt_gradient(job.objective, module, sample)
+    if isinstance(job.algorithm, Sandblaster):
+        check_repeatable(module, job.objective, sample)
+        parameters = [parameter for _, parameter in trainable(module)]
+        _check_parts(job, data, sample, lambda batch: job.objective(module, batch), parameters)
+    if test is not None and job.evaluate is None:
+        job.measures.measure(module, first(test, job.batch_size), torch.device("cpu"))
+
+
+def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> None:
+    """Compute a loss as replicas do, up to the backward pass. Raises ConfigurationError, and what user code raises."""
+    before = {name: (parameter, parameter._version) for name, parameter in trainable(module)}
+    buffers = whole(module).buffers
+    if not objective(module, sample).requires_grad:
+        raise ConfigurationError(
+            "the loss of a mini-batch does not lead back to the parameters, so it has no gradient",
+            hint="compute it from the model's output, without .item(), .detach(), NumPy or torch.no_grad()",
+        )
+    flat_buffers(buffers)
+    for name, (parameter, version) in before.items():
+        if parameter._version != version:
+            raise ConfigurationError(
+                f"computing the loss changes parameter {name} itself, as max_norm of nn.Embedding does; shards keep "
+                "it, and their next answer would undo the change",
+                hint="compute with a changed copy in forward, or add a penalty to the loss",
+            )
+
+
+def _attempt_loss(job: Job, cut: CutModel, data: Any, x: torch.Tensor, target: Any) -> None:
+    """Try the loss of a partitioned model, which no process may hold whole, on an output that is invented."""
+    assert job.loss is not None
+    output = torch.zeros_like(cut.output(x), device="cpu")
+    if output.is_floating_point():
+        output.uniform_(0.25, 0.75, generator=torch.Generator().manual_seed(job.seed))
+    try:
+        value = job.loss(output, target)
+    except Exception:
+        return  # what was invented may be to blame: the first mini-batch will tell
+    scalar(value)
+    loss, whole = job.loss, (output, target)
+    if isinstance(cut.plan, StagePlan):
+        size = len(x) // cut.plan.micro_batches(len(x))
+        if (parts := divided(whole, range(0, len(x) + 1, size))) is not None:
+            hint = f"use Plan.stages({cut.plan.partitions}, microbatches=1), or a loss that is a mean over examples"
+            check_mean(lambda pair: loss(*pair), whole, parts, hint)
+    if isinstance(job.algorithm, Sandblaster):
+        _check_parts(job, data, whole, lambda pair: loss(*pair), [])
+
+
+def _check_parts(
+    job: Job, data: Any, sample: Any, loss_of: Callable[[Any], torch.Tensor], parameters: Sequence[nn.Parameter]
+) -> None:
+    """Refuse a loss whose value depends on how Sandblaster cuts the data. Raises ConfigurationError."""
+    indices, hint = trial(job, data), AS_A_MEAN
+    count, collated = len(indices), isinstance(data, Collated)
+    edges = [0, (count + 2) // 3, count]
+    parts: list[Part] | None
+    if count == len(data):  # they are computed at once: here it is sums that are told from means
+        whole = collect(data, indices.repeat(2)) if collated else doubled(sample)
+        parts = None if whole is None else [(count, sample), (count, sample)]
+    else:
+        whole, hint = sample, f"{hint}; or compute them at once, with Sandblaster(micro_batch={len(data)})"
+        pieces = indices.tensor_split(edges[1:2])
+        parts = [(len(piece), collect(data, piece)) for piece in pieces] if collated else divided(sample, edges)
+    for distance in DISTANCES if parts is not None else ():
+        with moved(parameters, distance):
+            check_mean(loss_of, whole, parts or [], hint)
