@@ -122,7 +122,7 @@ def _resume(arguments: list[str]) -> None:
     if before.script is None:
         raise ConfigurationError(
             f"{run} was not started by a command, or by a script whose job is the very one that was trained",
-            hint=f"call distbelief.train(job, resume={str(run)!r})",
+            hint="call " + before.call.format(job="job", run=str(run)),
         )
     for fixed in ("--run", "--checkpoints"):
         if any(word.partition("=")[0] == fixed for word in arguments[1:]):

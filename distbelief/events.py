@@ -145,6 +145,15 @@ class Iterated(Event, frozen=True):
     backed_up: int
 
 
+class SearchBegun(Event, frozen=True):
+    """A search that was resumed began anew, from where it was: data or loss are others than before."""
+
+    loss: float | None
+    """Now, without penalties."""
+    loss_before: float | None
+    """At the same point, penalties included."""
+
+
 class EvaluationLost(Event, frozen=True):
     """A shard was lost during an evaluation, which is computed again."""
 
@@ -242,6 +251,7 @@ AnyEvent = (
     | Progress
     | BatchProgress
     | Iterated
+    | SearchBegun
     | EvaluationLost
     | Evaluated
     | EpochFinished

@@ -84,6 +84,16 @@ def export(run: Path, path: Path, rejected: Callable[[AnyPath, str], None] = lam
     if path.exists() and not path.is_file():
         kind = "folder" if path.is_dir() else "device or pipe"
         raise ConfigurationError(f"{path} is a {kind}", hint="give a file, such as model.safetensors")
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise ConfigurationError(
+            f"{path.name} is a name of files that torch.load reads, and what is written is safetensors",
+            hint=f"name it {path.stem}.safetensors",
+        )
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise ConfigurationError(
+            f"{path.name} is a name of files that torch.load reads, and what is written is safetensors",
+            hint=f"name it {path.stem}.safetensors",
+        )
     entries = _entries(run)
     value = _newest(run, rejected)
     part = path.with_name(path.name + ".part")

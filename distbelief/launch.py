@@ -23,10 +23,12 @@ class Launch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Path of the script that defines `job`; None when there is none, as in an interactive session."""
     commands: tuple[tuple[str, ...], ...] = ()
     """The options of each command, the first one first, as they were typed: so they may be of any type."""
+    call: str = "distbelief.train({job}, resume={run!r})"
+    """What resumes the run in Python, where there is no script; empty for a run that is not kept."""
 
     def then(self, command: Sequence[str]) -> "Launch":
         """With another command behind these."""
-        return Launch(self.script, (*self.commands, tuple(command)) if command else self.commands)
+        return msgspec.structs.replace(self, commands=(*self.commands, tuple(command)) if command else self.commands)
 
     def write(self, run: Path) -> None:
         """Keep it in the run folder. Raises OSError."""

@@ -35,6 +35,8 @@ many evaluations as with either, and the speech model's full batches fewer (docs
 """
 HALVED_LENGTH = 1.0
 """The same for a search that never takes a longer step than its first."""
+SMALL_LOSS = 1e-6
+"""What differs by less, relative to this, differs by the rounding of what it is made of."""
 REFRESH = 5
 """The inner products are measured anew every so many times `history` iterations, against rounding."""
 
@@ -183,6 +185,8 @@ class Solver:
         self.state = state or SolverState(asked=Evaluate(0.0, ()), length=first)
         self._after = 0.0
         """The loss, of what was told last, with which the next trial is compared."""
+        self._doubted = False
+        """Whether the last accepted point is computed again, to see if data and loss are still the same."""
 
     @property
     def iteration(self) -> int:
@@ -209,7 +213,7 @@ class Solver:
 
         Before the first point is accepted the direction is zero.
         """
-        return [self.again(), self.state.asked]
+        return [self.again(), Evaluate(0.0, self.state.history.pairs) if self._doubted else self.state.asked]
 
     def again(self) -> Step:
         """The step that forms the present direction again, and moves nothing."""
@@ -222,6 +226,8 @@ class Solver:
         Where batches change, `shared` is the mean loss over what this one shares with the one before and the next one.
         """
         state, asked = self.state, self.state.asked
+        if self._doubted:
+            return self._confirm(loss + sealed.square / 2 + sealed.absolute)
         if not isinstance(asked, Evaluate):
             raise ValueError(f"an evaluation was told, but {asked} was asked")
         state.evaluations += 1
@@ -256,8 +262,16 @@ class Solver:
         return self.tell(math.nan, Sealed([], 0.0, self.state.slope, 0.0, 0.0, 0.0, 0.0, False))
 
     def resume(self) -> list[Command]:
-        """As `begin`, but go on where the reason to stop is gone, such as a limit that has been raised."""
-        if isinstance(self.state.asked, Stop) and self.state.last is not None and not self._finished():
+        """As `begin`, but compute the point again, begin anew where its loss differs, go on after a raised limit."""
+        self._doubted = self.state.last is not None and self.options.search != "overlapping"
+        return self.begin()
+
+    def _confirm(self, loss: float) -> list[Command]:
+        self._doubted, before = False, self.state
+        relative = 1e-4 if self.options.single else 1e-8
+        if not abs(loss - before.loss) <= relative * max(abs(loss), abs(before.loss), SMALL_LOSS):
+            self.state = Solver(self.options).state
+        elif isinstance(before.asked, Stop) and not self._finished():
             self._search()
         return self.begin()
 

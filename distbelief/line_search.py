@@ -257,8 +257,8 @@ class Backtracking(msgspec.Struct, tag=True):
         rise = self.rise
         if rise is None:
             return _never_finite(self.trials)
-        change = rise.loss - self.loss
-        if rise.slope < 0 < change and change > 10 * self.rounding * abs(self.loss):
+        change, measurable = rise.loss - self.loss, self.rounding * abs(self.loss)
+        if rise.slope < -measurable and change > 10 * measurable:
             return _contradiction(rise.t, change, rise.slope)
         return _no_decrease(self.trials)
 

@@ -6,6 +6,7 @@ It builds the job that a user of modules would write, so everything that is true
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
 from distbelief.cluster import Cluster
 from distbelief.errors import ConfigurationError
 from distbelief.events import JobFinished, Observation
 from distbelief.job import Job
+from distbelief.launch import Launch
 from distbelief.model_replica import scalar
 from distbelief.parameters import Groups
 from distbelief.sandblaster import Sandblaster
@@ -38,9 +41,9 @@ class Minimum:
     parameters: Any
     """As they were given: a tensor, or a dict of tensors; new ones, on the CPU."""
     value: float
-    """Of the sum over all data, penalties included."""
+    """Of the sum over all data, penalties included; NaN where it ended before that was known."""
     gradient_norm: float
-    """The largest entry of its gradient there, as penalties and bounds reduce it."""
+    """The largest entry of its gradient there, as penalties and bounds reduce it; NaN likewise."""
     converged: bool
     reason: str
     """Why it stopped, as a sentence."""
@@ -73,7 +76,7 @@ class Share:
         assert isinstance(point, Point)
         held = point.parameters_by_name
         x = held[ONE] if self.single else dict(held.items())
-        first = batch[0] if isinstance(batch, tuple | list) else batch
+        first = next(each for each in tree_leaves(batch) if isinstance(each, Tensor))
         if self.data == "none":
             return scalar(self.function(x), *WORDS)
         return scalar(self.function(x, first if self.data == "tensor" else batch), *WORDS) / len(first)
@@ -88,6 +91,7 @@ def minimize(
     cluster: Cluster | None = None,
     groups: Groups | None = None,
     run: Path | str | None = None,
+    resume: Path | str | None = None,
     view: bool = False,
 ) -> Minimum:
     """Find a minimum of F(x) = sum over all data of function + l2/2 |x|_2^2 + l1 |x|_1, by L-BFGS.
@@ -100,13 +104,22 @@ def minimize(
 
     l1, l2, gtol and target of `algorithm` are on the scale of F, and penalties are of every parameter. ftol is relative
     to |F|, or to the number of examples where that is larger; ftol=0.0 leaves the end to gtol. `run` keeps checkpoints
-    and events in a folder; without it they are removed at the end. `view` shows the job, whose loss is F divided by the
-    number of examples. Raises what `train` raises.
+    and events in a folder, from which `resume` goes on; without it they are removed at the end. `view` shows the job,
+    whose loss is F divided by the number of examples. Raises what `train` raises.
     """
     algorithm = algorithm or Sandblaster()
     if not isinstance(algorithm, Sandblaster):
         raise ConfigurationError(
             f"minimize(algorithm=...) is a {type(algorithm).__name__}", hint="give a Sandblaster, or leave it out"
+        )
+    if run is not None and resume is not None:
+        raise ConfigurationError(
+            f"minimize(run={str(run)!r}, resume={str(resume)!r}) names two folders", hint="leave run out to go on"
+        )
+    if cluster is not None and cluster.plan.partitions > 1:
+        raise ConfigurationError(
+            f"minimize(cluster=...) has {cluster.plan.partitions} partitions, and a function cannot be cut",
+            hint="use partitions=1, or train a module with a Job",
         )
     _check_start(parameters)
     start = {ONE: parameters} if isinstance(parameters, Tensor) else dict(parameters)
@@ -125,7 +138,9 @@ def minimize(
             heard.append(observation.event)
 
     with contextlib.ExitStack() as stack:
-        folder = Path(run) if run is not None else Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        folder, call = run or resume, "distbelief.minimize(..., resume={run!r})"
+        if folder is None:
+            folder, call = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run", ""
         job = Job(
             model=partial(Point, {name: value.detach().cpu() for name, value in start.items()}),
             data=built,
@@ -135,16 +150,14 @@ def minimize(
             groups=_Penalised(scaled.l1, scaled.l2, groups),
             run=folder,
         )
-        result = train(job, view=view, listeners=[hear])
+        result = train(job, resume=resume, view=view, listeners=[hear], launch=Launch(call=call))
         assert isinstance(result.model, Point)
         found = {name: value.detach().clone() for name, value in result.model.parameters_by_name.items()}
     (finished,) = heard
-    assert finished.loss is not None
-    assert finished.gradient is not None
     return Minimum(
         parameters=found[ONE] if isinstance(parameters, Tensor) else found,
-        value=count * finished.loss,
-        gradient_norm=count * finished.gradient,
+        value=math.nan if finished.loss is None else count * finished.loss,
+        gradient_norm=math.nan if finished.gradient is None else count * finished.gradient,
         converged=finished.converged,
         reason=finished.reason,
         iterations=finished.iterations,
@@ -159,10 +172,12 @@ def _check_start(parameters: object) -> None:
             f"minimize(parameters=...) is a {type(parameters).__name__}",
             hint="give the starting point as a tensor, such as torch.zeros(3), or as a dict of tensors",
         )
-    for name, value in ({"": parameters} if isinstance(parameters, Tensor) else parameters).items():
-        if not isinstance(name, str) or "." in name:
+    named = {"": parameters} if isinstance(parameters, Tensor) else parameters
+    for name, value in named.items():
+        if not isinstance(name, str) or "." in name or hasattr(nn.ParameterDict, name or " "):
             raise ConfigurationError(
-                f"minimize(parameters=...) has a key {name!r}", hint="name parameters by strings without dots"
+                f"minimize(parameters=...) has a key {name!r}",
+                hint="name parameters by strings without dots, and not as methods of dicts are named",
             )
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -170,6 +185,13 @@ def _check_start(parameters: object) -> None:
                 f"the starting point {name or 'of minimize'} is of {kind}",
                 hint="give floating-point tensors, such as value.double()",
             )
+    if len(kinds := {value.dtype for value in named.values()}) > 1:
+        raise ConfigurationError(
+            f"minimize(parameters=...) has tensors of {' and '.join(sorted(map(str, kinds)))}",
+            hint="give all of them one dtype, such as value.double()",
+        )
+    if not sum(value.numel() for value in named.values()):
+        raise ConfigurationError("minimize(parameters=...) is empty", hint="give at least one number to begin from")
 
 
 @dataclass(frozen=True)
@@ -189,14 +211,27 @@ def _data(data: Any) -> tuple[str, Any]:
     """What a portion is, and the data set of them."""
     if data is None:
         return "none", TensorDataset(torch.zeros(1))
+    parts = (data,) if isinstance(data, Tensor) else data if isinstance(data, tuple | list) else ()
+    if isinstance(data, Mapping) or any(getattr(part, "shape", None) == () for part in parts):
+        raise _no_data(f"is a {type(data).__name__} of {'tensors' if isinstance(data, Mapping) else 'single numbers'}")
+    if isinstance(data, tuple) and not all(isinstance(part, Tensor) for part in parts):
+        raise _no_data(f"is a tuple of {' and '.join(sorted({type(part).__name__ for part in parts}))}")
     if isinstance(data, Tensor):
         return "tensor", TensorDataset(data)
-    if isinstance(data, tuple | list) and all(isinstance(part, Tensor) for part in data):
-        lengths = sorted({len(part) for part in data})
+    if parts and all(isinstance(part, Tensor) for part in parts):
+        lengths = sorted({len(part) for part in parts})
         if len(lengths) != 1:
             raise ConfigurationError(
                 f"minimize(data=...) has tensors of {' and '.join(map(str, lengths))} examples",
                 hint="give tensors of the same length along their first dimension",
             )
-        return "tuple", TensorDataset(*data)
+        return "tuple", TensorDataset(*parts)
     return "tuple", data() if callable(data) and not hasattr(data, "__getitem__") else data
+
+
+def _no_data(what: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"minimize(data=...) {what}",
+        hint="give a tensor, such as torch.from_numpy(x), or a tuple of tensors with examples along the first "
+        "dimension, or a map-style data set",
+    )

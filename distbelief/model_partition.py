@@ -122,7 +122,8 @@ def lay_out_pieces(module: nn.Module, plan: Blueprint | StagePlan, groups: Group
         if not owned:
             raise ConfigurationError(
                 f"partition {index} of {plan.partitions} would hold no trainable parameter",
-                hint="use fewer partitions, or cut a layer by hand so that it gets some",
+                hint="use fewer partitions, or cut a larger layer by hand: filters and units that several partitions "
+                "need stay together, on the last one, where they are fewer than four for each",
             )
         for piece in owned:
             span = Span(start, start + _count(piece))

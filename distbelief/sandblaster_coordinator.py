@@ -236,8 +236,10 @@ class SandblasterCoordinator(Coordinator):
         before, shared = self.solver.iteration, None
         if batch.after:  # the first batch has none before it, and nothing is compared with it
             shared = portions.mean_loss(batch.before or batch.after), portions.mean_loss(batch.after)
-        commands = self.solver.tell(portions.mean_loss(), merge(sealed), shared)
-        if self.solver.iteration > before:
+        loss_before, commands = self.solver.loss, self.solver.tell(portions.mean_loss(), merge(sealed), shared)
+        if self.solver.state.last is None:
+            self.emit(events.SearchBegun(loss=_finite(portions.mean_loss()), loss_before=_finite(loss_before)))
+        elif self.solver.iteration > before:
             self._tell_iteration(trial.t)
         return commands
 

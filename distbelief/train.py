@@ -238,13 +238,15 @@ def _run_folder(run: Path) -> Iterator[None]:
 
 
 def _commands(run: Path, launched: Launch, coordinator: Coordinator) -> tuple[str, str]:
-    """(what resumes the run, what exports its model); empty where there is no checkpoint."""
+    """(what resumes the run, what exports its model); empty where no checkpoint is kept."""
+    if not (launched.script or launched.call):
+        return "", ""
     with contextlib.suppress(OSError):  # a store that is out of reach now may be there again when they are wanted
         if not checkpoint.complete(run):
             return "", ""
     folder, (option, expression) = shlex.quote(str(run)), coordinator.go_on()
     if launched.script is None:
-        resume = f"distbelief.train({expression}, resume={str(run)!r})"
+        resume = launched.call.format(job=expression, run=str(run))
     else:
         resume = f"distbelief resume {folder}" + (f" {option}" if option else "")
     return resume, f"distbelief export {folder} model.safetensors"

@@ -18,8 +18,11 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from distbelief.errors import ConfigurationError
 
 _OVERWRITING = frozenset(
     ["copy_", "zero_", "fill_", "uniform_", "normal_", "random_", "exponential_", "log_normal_", "cauchy_"]
@@ -141,7 +144,12 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # the memories
 
     def view(self, tensor: Tensor) -> View:
-        """The tensor as the tape knows it. What no operation made is noted as it is."""
+        """The tensor as the tape knows it. What no operation made is noted as it is. Raises ConfigurationError."""
+        if is_lazy(tensor):
+            raise ConfigurationError(
+                "the model computes with lazy layers while it is built, to find their shapes, which cannot be followed",
+                hint="give the shapes, such as nn.Linear(16, 32) for nn.LazyLinear(32), or use partitions=1",
+            )
         storage = tensor.untyped_storage()
         memory = self._numbers.get(id(storage))
         if memory is None:

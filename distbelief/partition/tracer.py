@@ -49,9 +49,13 @@ def graph_of(make: Callable[[], Tracer], root: nn.Module, name: str) -> fx.Graph
 
     `name` is that of the model in messages. Raises ConfigurationError where it is not, and what tracing raises.
     """
+    held = {id(tensor): (name, tensor._version) for name, tensor in (*root.named_parameters(), *root.named_buffers())}
     with _traced(), torch.enable_grad():
         first = make().trace(root)
         again = make().trace(root) if root.training else first
+    for changed, tensor in (*root.named_parameters(), *root.named_buffers()):
+        if held.get(id(tensor)) != (changed, tensor._version):
+            raise _changes("a call", changed.removeprefix("model."))
     differing = [
         f"{called(a)} with {one!r}, then with {other!r}"
         for a, b in zip(first.nodes, again.nodes, strict=False)
@@ -66,6 +70,12 @@ def graph_of(make: Callable[[], Tracer], root: nn.Module, name: str) -> fx.Graph
             "use partitions=1",
         )
     return first
+
+
+def _changes(call: str, what: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{call} in forward changes {what} itself, which other parts would not see", hint=_OWN_MODULE
+    )
 
 
 def _numbers(node: fx.Node) -> list[Any]:
@@ -115,10 +125,7 @@ def check_changes(changed: Mapping[fx.Node, Iterable[fx.Node]], movable: Callabl
     order = {node: position for call in changed for position, node in enumerate(call.graph.nodes)}
     for call, node in ((call, node) for call, nodes in changed.items() for node in nodes):
         if node.op == "get_attr":
-            raise ConfigurationError(
-                f"{called(call)} in forward changes {called(node)} itself, which other parts would not see",
-                hint=_OWN_MODULE,
-            )
+            raise _changes(called(call), called(node))
         later = [user for user in node.users if order[user] > order[call]]
         if movable(node) and later:
             raise ConfigurationError(

@@ -296,7 +296,7 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
         yield f"{duration(fault.seconds):>12}  ", fault.text if len(fault.text) <= 66 else f"{fault.text[:63]}..."
     if len(summary.faults) > FAULTS_PRINTED:
         yield "", f"and {len(summary.faults) - FAULTS_PRINTED:,} more in summary.json"
-    nothing = "not possible: no checkpoint was written"
+    nothing = "not possible: no checkpoint is kept"
     yield "export with", summary.export_command or nothing
     yield "resume with", summary.resume_command or nothing
 

@@ -22,6 +22,7 @@ from distbelief.events import (
     ReplicasReleased,
     RoleLost,
     RoleStarted,
+    SearchBegun,
     ShardRestored,
 )
 
@@ -49,6 +50,8 @@ def sentence(event: AnyEvent) -> str | None:
             return f"replica {replica} refused its push of step {step:,}: {first_line(reason)}"
         case Progress() | BatchProgress() | Iterated():
             return None
+        case SearchBegun(loss=now, loss_before=before):
+            return f"the loss here was {number(before)} and is {number(now)}: data or loss differ, a new search begins"
         case EvaluationLost(evaluation=evaluation, reason=reason):
             return f"evaluation {evaluation:,} is computed again: {first_line(reason)}"
         case Evaluated(examples=examples):
