@@ -11,7 +11,7 @@ from distbelief.buffers import flat_buffers
 from distbelief.data_shard import Collated, collect, first
 from distbelief.errors import ConfigurationError
 from distbelief.job import Job, Prepared, sample_of, trial
-from distbelief.mean_loss import AS_A_MEAN, DISTANCES, Part, check_mean, divided, doubled, moved
+from distbelief.mean_loss import AS_A_MEAN, DISTANCES, check_mean, check_scale, divided, doubled, moved
 from distbelief.model_partition import CutModel
 from distbelief.model_replica import Objective, build, scalar, whole
 from distbelief.parameters import trainable
@@ -85,17 +85,16 @@ def _check_parts(
     job: Job, data: Any, sample: Any, loss_of: Callable[[Any], torch.Tensor], parameters: Sequence[nn.Parameter]
 ) -> None:
     """Refuse a loss whose value depends on how Sandblaster cuts the data. Raises ConfigurationError."""
-    indices, hint = trial(job, data), AS_A_MEAN
-    count, collated = len(indices), isinstance(data, Collated)
-    edges = [0, (count + 2) // 3, count]
-    parts: list[Part] | None
-    if count == len(data):  # they are computed at once: here it is sums that are told from means
-        whole = collect(data, indices.repeat(2)) if collated else doubled(sample)
-        parts = None if whole is None else [(count, sample), (count, sample)]
-    else:
-        whole, hint = sample, f"{hint}; or compute them at once, with Sandblaster(micro_batch={len(data)})"
-        pieces = indices.tensor_split(edges[1:2])
-        parts = [(len(piece), collect(data, piece)) for piece in pieces] if collated else divided(sample, edges)
+    indices, collated = trial(job, data), isinstance(data, Collated)
+    if len(indices) in (1, len(data)):  # what is computed at once may have any loss but one on another scale
+        twice = collect(data, indices.repeat(2)) if collated else doubled(sample)
+        if twice is not None:
+            check_scale(loss_of, sample, twice)
+        return
+    edges = [0, (len(indices) + 2) // 3, len(indices)]
+    pieces = indices.tensor_split(edges[1:2])
+    parts = [(len(piece), collect(data, piece)) for piece in pieces] if collated else divided(sample, edges)
+    hint = f"{AS_A_MEAN}; or compute them at once, with Sandblaster(micro_batch={len(data)})"
     for distance in DISTANCES if parts is not None else ():
         with moved(parameters, distance):
-            check_mean(loss_of, whole, parts or [], hint)
+            check_mean(loss_of, sample, parts or [], hint)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from distbelief.errors import CheckpointError
-from distbelief.lbfgs import Sealed, Step
+from distbelief.lbfgs import Step
 from distbelief.penalty import Penalty
+from distbelief.sealed import Sealed
 
 CHUNK = 1 << 14
 """Entries whose float64 copies are alive at a time: they stay in the cache."""

@@ -21,9 +21,10 @@ from distbelief import shard_file
 from distbelief.basis import Basis
 from distbelief.errors import CheckpointError, NotReady
 from distbelief.files import AnyPath, path_of
-from distbelief.lbfgs import Evaluate, Sealed, Step
+from distbelief.lbfgs import Evaluate, Step
 from distbelief.parameters import Layout, Segment, Span
 from distbelief.penalty import Penalty
+from distbelief.sealed import Sealed
 from distbelief.section import SectionStatus
 from distbelief.shard_file import ShardFile, ShardState
 

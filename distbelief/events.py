@@ -150,7 +150,7 @@ class SearchBegun(Event, frozen=True):
 
     loss: float | None
     """Now, without penalties."""
-    loss_before: float | None
+    loss_before: float
     """At the same point, penalties included."""
 
 

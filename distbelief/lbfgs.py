@@ -16,7 +16,6 @@ evaluation, `Sealed`, has every inner product that the next direction needs if t
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -24,6 +23,7 @@ import msgspec
 
 from distbelief.history import History
 from distbelief.line_search import EXTRAPOLATE_MOST, Backtracking, MoreThuente
+from distbelief.sealed import Sealed
 
 SMALL_DECREASES = 3
 """Iterations in a row with a small decrease that end the job; one alone may be chance."""
@@ -39,49 +39,6 @@ SMALL_LOSS = 1e-6
 """What differs by less, relative to this, differs by the rounding of what it is made of."""
 REFRESH = 5
 """The inner products are measured anew every so many times `history` iterations, against rounding."""
-
-
-class Sealed(msgspec.Struct, frozen=True, array_like=True):
-    """What one section answers when an evaluation is complete; s = x(t) - x, y = g(t) - g, p the reduced gradient."""
-
-    rows: list[list[float]]
-    """s, y and p of the trial against [s.., y.., s, y, p], in the order of `pairs`: shape (3, 2k+3).
-
-    Where all was to be measured, so is every vector before them: shape (2k+3, 2k+3).
-    """
-    slope: float
-    """d . g(t), the derivative of the loss by t."""
-    raw_slope: float
-    """d . p when d was formed, before it was fitted to L1 or bounds."""
-    decrease: float
-    """p . s with the p of the present point."""
-    largest_gradient: float
-    """|p|_inf at the trial."""
-    square: float
-    """Sum of l2 x^2 at the trial."""
-    absolute: float
-    """Sum of l1 |x| at the trial."""
-    finite: bool
-    """Whether all of the gradient is."""
-
-
-def merge(answers: Sequence[Sealed]) -> Sealed:
-    """The answer of all sections together: sums, and maxima of the largest."""
-    return Sealed(
-        rows=add([answer.rows for answer in answers]),
-        slope=sum(answer.slope for answer in answers),
-        raw_slope=sum(answer.raw_slope for answer in answers),
-        decrease=sum(answer.decrease for answer in answers),
-        largest_gradient=max(answer.largest_gradient for answer in answers),
-        square=sum(answer.square for answer in answers),
-        absolute=sum(answer.absolute for answer in answers),
-        finite=all(answer.finite for answer in answers),
-    )
-
-
-def add(matrices: Sequence[list[list[float]]]) -> list[list[float]]:
-    """The inner products of all sections together: the sum, entry by entry."""
-    return [[sum(entries) for entries in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
 
 
 class Evaluate(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -264,16 +221,25 @@ class Solver:
     def resume(self) -> list[Command]:
         """As `begin`, but compute the point again, begin anew where its loss differs, go on after a raised limit."""
         self._doubted = self.state.last is not None and self.options.search != "overlapping"
+        if not self._doubted:
+            self._go_on()
         return self.begin()
 
     def _confirm(self, loss: float) -> list[Command]:
         self._doubted, before = False, self.state
+        before.evaluations += 1
         relative = 1e-4 if self.options.single else 1e-8
-        if not abs(loss - before.loss) <= relative * max(abs(loss), abs(before.loss), SMALL_LOSS):
+        if abs(loss - before.loss) <= relative * max(abs(loss), abs(before.loss), SMALL_LOSS):
+            self._go_on()
+        else:
             self.state = Solver(self.options).state
-        elif isinstance(before.asked, Stop) and not self._finished():
-            self._search()
+            self.state.evaluations = before.evaluations
         return self.begin()
+
+    def _go_on(self) -> None:
+        """Where the reason to stop is gone, such as a limit that has been raised."""
+        if isinstance(self.state.asked, Stop) and self.state.last is not None and not self._finished():
+            self._search()
 
     def told_gram(self, gram: list[list[float]]) -> list[Command]:
         """What a Gram gave: the sum over all sections, shape (2k+1, 2k+1)."""

@@ -43,15 +43,32 @@ def check_mean(loss_of: Callable[[Any], torch.Tensor], whole: Any, parts: Sequen
         return
     counts = [count for count, _ in parts]
     once, mean = float(found), sum(count * loss for count, loss in zip(counts, losses, strict=True)) / sum(counts)
-    rounding = (
-        TOLERANCE_IN_DOUBLE if found.dtype == torch.float64 else max(TOLERANCE, 10 * torch.finfo(found.dtype).eps)
-    )
-    if math.isfinite(once + mean) and abs(once - mean) > rounding * max(map(abs, (once, *losses))) + 1e-12:
+    near = abs(once - mean) <= _rounding(found) * max(map(abs, (once, *losses))) + 1e-12
+    if math.isfinite(once) and not near:
         told = ", ".join(f"{loss:.6g} of {count}" for count, loss in zip(counts[:3], losses, strict=False))
         raise ConfigurationError(
             f"the loss of {sum(counts)} examples is {once:.6g}; parts of them have {told}: it is not their mean",
             hint=hint,
         )
+
+
+def check_scale(loss_of: Callable[[Any], torch.Tensor], sample: Any, twice: Any) -> None:
+    """Refuse a loss that grows, or shrinks, with the number of examples, which `twice` has twice over: a sum.
+
+    Raises ConfigurationError.
+    """
+    found, other = loss_of(sample).detach(), float(loss_of(twice).detach())
+    once = float(found)
+    if once and any(abs(other - factor * once) <= _rounding(found) * abs(once) for factor in (0.5, 2.0)):
+        raise ConfigurationError(
+            f"the loss of the same examples twice over is {other:.6g}, of once {once:.6g}: it is not their mean",
+            hint=AS_A_MEAN,
+        )
+
+
+def _rounding(loss: torch.Tensor) -> float:
+    epsilon = torch.finfo(loss.dtype).eps
+    return TOLERANCE_IN_DOUBLE if loss.dtype == torch.float64 else max(TOLERANCE, 10 * epsilon)
 
 
 @contextmanager

@@ -34,8 +34,9 @@ from distbelief.engine.base import UNTIL_LOST_SECONDS, Home
 from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import NotReady, ProtocolError
 from distbelief.files import path_of
-from distbelief.lbfgs import Evaluate, Sealed, Step
+from distbelief.lbfgs import Evaluate, Step
 from distbelief.parameters import Layout, Span
+from distbelief.sealed import Sealed
 from distbelief.section import Applied, Section, ShardStatus, Stamp
 from distbelief.shard_file import ShardFile
 from distbelief.update_rule import UpdateRule

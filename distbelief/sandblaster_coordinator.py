@@ -30,9 +30,10 @@ from distbelief.engine.base import Engine
 from distbelief.engine.insistent import All
 from distbelief.errors import DeadlineExceeded, NotReady, PeerLost, TrainingFailed
 from distbelief.files import AnyPath
-from distbelief.lbfgs import Command, Evaluate, Gram, Sealed, Solver, Step, Stop, add, merge
+from distbelief.lbfgs import Command, Evaluate, Gram, Solver, Step, Stop
 from distbelief.parameter_server import ParameterServerShard
 from distbelief.roster import Settings
+from distbelief.sealed import add, merge
 from distbelief.section import SectionStatus
 from distbelief.shard_file import ShardFile
 from distbelief.tasks import Done, Task, Work
@@ -151,8 +152,7 @@ class SandblasterCoordinator(Coordinator):
 
     def tell_progress(self, now: float, alive: int) -> None:
         """Emit how far the evaluation is."""
-        solver, portions = self.solver, self.portions
-        since, before = self._rate
+        (since, before), solver, portions = self._rate, self.solver, self.portions
         examples = self._computed + (portions.examples_done if self._task is not None else 0)
         self._rate = now, examples
         self.emit(
@@ -195,8 +195,7 @@ class SandblasterCoordinator(Coordinator):
                 commands = self.solver.begin()
         self._end()
         self.progress(0.0)
-        stopped = self.solver.state.asked
-        return stopped.reason if isinstance(stopped, Stop) else self.interrupted or "stopped"
+        return asked.reason if isinstance(asked := self.solver.state.asked, Stop) else self.interrupted or "stopped"
 
     def _end(self) -> None:
         """Keep the point, so that whoever dies from here on comes back at it, and let replicas go."""
@@ -231,14 +230,14 @@ class SandblasterCoordinator(Coordinator):
             return self.solver.tell_not_finite()
         portions, batch = self.portions, self.portions.batch
         extent = Extent(len(batch.bundles), portions.examples, *map(portions.examples_at, (batch.before, batch.after)))
-        sealed: list[Sealed] = self._ask(ParameterServerShard.seal, self._number, trial, extent)
+        sealed = merge(self._ask(ParameterServerShard.seal, self._number, trial, extent))
         self._computed += extent.examples
-        before, shared = self.solver.iteration, None
+        before, loss_before, shared = self.solver.iteration, self.solver.loss, None
         if batch.after:  # the first batch has none before it, and nothing is compared with it
             shared = portions.mean_loss(batch.before or batch.after), portions.mean_loss(batch.after)
-        loss_before, commands = self.solver.loss, self.solver.tell(portions.mean_loss(), merge(sealed), shared)
-        if self.solver.state.last is None:
-            self.emit(events.SearchBegun(loss=_finite(portions.mean_loss()), loss_before=_finite(loss_before)))
+        commands = self.solver.tell(portions.mean_loss(), sealed, shared)
+        if self.solver.state.last is None and math.isfinite(loss_before):
+            self.emit(events.SearchBegun(loss=_finite(portions.mean_loss()), loss_before=loss_before))
         elif self.solver.iteration > before:
             self._tell_iteration(trial.t)
         return commands

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from distbelief.basis import Basis
-from distbelief.lbfgs import Command, Evaluate, Gram, Options, Solver, SolverState, Step, Stop, add, merge
+from distbelief.lbfgs import Command, Evaluate, Gram, Options, Solver, SolverState, Step, Stop
 from distbelief.parameters import cut
 from distbelief.penalty import Penalty
+from distbelief.sealed import add, merge
 
 Objective = Callable[[Tensor, int], tuple[float, Tensor]]
 """(x, bundle) -> sum of the losses of the bundle's examples, and its gradient."""

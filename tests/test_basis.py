@@ -12,9 +12,10 @@ from distbelief import basis
 from distbelief.basis import Basis
 from distbelief.errors import CheckpointError
 from distbelief.history import History
-from distbelief.lbfgs import Sealed, Step, add, merge
+from distbelief.lbfgs import Step
 from distbelief.parameters import cut
 from distbelief.penalty import Penalty
+from distbelief.sealed import Sealed, add, merge
 
 N = 30
 FAR = 1e60

@@ -133,3 +133,14 @@ def test_backtracking_shortens_what_is_not_finite_and_names_a_gradient_of_the_wr
 
 def test_backtracking_never_accepts_a_step_that_goes_nowhere() -> None:
     assert follow(Backtracking(3.0, 1.0), lambda t: (3.0, 0.0))[0] == "fail"
+
+
+def test_backtracking_does_not_blame_the_gradient_for_what_it_promises_below_the_rounding_of_the_loss() -> None:
+    search = Backtracking(2.4, 1.0, rounding=1e-15)
+    while search.next(2.4 + 2.9e-12, -6.8e-18 * search.t) != "fail":
+        pass
+    assert "limit of its precision" in search.failure
+    search = Backtracking(2.4, 1.0, rounding=1e-15)
+    while search.next(2.4 + 0.1 * search.t, -0.1 * search.t) != "fail":
+        pass
+    assert "do not belong together" in search.failure

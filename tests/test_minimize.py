@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of `minimize`, against SciPy, closed forms and scikit-learn."""
 
+import dataclasses
 import functools
+import math
+import os
 import random
+import signal
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize as scipy_minimize
 from torch import Tensor
+from torch.utils.data import Dataset
 
 import distbelief as db
+from distbelief import cli
 
 SIMULATED = db.Cluster(replicas=2, shards=2, engine="simulated")
 PRECISE = db.Sandblaster(gtol=1e-9, ftol=0.0, max_iterations=500, micro_batch=16)
@@ -128,7 +137,7 @@ def mean_of_squares(x: Tensor, portion: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def test_a_function_that_is_no_sum_over_the_portion_is_refused() -> None:
-    with pytest.raises(db.ConfigurationError, match="twice over"):
+    with pytest.raises(db.ConfigurationError, match="it is not their mean"):
         db.minimize(
             mean_of_squares, torch.ones(8, dtype=torch.float64), data=regression(), cluster=SIMULATED,
             algorithm=PRECISE,
@@ -196,3 +205,113 @@ def test_the_random_numbers_of_the_caller_go_on_as_they_would_have() -> None:
             db.minimize(rosenbrock, torch.zeros(2, dtype=torch.float64), cluster=SIMULATED)
         drawn.append((torch.rand(2).tolist(), np.random.random(), random.random()))
     assert drawn[0] == drawn[1]
+
+
+def hanging(x: Tensor, portion: tuple[Tensor, Tensor]) -> Tensor:
+    time.sleep(0.3)
+    return squares(x, portion)
+
+
+def test_a_run_that_was_interrupted_goes_on_by_resume(tmp_path: Path) -> None:
+    short = dataclasses.replace(PRECISE, max_iterations=3)
+    data, start = regression(), torch.zeros(8, dtype=torch.float64)
+    first = db.minimize(squares, start, data=data, cluster=SIMULATED, algorithm=short, run=tmp_path / "run")
+    again = db.minimize(squares, start, data=data, cluster=SIMULATED, algorithm=PRECISE, resume=tmp_path / "run")
+    whole = db.minimize(squares, start, data=data, cluster=SIMULATED, algorithm=PRECISE)
+    assert (first.iterations, first.converged, again.converged) == (3, False, True)
+    assert again.iterations == whole.iterations
+    torch.testing.assert_close(again.parameters, whole.parameters, rtol=1e-9, atol=1e-11)
+
+
+def test_what_a_run_offers_is_the_call_that_goes_on_and_one_that_is_not_kept_offers_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    data, start = regression(), torch.zeros(8, dtype=torch.float64)
+    db.minimize(squares, start, data=data, cluster=SIMULATED, algorithm=PRECISE, run=run, view=True)
+    assert f"resume with   distbelief.minimize(..., resume='{run}')" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli._command(["resume", str(run)])
+    assert f"hint: call distbelief.minimize(..., resume='{run}')" in capsys.readouterr().err
+    db.minimize(squares, start, data=data, cluster=SIMULATED, algorithm=PRECISE, view=True)
+    assert "resume with   not possible: no checkpoint is kept" in capsys.readouterr().out
+    with pytest.raises(db.ConfigurationError, match="names two folders"):
+        db.minimize(squares, start, data=data, run=run, resume=run)
+
+
+def test_interrupted_before_anything_is_known_it_returns_where_it_began(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start = torch.ones(8, dtype=torch.float64)
+
+    def once_started() -> None:
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            if (run / "events.jsonl").exists() and "JobStarted" in (run / "events.jsonl").read_text():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=once_started)
+    thread.start()
+    found = db.minimize(hanging, start, data=regression(), cluster=db.Cluster(replicas=1), algorithm=PRECISE, run=run)
+    thread.join()
+    assert (found.reason, found.converged, found.iterations) == ("stopped by SIGINT", False, 0)
+    assert math.isnan(found.value)
+    assert math.isnan(found.gradient_norm)
+    assert torch.equal(found.parameters, start)
+
+
+def overflowing(x: Tensor) -> Tensor:
+    return 1e300 * x.square().sum()
+
+
+def test_a_start_whose_gradient_overflows_is_returned_with_the_reason() -> None:
+    found = db.minimize(overflowing, torch.ones(3, dtype=torch.float64), cluster=SIMULATED)
+    assert "not finite at the starting point" in found.reason
+    assert math.isnan(found.value)
+
+
+class Named(Dataset[dict[str, Tensor]]):
+    """Examples that are dicts."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        inputs, targets = regression()
+        return {"inputs": inputs[index], "targets": targets[index]}
+
+
+def squares_of_dicts(x: Tensor, portion: dict[str, Tensor]) -> Tensor:
+    return squares(x, (portion["inputs"], portion["targets"]))
+
+
+def test_portions_may_be_dicts() -> None:
+    start = torch.zeros(8, dtype=torch.float64)
+    found = db.minimize(squares_of_dicts, start, data=Named(), cluster=SIMULATED, algorithm=PRECISE)
+    whole = db.minimize(squares, start, data=regression(), cluster=SIMULATED, algorithm=PRECISE)
+    torch.testing.assert_close(found.parameters, whole.parameters, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"parameters": {"keys": torch.zeros(2)}},
+            r"has a key 'keys'\nhint: name parameters by strings without dots, and",
+        ),
+        ({"parameters": {}}, r"minimize\(parameters=...\) is empty"),
+        ({"parameters": torch.zeros(0)}, r"minimize\(parameters=...\) is empty"),
+        (
+            {"parameters": {"a": torch.zeros(2), "b": torch.zeros(2).double()}},
+            r"has tensors of torch.float32 and torch.float64\nhint: give all of them one dtype",
+        ),
+        ({"data": (np.zeros((4, 2)),)}, r"is a tuple of ndarray\nhint: give a tensor, such as torch.from_numpy"),
+        ({"data": {"a": torch.zeros(4)}}, r"minimize\(data=...\) is a dict of tensors"),
+        ({"data": torch.tensor(3.0)}, r"minimize\(data=...\) is a Tensor of single numbers"),
+        ({"cluster": db.Cluster(partitions=2)}, r"has 2 partitions, and a function cannot be cut"),
+    ],
+)
+def test_what_cannot_be_minimised_is_refused_in_its_own_words(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(db.ConfigurationError, match=message):
+        db.minimize(squares, **({"parameters": torch.zeros(2), "data": regression(10, 2)} | fields))

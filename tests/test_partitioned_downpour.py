@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -234,3 +235,56 @@ def test_what_cannot_be_cut_is_refused_before_anything_starts(fields: dict[str, 
 def test_a_simulated_engine_with_partitions_is_refused() -> None:
     with pytest.raises(db.ConfigurationError, match="simulated"):
         dataclasses.replace(cluster(2), engine="simulated")
+
+
+class Attentive(nn.Module):
+    """Its projections are boxes of a view of the parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Without biases: the gradient of those of the keys is nothing but rounding, which Adagrad would blow up.
+        self.widen, self.out = nn.Linear(12, 48), nn.Linear(12, 3)
+        self.attention = nn.MultiheadAttention(12, 6, bias=False, batch_first=True)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.widen(x).unflatten(1, (4, 12))
+        attended, _ = self.attention(x, x, x, need_weights=False)
+        return self.out((x + attended).mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("algorithm", [awaited(), db.Sandblaster(max_iterations=5, deterministic=True)])
+@pytest.mark.parametrize("partitions", [Plan.units(2), Plan.stages(2)], ids=lambda plan: plan.kind)
+def test_attention_in_partitions_takes_the_steps_of_the_uncut_model(
+    partitions: Plan, algorithm: Any, tmp_path: Path
+) -> None:
+    cut = trained(tmp_path, partitions, model=Attentive, algorithm=algorithm)
+    assert distance(cut.model, uncut(tmp_path, model=Attentive, algorithm=algorithm).model) < 1e-11
+
+
+def evaluating() -> nn.Module:
+    """BatchNorm and Dropout as Sandblaster wants them."""
+    model = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.Dropout(), nn.Tanh(), nn.Linear(24, 3)).double()
+    model[1].running_mean += 0.3  # type: ignore[operator]
+    return model.eval()
+
+
+@pytest.mark.parametrize("partitions", [Plan.units(2), Plan.stages(2)], ids=lambda plan: plan.kind)
+def test_sandblaster_computes_layers_in_evaluation_as_such_in_partitions_too(partitions: Plan, tmp_path: Path) -> None:
+    algorithm = db.Sandblaster(max_iterations=8, deterministic=True)
+    cut = trained(tmp_path, partitions, model=evaluating, algorithm=algorithm)
+    assert distance(cut.model, uncut(tmp_path, model=evaluating, algorithm=algorithm).model) < 1e-11
+    assert float(cut.model[1].running_mean[0]) == 0.3  # type: ignore[index, union-attr]
+
+
+def lazily() -> nn.Module:
+    model = nn.Sequential(nn.LazyLinear(24), nn.Tanh(), nn.LazyLinear(3))
+    model(torch.zeros(2, 12))
+    return model
+
+
+def test_shapes_that_a_first_call_finds_cannot_be_cut_and_are_found_uncut(tmp_path: Path) -> None:
+    with pytest.raises(db.ConfigurationError, match="computes with lazy layers while it is built") as caught:
+        trained(tmp_path, 2, model=lazily, data=functools.partial(problems.points, 320), test=None)
+    assert "hint: give the shapes, such as nn.Linear(16, 32) for nn.LazyLinear(32)" in str(caught.value)
+    trained(tmp_path, 1, model=lazily, data=functools.partial(problems.points, 320), test=None)

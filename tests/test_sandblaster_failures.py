@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import distbelief as db
 from distbelief.channel.base import Future, Remote, Signature
@@ -28,6 +29,7 @@ from distbelief.events import (
     JobFinished,
     Observation,
     RoleLost,
+    SearchBegun,
     ShardRestored,
 )
 from distbelief.lbfgs import Step, Stop
@@ -436,3 +438,53 @@ class Bad(Deadly):
 def test_a_portion_that_cannot_be_computed_is_named_with_the_users_traceback(tmp_path: Path) -> None:
     with pytest.raises(db.UserCodeError, match=r"(?s)example 40 is broken.*while computing examples 35 to 41"):
         trained(job(tmp_path / "run", data=Bad))
+
+
+def other_points() -> TensorDataset:
+    inputs, targets = points().tensors
+    return TensorDataset(inputs, (targets + 1) % 3)
+
+
+def squares_of_outputs(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output - nn.functional.one_hot(target, 3)).square().mean()
+
+
+def small_weights(name: str, parameter: nn.Parameter) -> dict[str, float]:
+    return {"l2": 1.0}
+
+
+@pytest.mark.parametrize("first_limit", [3, 400])
+@pytest.mark.parametrize("change", [{"data": other_points}, {"loss": squares_of_outputs}, {"groups": small_weights}])
+def test_a_search_that_is_resumed_with_other_data_or_another_loss_begins_anew_and_says_so(
+    first_limit: int, change: dict[str, Any], tmp_path: Path
+) -> None:
+    limits = {"gtol": 1e-4, "deterministic": True}
+    first = job(tmp_path / "run", algorithm=limits | {"max_iterations": first_limit})
+    begun, _ = trained(first)
+    algorithm = dataclasses.replace(first.algorithm, max_iterations=20)
+    other = dataclasses.replace(first, algorithm=algorithm, **change)
+    result, heard = trained(other, resume=tmp_path / "run")
+    (said,) = of_kind(heard, SearchBegun)
+    assert said.loss_before == pytest.approx(begun.summary.loss)
+    (finished,) = of_kind(heard, JobFinished)
+    assert [event.iteration for event in of_kind(heard, Iterated)][:2] == [1, 2]
+    assert finished.loss < of_kind(heard, Iterated)[0].loss
+    inputs, targets = other.data().tensors
+    with torch.no_grad():
+        penalty = sum(value.square().sum() for value in result.model.parameters()) / 2 if other.groups else 0.0
+        now = other.objective.of(result.model(inputs), targets) + penalty
+    assert result.summary.loss == pytest.approx(float(now), rel=1e-6), "it is what is minimised now"
+
+
+@pytest.mark.parametrize("first_limit", [3, 400])
+def test_a_search_that_is_resumed_with_the_same_data_goes_on_and_says_nothing(first_limit: int, tmp_path: Path) -> None:
+    first = job(tmp_path / "run", algorithm={"gtol": 1e-4, "max_iterations": first_limit})
+    begun, _ = trained(first)
+    algorithm = dataclasses.replace(first.algorithm, max_iterations=400)
+    cluster = db.Cluster(replicas=1, shards=1, engine="simulated")
+    result, heard = trained(dataclasses.replace(first, algorithm=algorithm, cluster=cluster), resume=tmp_path / "run")
+    assert not of_kind(heard, SearchBegun)
+    assert result.summary.batch.converged
+    if first_limit == 400:
+        assert problems.same_parameters(begun.model, result.model)
+        assert not of_kind(heard, Iterated)
