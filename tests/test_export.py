@@ -176,3 +176,9 @@ def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path: Path) -> 
     write_template(tmp_path, Everything())
     export(tmp_path, file)
     assert load_file(file)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.bin", "model.ckpt"])
+def test_a_name_that_torch_load_would_be_given_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"what is written is safetensors\nhint: name it model.safetensors"):
+        export(tmp_path, tmp_path / name)
