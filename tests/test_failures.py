@@ -255,7 +255,8 @@ def test_too_many_refused_pushes_stop_the_job_naming_replica_and_step(tmp_path: 
 
 def raising_loss(output: Tensor, target: Tensor) -> Tensor:
     """Raises for all mini-batches but that which is tried before anything starts."""
-    if not torch.equal(target, problems.points(640).tensors[1][: len(target)]):
+    tried = torch.arange(len(target)) * 640 // len(target)  # from all over the data
+    if not torch.equal(target, problems.points(640).tensors[1][tried]):
         raise ZeroDivisionError("the user's own mistake")
     return nn.functional.cross_entropy(output, target)
 

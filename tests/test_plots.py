@@ -195,7 +195,7 @@ def eventful_run() -> list[Observation]:
 
 
 def test_the_eventful_run_holds_every_kind_of_event() -> None:
-    of_sandblaster = {events.BatchProgress, events.Iterated, events.EvaluationLost}
+    of_sandblaster = {events.BatchProgress, events.Iterated, events.EvaluationLost, events.SearchBegun}
     happened = {type(observation.event) for observation in eventful_run()}
     assert happened == set(events.AnyEvent.__args__) - of_sandblaster
 

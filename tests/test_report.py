@@ -193,7 +193,7 @@ def test_the_summary_of_a_killed_run_is_what_had_been_observed_until_then() -> N
 def test_a_run_killed_before_its_first_checkpoint_offers_no_command_that_would_fail() -> None:
     summary = summarize(killed_run()[:4])
     assert (summary.resume_command, summary.export_command) == ("", "")
-    assert "no checkpoint was written" in text(summary)
+    assert "no checkpoint is kept" in text(summary)
     assert summarize([]).reason == "killed: no end was recorded"
 
 

@@ -271,7 +271,7 @@ def test_a_run_without_a_checkpoint_offers_neither_to_resume_nor_to_export_it(tm
     last = heard[-1].event
     assert isinstance(last, JobFinished)
     assert (last.resume_command, last.export_command) == ("", "")
-    assert text(read_summary(tmp_path / "run" / "summary.json")).count("no checkpoint was written") == 2
+    assert text(read_summary(tmp_path / "run" / "summary.json")).count("no checkpoint is kept") == 2
 
 
 @pytest.mark.parametrize("name", ["launch.json", "state.json"])
