@@ -47,6 +47,7 @@ def finished(converged: bool) -> events.JobFinished:
 def run(*, converged: bool = True) -> list[Observation]:
     return [
         Observation(0.0, started()),
+        Observation(0.5, events.SearchBegun(loss=0.75, loss_before=0.25)),
         Observation(1.0, progress(0)),
         *(Observation(1.0 + iteration / 2, iterated(iteration)) for iteration in range(1, 11)),
         Observation(4.0, progress(6)),
@@ -72,7 +73,7 @@ def test_the_summary_is_about_iterations_evaluations_and_the_gradient() -> None:
 
 def test_a_search_that_did_not_converge_says_so() -> None:
     assert "NOT converged" in text(summarize(run(converged=False)))
-    assert "NOT converged" in text(summarize(run()[:5]))
+    assert "NOT converged" in text(summarize(run()[:6]))
 
 
 def test_lines_in_a_log_say_where_the_search_is() -> None:
@@ -85,6 +86,7 @@ def test_lines_in_a_log_say_where_the_search_is() -> None:
     assert any(
         "iteration 6 of at most 40 | loss 0.0714286 | gradient 1.00e-03 | 8 evaluations" in line for line in lines
     )
+    assert "the loss here was 0.25 and is 0.75: data or loss differ, a new search begins" in lines[1]
     assert "ended: the largest gradient" in lines[-1]
 
 
