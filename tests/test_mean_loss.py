@@ -12,6 +12,8 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import distbelief as db
+from distbelief.attempt import attempt
+from distbelief.job import prepare
 from distbelief.mean_loss import AS_A_MEAN, check_mean, divided, doubled, moved
 from tests import problems
 
@@ -93,13 +95,21 @@ STAGES = db.Plan.stages(2)
 
 @pytest.mark.parametrize("algorithm", [db.Downpour(), db.Sandblaster(micro_batch=EXAMPLES)])
 @pytest.mark.parametrize("loss", NO_MEANS)
-def test_stages_refuse_a_loss_that_depends_on_how_a_mini_batch_is_cut(
-    loss: Any, algorithm: Any, tmp_path: Path
-) -> None:
-    cluster = db.Cluster(replicas=1, partitions=STAGES)
+def test_stages_refuse_a_loss_that_depends_on_how_a_mini_batch_is_cut(loss: Any, algorithm: Any) -> None:
+    prepared, _ = prepare(job(loss=loss, algorithm=algorithm, cluster=db.Cluster(partitions=STAGES)))
     with pytest.raises(db.ConfigurationError, match="it is not their mean") as caught:
-        db.train(job(loss=loss, algorithm=algorithm, cluster=cluster, run=tmp_path / "run"), view=False)
+        attempt(prepared)
     assert "hint: use Plan.stages(2, microbatches=1), or a loss that is a mean over examples" in str(caught.value)
+
+
+def drawing(output: Tensor, target: Tensor) -> Tensor:
+    """Another subset of the classes in each call."""
+    return functional.cross_entropy(functional.dropout(output), target)
+
+
+def test_stages_take_a_loss_that_draws_of_which_nothing_can_be_told() -> None:
+    prepared, _ = prepare(job(loss=drawing, algorithm=db.Downpour(), cluster=db.Cluster(partitions=STAGES)))
+    attempt(prepared)
 
 
 @pytest.mark.slow
