@@ -71,13 +71,15 @@ def job(**fields: Any) -> db.Job:
     given: dict[str, Any] = {
         "model": OfPadded, "collate": padded, "data": functools.partial(Sequences, 640), "batch_size": 16,
         "test": functools.partial(Sequences, 1100, 1), "algorithm": db.Downpour(update_rule=db.adagrad(0.05)),
-        "epochs": 6, "cluster": db.Cluster(replicas=2, shards=2),
+        "epochs": 6, "cluster": db.Cluster(replicas=2, shards=2, engine="simulated"),
     }  # fmt: skip
     return problems.job(**(given | fields))
 
 
-@pytest.mark.parametrize("engine", ["local", "simulated"])
-@pytest.mark.parametrize(("model", "collate"), [(OfPadded, padded), (OfPacked, packed)])
+@pytest.mark.parametrize(
+    ("engine", "model", "collate"),
+    [("local", OfPadded, padded), ("simulated", OfPadded, padded), ("simulated", OfPacked, packed)],
+)
 def test_sequences_of_different_lengths_are_learnt_and_each_counts_once(
     engine: Any, model: type[nn.Module], collate: Any, tmp_path: Path
 ) -> None:
