@@ -101,11 +101,9 @@ class Followed(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one call. Raises ConfigurationError for one that is trained where the user's forward does not."""
         result = super().run_node(n)
-        for node, version in self._versions.items():
-            now = self.env[node]._version
-            if now != version:
-                self.changed.setdefault(n, []).append(node)
-                self._versions[node] = now
+        if any(self._is_changed(node) for node in n.all_input_nodes):  # and with it what shares its memory
+            self.changed[n] = [node for node in self._versions if self._is_changed(node)]
+            self._versions |= {node: self.env[node]._version for node in self.changed[n]}
         if isinstance(result, torch.Tensor):
             self._versions[n] = result._version
             if n.meta.get(_NO_GRAD) and result.requires_grad:
@@ -114,6 +112,9 @@ class Followed(fx.Interpreter):
                     hint="freeze its parameters with requires_grad_(False), or detach its result",
                 )
         return result
+
+    def _is_changed(self, node: fx.Node) -> bool:
+        return node in self._versions and self.env[node]._version != self._versions[node]
 
 
 def check_changes(changed: Mapping[fx.Node, Iterable[fx.Node]], movable: Callable[[fx.Node], bool]) -> None:
