@@ -29,8 +29,8 @@ class Cluster:
     """`local`: processes of this machine. `ray`: the hosts of a Ray cluster. `simulated`: everything in this process
     under a virtual clock."""
     address: str | None = None
-    """Of the Ray cluster: "auto" for the one that this process runs in, "host:port" of its head; None begins a Ray of
-    this machine for the job."""
+    """Of the Ray cluster: "auto" for the one that this process runs in, "host:port" of its head; None for the one that
+    this process is connected to, where there is one, else a Ray of this machine that is begun for the job."""
     transport: TransportName = "shared_memory"
     """How tensors travel on the local engine: memory shared between processes, or TCP over loopback."""
     threads_per_replica: int | None = None

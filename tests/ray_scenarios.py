@@ -132,7 +132,9 @@ def partitioned() -> dict[str, Any]:
 
 
 def sandblaster() -> dict[str, Any]:
-    return summary_of("sandblaster", algorithm=db.Sandblaster(max_iterations=5))
+    """On the cluster that this process is connected to, by its address."""
+    address = ray.get_runtime_context().gcs_address
+    return summary_of("sandblaster", algorithm=db.Sandblaster(max_iterations=5), cluster=cluster(address=address))
 
 
 class Clerk:

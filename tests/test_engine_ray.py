@@ -5,11 +5,14 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,6 +227,116 @@ def test_a_cluster_that_is_not_there_is_refused_with_its_address_and_the_reason(
     assert not (tmp_path / "run").exists()
 
 
+@marked([ray])
+def test_what_answers_but_is_no_ray_is_refused_soon_and_the_hint_names_the_token() -> None:
+    program = "import sys; from distbelief.engine import ray_connection as r; r.ANSWER_SECONDS = 0.5; r.CONNECTION"
+    with socket.create_server(("", 0)) as stranger:
+        address = f"127.0.0.1:{stranger.getsockname()[1]}"
+        run = subprocess.run(
+            [sys.executable, "-c", f"{program}.held({address!r}, {{}}).__enter__()"], env=environment(),
+            capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+    assert "ConfigurationError" in run.stderr
+    assert "has not answered as Ray within 0.5 s" in run.stderr
+    assert "RAY_AUTH_MODE=token" in run.stderr
+
+
+@marked([ray])
+@pytest.mark.parametrize("address", ["nonsense", "ray://10.0.0.1:10001"])
+def test_an_address_that_leads_to_no_hosts_is_refused_by_what_it_is(address: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"(?s)address='(nonsense'.*Invalid|ray://10.*Ray's client)"):
+        db.train(problems.job(run=tmp_path / "run", cluster=db.Cluster(engine="ray", address=address)), view=False)
+
+
+@marked([ray])
+def test_a_ray_that_cannot_be_begun_here_is_a_matter_of_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray as cluster
+
+    def fail(**options: Any) -> None:
+        raise RuntimeError("Failed to start GCS.")
+
+    monkeypatch.setattr(cluster, "init", fail)
+    with pytest.raises(ConfigurationError, match=r"(?s)no Ray could be begun on this machine: Failed to start GCS"):
+        db.train(problems.job(run=tmp_path / "run", cluster=db.Cluster(engine="ray")), view=False)
+
+
+@marked([ray])
+def test_ray_makes_its_sockets_where_temporary_files_are_unless_that_is_too_long_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distbelief.engine.ray_connection import folder_of_sockets
+
+    monkeypatch.setattr("tempfile.tempdir", "/var/tmp")
+    assert folder_of_sockets() == Path("/var/tmp")
+    monkeypatch.setattr("tempfile.tempdir", "/scratch/users/somebody/slurm-1234567")
+    assert folder_of_sockets() == Path("/tmp")
+
+
+@marked([ray])
+def test_a_connection_is_left_by_the_last_job_that_shares_it_and_leads_to_one_cluster_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray as cluster
+
+    from distbelief.engine import ray_connection
+
+    there: list[str] = []
+
+    @contextmanager
+    def embedded(asked: object) -> Iterator[None]:
+        there.append("ray")
+        yield
+        there.pop()
+
+    places = {"10.0.0.1:6379": "one", "head:6379": "one", "10.0.0.2:6379": "another"}
+    monkeypatch.setattr(cluster, "is_initialized", lambda: bool(there))
+    monkeypatch.setattr(cluster, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
+    monkeypatch.setattr(ray_connection, "_cluster_at", places.__getitem__)
+    monkeypatch.setattr(ray_connection, "_embedded", embedded)
+    connection = ray_connection.Connection()
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(connection.held(None, {}))
+        for address in (None, "auto", "head:6379"):
+            second.enter_context(connection.held(address, {}))
+        with pytest.raises(ConfigurationError, match=r"address='10.0.0.2:6379'.*another cluster, 10.0.0.1:6379"):
+            second.enter_context(connection.held("10.0.0.2:6379", {}))
+        first.close()
+        assert there == ["ray"]
+    assert there == []
+    there.append("the user's own")
+    with connection.held(None, {}):
+        assert there == ["the user's own"]
+    assert there == ["the user's own"]
+
+
+@marked([ray])
+def test_a_job_whose_ray_the_user_has_shut_down_asks_nothing_of_it_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray as cluster
+
+    from distbelief.engine.ray import RayKeepers
+
+    monkeypatch.setattr(cluster, "init", lambda *options, **more: pytest.fail("it connected again"))
+    keepers = RayKeepers.__new__(RayKeepers)
+    keepers._actors, keepers._stack = {"ray-1": (object(), object())}, ExitStack()
+    assert keepers.complaints() == {"ray-1": "Ray was shut down in this process"}
+    keepers.end()
+    assert keepers._actors == {}
+
+
+@marked([ray])
+def test_an_environment_that_a_host_cannot_make_is_told_by_what_the_installer_said_last() -> None:
+    from ray.exceptions import ActorDiedError, RuntimeEnvSetupError
+
+    from distbelief.engine.ray import telling
+
+    error = RuntimeEnvSetupError("Traceback:\n  File ...\nERROR: No matching distribution found for xyz==1\n")
+    assert telling(error).startswith("Failed to set up runtime environment.; ")
+    assert telling(error).endswith("ERROR: No matching distribution found for xyz==1")
+    assert telling(ActorDiedError()) == "The actor died unexpectedly before finishing this task."
+
+
 def test_without_ray_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "distbelief.engine.ray", raising=False)
@@ -231,6 +344,53 @@ def test_without_ray_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyP
         db.train(problems.job(run=tmp_path / "run", cluster=db.Cluster(engine="ray")), view=False)
     with suppress(KeyError):
         del sys.modules["distbelief.engine.ray"]
+
+
+THREADS = """
+import functools, sys, threading, time
+import ray
+import distbelief as db
+from tests import problems
+
+def job(name, **fields):
+    cluster = db.Cluster(engine="ray", device="cpu", lost_seconds=8.0)
+    return problems.job(run=f"{sys.argv[1]}/{name}", cluster=cluster, test=None, **fields)
+
+def train(name, **fields):
+    said[name] = db.train(job(name, **fields), view=False).summary.reason
+    left[name] = ray.is_initialized()
+
+said, left = {}, {}
+if __name__ == "__main__":
+    ray.init(address="local", num_cpus=1, include_dashboard=False)
+    ray.shutdown()
+    long = functools.partial(problems.points, 16000)
+    threads = [threading.Thread(target=train, args=("short",), kwargs={"epochs": 1}),
+               threading.Thread(target=train, args=("long",), kwargs={"data": long, "epochs": 4})]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(said, left)
+"""
+
+
+@marked(in_turn)
+def test_jobs_of_several_threads_share_a_ray_that_the_last_one_ends_whatever_ray_was_there_before(
+    tmp_path: Path,
+) -> None:
+    before = set(marked_processes())
+    (tmp_path / "threads.py").write_text(THREADS)
+    run = subprocess.run(
+        [sys.executable, str(tmp_path / "threads.py"), str(tmp_path)], cwd=ROOT,
+        env=environment() | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-5000:]
+    ended = "all epochs finished"
+    assert run.stdout.splitlines()[-1] == str({"short": ended, "long": ended}) + " " + str(
+        {"short": True, "long": False}
+    )
+    assert set(marked_processes()) <= before
 
 
 # what is left

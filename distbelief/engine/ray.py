@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray as who finds hosts, reserves room on them and starts one keeper on each; nothing else of a job goes through it.
 
-    address=None          a Ray of this machine, begun for the job and ended with it
+    address=None          the cluster that this process is connected to; else a Ray of this machine, begun for the job
+                          and ended with it
     address="auto"        the cluster that this process runs in, such as that of a Ray job
     address="host:port"   the cluster whose head is there
 
@@ -9,39 +10,30 @@ Ray may take from 12 to 65 seconds to notice that a host is gone; keepers and co
 """
 
 import contextlib
-import functools
-import math
 import os
 import pickle
-import secrets
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import ray
 from ray import cloudpickle
-from ray._raylet import Config  # type: ignore[attr-defined, unused-ignore]
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from distbelief.engine import reaper
 from distbelief.engine.host import Invitation
 from distbelief.engine.keeper import PROGRAM
 from distbelief.engine.listener import LOOPBACK
 from distbelief.engine.placement import Group, Resources, check_room, next_host, total
+from distbelief.engine.ray_connection import CONNECTION
 from distbelief.errors import ConfigurationError
 
-CONNECT_SECONDS = 5.0
 FREE_SECONDS = 5.0
 ROOM_SECONDS = 10.0
 """Ray reserves room that is free within a second or two."""
 STOP_SECONDS = 5.0
-STORE_BYTES = 80 << 20
-"""Of an embedded Ray: its object store is not used, and this is about the least that it takes."""
 
 
 class KeeperActor:
@@ -81,7 +73,7 @@ class RayKeepers:
         self._groups = groups
         self._stack = contextlib.ExitStack()
         try:
-            self._connect(address)
+            self._stack.enter_context(CONNECTION.held(address, total(groups)))
             self.host = _host_name(ray.get_runtime_context().get_node_id())
             embedded = len(self._nodes()) == 1 and address is None
             self.address = LOOPBACK if embedded else ray.util.get_node_ip_address()
@@ -97,24 +89,6 @@ class RayKeepers:
         self._devices: dict[str, str] = {}
         self._actors: dict[str, tuple[Any, Any]] = {}
         """Host -> the actor, and the future of its keeper's exit code."""
-
-    def _connect(self, address: str | None) -> None:
-        if ray.is_initialized():
-            return  # the user's own; it is not ours to end
-        if address is None:
-            self._stack.enter_context(_embedded(total(self._groups)))
-            return
-        if address != "auto":
-            _check_reachable(address)
-        try:
-            ray.init(address=address, namespace=_namespace(), configure_logging=False, log_to_driver=True)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise ConfigurationError(
-                f"Cluster(engine='ray', address={address!r}): no cluster there: {error}",
-                hint="start one with `ray start --head`, give the address of its head as host:6379, or leave address "
-                "out for a Ray of this machine",
-            ) from error
-        self._stack.callback(ray.shutdown)
 
     def _nodes(self) -> dict[str, Any]:
         return {_host_name(node["NodeID"]): node for node in ray.nodes() if node["Alive"]}
@@ -132,7 +106,7 @@ class RayKeepers:
             for group in self._groups
         ]
         for each in reserved:
-            self._stack.callback(remove_placement_group, each)
+            self._stack.callback(_while_connected, remove_placement_group, each)
         for group, each in zip(self._groups, reserved, strict=True):
             if not each.wait(ROOM_SECONDS):
                 free = [{name: host.get(name, 0.0) for name in group.each} for host in self._free().values()]
@@ -178,12 +152,14 @@ class RayKeepers:
                 if gpus := group.each.get("GPU", 0.0):
                     where = PlacementGroupSchedulingStrategy(each, placement_group_bundle_index=number)
                     seat = ray.remote(num_cpus=0, num_gpus=gpus, scheduling_strategy=where)(SeatActor).remote()
-                    self._stack.callback(ray.kill, seat)
+                    self._stack.callback(_while_connected, ray.kill, seat)
                     asked[role] = seat.devices.remote()
         self._devices = {role: ",".join(found) for role, found in zip(asked, ray.get([*asked.values()]), strict=True)}
 
     def complaints(self) -> dict[str, str]:
         """Host -> why its keeper has ended, for those that have."""
+        if not ray.is_initialized():  # asked all the same, Ray would connect to whatever it finds
+            return dict.fromkeys(self._actors, "Ray was shut down in this process")
         found = {}
         for host, (_, running) in self._actors.items():
             if ray.wait([running], timeout=0)[0]:
@@ -194,7 +170,7 @@ class RayKeepers:
                         if code >= 0 else f"its keeper was ended by signal {-code}"
                     )  # fmt: skip
                 except ray.exceptions.RayError as error:
-                    found[host] = f"its keeper was lost: {(str(error) or type(error).__name__).splitlines()[0]}"
+                    found[host] = f"its keeper was lost: {telling(error)}"
         return found
 
     def choose(self, role: str, hosts: Sequence[str]) -> str:
@@ -211,13 +187,13 @@ class RayKeepers:
 
     def end(self) -> None:
         """End keepers, give back the room, and leave the cluster or end it."""
-        if self._actors:
+        if self._actors and ray.is_initialized():
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.wait([running for _, running in self._actors.values()], num_returns=len(self._actors),
                          timeout=STOP_SECONDS)  # fmt: skip
         for actor, _ in self._actors.values():
             with contextlib.suppress(ray.exceptions.RayError):
-                ray.kill(actor)
+                _while_connected(ray.kill, actor)
         self._actors = {}
         self._stack.close()
 
@@ -226,68 +202,15 @@ def _host_name(node: str) -> str:
     return f"ray-{node[:12]}"
 
 
-@functools.cache
-def _token() -> str:
-    """Ray reads its token once in the life of a process."""
-    return secrets.token_hex(32)
+def _while_connected(action: Callable[..., object], *arguments: Any) -> None:
+    """Do it, unless the user has shut Ray down: it would connect again, to whatever it finds."""
+    if ray.is_initialized():
+        action(*arguments)
 
 
-def _namespace() -> str:
-    return f"distbelief-{secrets.token_hex(8)}"
-
-
-@contextlib.contextmanager
-def _embedded(asked: Resources) -> Iterator[None]:
-    """A Ray of this machine, with as many logical cores as the roles want: they share the real ones."""
-    folder = tempfile.mkdtemp(prefix="distbelief-ray-")
-    reaping = subprocess.Popen([sys.executable, reaper.__file__], stdin=subprocess.PIPE, start_new_session=True)
-    assert reaping.stdin is not None
-    mark = f"DISTBELIEF_RAY={secrets.token_hex(8)}"
-    reaping.stdin.write(f"{mark}\n{folder}\n{os.getpid()}\n".encode())
-    reaping.stdin.flush()
-    others = {name: amount for name, amount in asked.items() if name not in ("CPU", "GPU")}
-    try:
-        with _environment({
-            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token(), "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0", **dict([mark.split("=")]),
-        }):  # fmt: skip
-            Config.initialize("")  # Ray has read the environment when it was imported
-            ray.init(
-                address="local", namespace=_namespace(), include_dashboard=False, configure_logging=False,
-                num_cpus=max(os.cpu_count() or 1, math.ceil(asked.get("CPU", 0.0))), resources=others or None,
-                object_store_memory=STORE_BYTES, _temp_dir=folder,
-            )  # fmt: skip
-        yield
-    finally:
-        ray.shutdown()
-        Config.initialize("")
-        reaping.stdin.close()
-        reaping.wait()
-
-
-@contextlib.contextmanager
-def _environment(settings: dict[str, str]) -> Iterator[None]:
-    """Ray has no other way to be told these; the processes that it begins meanwhile keep them."""
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _check_reachable(address: str) -> None:
-    """Raise ConfigurationError at once when nothing listens there; Ray would try for a long while."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), CONNECT_SECONDS):
-            return
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"Cluster(engine='ray', address={address!r}): no host reachable there: {error}",
-            hint="give the address of the cluster's head as host:port, for example 10.0.0.1:6379",
-        ) from error
+def telling(error: Exception) -> str:
+    """What an error of Ray's says first, and of an environment that could not be made, what the program said last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
+        return "; ".join([lines[0], *lines[1:][-2:]])
+    return lines[0]
