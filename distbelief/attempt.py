@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from distbelief.buffers import flat_buffers
+from distbelief.checkpoint import try_store
 from distbelief.data_shard import Collated, collect, first
 from distbelief.errors import ConfigurationError
+from distbelief.files import path_of
 from distbelief.job import Job, Prepared, sample_of, trial
 from distbelief.mean_loss import AS_A_MEAN, DISTANCES, check_mean, check_scale, divided, doubled, moved
 from distbelief.model_partition import CutModel
@@ -21,8 +23,13 @@ from distbelief.sandblaster import Sandblaster
 
 
 def attempt(prepared: Prepared) -> None:
-    """Try one mini-batch, and a look at the test set. Raises ConfigurationError, and what the user's code raises."""
+    """Try one mini-batch, a look at the test set, and the store of the checkpoints.
+
+    Raises ConfigurationError, and what the user's code raises.
+    """
     job, data, test = prepared.job, prepared.data, prepared.test
+    if "://" in (job.checkpoints or ""):
+        _attempt_store(str(job.checkpoints))
     if prepared.cut is not None:
         _attempt_loss(job, prepared.cut, data, *sample_of(job, data))
         return
@@ -39,6 +46,18 @@ def attempt(prepared: Prepared) -> None:
         _check_parts(job, data, sample, lambda batch: job.objective(module, batch), parameters)
     if test is not None and job.evaluate is None:
         job.measures.measure(module, first(test, job.batch_size), torch.device("cpu"))
+
+
+def _attempt_store(store: str) -> None:
+    """Write where shards will, in a process that has the environment that theirs have. Raises ConfigurationError."""
+    try:
+        try_store(path_of(store))
+    except OSError as error:
+        raise ConfigurationError(
+            f"checkpoints cannot be kept at {store}: {error}",
+            hint="give a place that every host can write, and each host the package and the credentials for it: roles "
+            "have the environment of their host, not that of your shell, see docs/clusters.md",
+        ) from error
 
 
 def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> None:

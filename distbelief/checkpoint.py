@@ -174,10 +174,15 @@ def keep_elsewhere(run: Path, store: str) -> None:
     folder = path_of(store)
     if any(child.name.isdecimal() for child in children(folder)):
         raise CheckpointError("it holds those of another run")
+    try_store(folder)
+    (run / HOME).write_text(store)
+
+
+def try_store(folder: AnyPath) -> None:
+    """Write there and remove it again. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "probe").write_bytes(b"0" * 4096)
     remove(folder / "probe")
-    (run / HOME).write_text(store)
 
 
 def folders(run: Path) -> list[AnyPath]:

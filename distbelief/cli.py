@@ -130,6 +130,11 @@ def _resume(arguments: list[str]) -> None:
                 f"{fixed} cannot be changed when a run is resumed: it goes on where it is",
                 hint=f"leave {fixed} out; to try something else, copy the run folder and resume the copy",
             )
+    if not Path(before.script).is_file():
+        raise ConfigurationError(
+            f"{run} was started with the file {before.script}, which is not there any more",
+            hint=f"put it back, or call distbelief.train(job, resume={str(run)!r})",
+        )
     _start(launch.job_of(Path(before.script)), before, arguments[1:], f"distbelief resume {run}", run)
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine that a job asks for, and what its roles ask of a cluster."""
 
+import sys
+from pathlib import Path
+
 from distbelief.channel.secure import new_certificate
 from distbelief.channel.wire import Wire
 from distbelief.cluster import Cluster
@@ -27,6 +30,12 @@ def engine_of(job: Job, faults: Faults | None, costs: Costs | None) -> Engine:
     try:
         from distbelief.engine.ray import RayKeepers
     except ImportError as error:
+        found = getattr(sys.modules.get("ray"), "__file__", None)
+        if found and Path(found).name != "__init__.py":
+            raise ConfigurationError(
+                f"Cluster(engine='ray') needs Ray, and the file {found} is imported in its place",
+                hint="rename it, for example to my_ray.py",
+            ) from error
         raise ConfigurationError(
             f"Cluster(engine='ray') needs Ray, which is not installed: {error}", hint="pip install 'distbelief[ray]'"
         ) from error
@@ -40,6 +49,17 @@ def groups(cluster: Cluster, *, evaluates: bool) -> list[Group]:
     partitions = cluster.plan.partitions
     each = {"CPU": cluster.cpus_per_replica / partitions, "GPU": cluster.gpus_per_replica / partitions}
     each = {name: amount for name, amount in {**each, **(cluster.resources or {})}.items() if amount}
+    if not each:
+        raise ConfigurationError(
+            f"Cluster(cpus_per_replica={cluster.cpus_per_replica:g}) asks for nothing, and so Ray gives no room",
+            hint="use a small number, for example cpus_per_replica=0.1",
+        )
+    if (gpus := each.get("GPU", 0.0)) > 1 and gpus % 1:
+        raise ConfigurationError(
+            f"Cluster(gpus_per_replica={cluster.gpus_per_replica:g}) is {gpus:g} accelerators for each of {partitions} "
+            "processes; Ray gives parts of one, or whole ones",
+            hint=f"use gpus_per_replica={int(gpus) * partitions} or {(int(gpus) + 1) * partitions}",
+        )
 
     def members(name: str) -> tuple[str, ...]:
         return tuple(member_name(name, partition, partitions) for partition in range(partitions))

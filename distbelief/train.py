@@ -95,6 +95,9 @@ def train(
         spans = _spans(job, facts)
         model = Uncut(job, facts)
         run = _open_run(job, resume)
+        refused = alone.enter_context(contextlib.ExitStack())
+        if resume is None:
+            refused.callback(shutil.rmtree, run, ignore_errors=True)
         alone.enter_context(_alone(run, resume=resume is not None))
         if isinstance(engine, HostsEngine) and isinstance(home := checkpoint.home(run), Path):
             engine.check_visible(home if home.is_dir() else run)
@@ -118,6 +121,7 @@ def train(
             with _run_folder(run):  # only now that all of it is accepted
                 launched.write(run)
                 write_template(run, model.module, model.values)
+            refused.pop_all()
             engine.answer(coordinator)
             reason = "failed"
             with _stopping_on_signals(coordinator):
@@ -127,7 +131,8 @@ def train(
                     reason = coordinator.run()
                     model.load(engine, coordinator, spans)
                 except BaseException as error:
-                    said = (str(error).strip().splitlines() or [""])[-1]
+                    lines = [line for line in str(error).strip().splitlines() if not line.startswith("hint:")]
+                    said = (lines or [""])[-1]
                     reason = f"failed: {type(error).__name__}" + (f": {said}" if said else "")
                     raise
                 finally:

@@ -420,6 +420,17 @@ def test_where_a_run_is_cannot_be_changed_by_a_resume(
     assert f"{option} cannot be changed when a run is resumed" in said
 
 
+def test_a_resume_without_the_file_says_how_to_go_on_without_it(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train", "rules_script.py", "--run", "a", "--epochs", "1")
+    Path("rules_script.py").unlink()
+    said = refused(run, capsys, "resume", "a", "--epochs", "2")
+    assert "a was started with the file" in said
+    assert "rules_script.py, which is not there any more\nhint: put it back, or call" in said
+    assert "distbelief.train(job, resume='a')" in said
+
+
 def test_an_export_says_which_damaged_checkpoint_it_passed_over(
     run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import children_of
 from keepers import Subprocesses, wait_for
 
+from distbelief import job
 from distbelief.channel.base import Out, Remote, exported
 from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.place import Place
@@ -25,7 +27,8 @@ from distbelief.engine.base import Death, Home
 from distbelief.engine.hosts import HostsEngine
 from distbelief.engine.listener import interface_of
 from distbelief.engine.registry import Introduction, Registry
-from distbelief.errors import ChannelError, ConfigurationError, Fenced, TrainingFailed
+from distbelief.errors import ChannelError, ConfigurationError, Fenced, TrainingFailed, UserCodeError
+from tests import problems
 
 pytestmark = pytest.mark.alone
 
@@ -208,6 +211,39 @@ def test_hosts_that_prepare_different_jobs_are_refused_by_what_each_has(tmp_path
             engine.load(prepare_anywhere)
         first, second = re.findall(r"host\d (\d+)", str(caught.value))
         assert first != second
+
+
+def numbered(number: int, arguments: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
+    """A process of a host that knows its number."""
+    return subprocess.Popen(arguments, **options | {"env": {**options["env"], "HOST_NUMBER": str(number)}})
+
+
+def prepare_on_the_first(number: int) -> tuple[int, int]:
+    if os.environ["HOST_NUMBER"] != "0":
+        raise ValueError("there is no such file here")
+    return number, number
+
+
+def test_what_one_host_cannot_prepare_is_told_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_module.py").write_text(
+        "import os\nif os.environ.get('HOST_NUMBER') == '1':\n    import not_there\ndef prepare():\n    return 0, 0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with closing(HostsEngine(NAMES, Subprocesses(2, spawn=numbered))) as engine:
+        message = r"host host1: what the job is made of cannot be imported: No module named 'not_there'\nhint: keep the"
+        with pytest.raises(ConfigurationError, match=message):
+            engine.load(__import__("own_module").prepare)
+    message = r"(?s)^Traceback.*no such file here.*on host host1$"
+    engine = HostsEngine(NAMES, Subprocesses(2, spawn=numbered))
+    with closing(engine), pytest.raises(UserCodeError, match=message):
+        engine.load(prepare_on_the_first, 21)
+
+
+def test_each_host_tries_the_store_of_the_checkpoints_before_anything_starts() -> None:
+    with closing(HostsEngine(NAMES, Subprocesses(2))) as engine:
+        message = "(?s)host host0: checkpoints cannot be kept at nosuch://bucket/run: .*hint: .* each host the package"
+        with pytest.raises(ConfigurationError, match=message):
+            engine.load(job.prepare, problems.job(checkpoints="nosuch://bucket/run"), attempt=job.attempt)
 
 
 @pytest.mark.slow

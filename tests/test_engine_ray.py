@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from conftest import marked_processes
 
 import distbelief as db
 from distbelief.engine import reaper
+from distbelief.engine.pickles import pack
 from distbelief.engine.placement import Group, check_room, next_host
 from distbelief.engines import groups
 from distbelief.errors import ConfigurationError
@@ -393,6 +394,17 @@ def test_jobs_of_several_threads_share_a_ray_that_the_last_one_ends_whatever_ray
     assert set(marked_processes()) <= before
 
 
+def test_a_file_of_the_user_that_is_imported_in_place_of_ray_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ray.py").write_text("")
+    program = (
+        "import distbelief as db; from tests import problems; db.train(problems.job(cluster=db.Cluster(engine='ray')))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert f"the file {tmp_path / 'ray.py'} is imported in its place\nhint: rename it" in run.stderr
+
+
 # what is left
 
 
@@ -459,6 +471,30 @@ def test_a_job_asks_for_one_packed_group_a_replica_spread_shards_and_an_evaluato
         Group(("evaluator/0", "evaluator/1"), {"CPU": 0.5}),
     ]
     assert len(groups(cluster, evaluates=False)) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"cpus_per_replica": 0}, r"cpus_per_replica=0\) asks for nothing"),
+        ({"gpus_per_replica": 1.5}, r"gpus_per_replica=1.5\) is 1.5 acc.*for each of 1 .*\nhint: .*=1 or 2"),
+        ({"gpus_per_replica": 3, "partitions": 2}, r"=3\) is 1.5 acc.*for each of 2 .*\nhint: .*=2 or 4"),
+    ],
+)
+def test_what_ray_cannot_reserve_is_refused_in_the_words_of_the_job(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        groups(db.Cluster(engine="ray", **fields), evaluates=False)
+    assert groups(db.Cluster(engine="ray", cpus_per_replica=0, gpus_per_replica=0.5), evaluates=False)
+
+
+def test_functions_of_a_script_that_a_worker_of_ray_does_not_run_belong_in_a_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = ModuleType("__main__")
+    worker.__file__ = "/somewhere/ray/_private/workers/default_worker.py"
+    monkeypatch.setitem(sys.modules, "__main__", worker)
+    with pytest.raises(ConfigurationError, match=r"\nhint: a worker of Ray's does not run your script: put model"):
+        pack(lambda: None, (), None)
 
 
 def test_a_group_is_packed_on_one_host_only_where_one_holds_it() -> None:

@@ -36,6 +36,7 @@ from distbelief.events import (
 )
 from distbelief.export import export
 from distbelief.files import Draft, StorePath, open_to_read, path_of
+from distbelief.report.files import read_summary
 from tests import problems
 from tests.killer import Killer, nth
 
@@ -304,6 +305,39 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_starts(
     with pytest.raises(db.ConfigurationError, match=f"(?s){said}.*hint: give a place that every host can write"):
         trained(where, tmp_path / "run", cluster=local)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_job_that_is_refused_leaves_no_run_folder_unless_it_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> None:
+        raise db.ConfigurationError("host b does not see the folder", hint="give another")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["distbelief.train"], "appoint", refuse)
+        with pytest.raises(db.ConfigurationError, match="host b"):
+            db.train(problems.job(run=tmp_path / "run"), view=False)
+    assert not (tmp_path / "run").exists()
+    db.train(problems.job(run=tmp_path / "run"), view=False)
+    monkeypatch.setattr(sys.modules["distbelief.train"], "appoint", refuse)
+    with pytest.raises(db.ConfigurationError, match="host b"):
+        db.train(problems.job(epochs=3), view=False, resume=tmp_path / "run")
+    assert checkpoint.complete(tmp_path / "run")
+
+
+def test_why_a_job_failed_is_told_without_the_hint(tmp_path: Path) -> None:
+    heard: list[object] = []
+
+    def listen(observation: Observation) -> None:
+        heard.append(observation.event)
+        if len(heard) == 5:
+            raise db.TrainingFailed("no host is left to start roles on\nhint: resume the run")
+
+    with pytest.raises(db.TrainingFailed, match="hint: resume the run"):
+        db.train(problems.job(run=tmp_path / "run"), view=False, listeners=[listen])
+    assert read_summary(tmp_path / "run" / "summary.json").reason == (
+        "failed: TrainingFailed: no host is left to start roles on"
+    )
 
 
 def test_a_store_with_the_checkpoints_of_another_run_is_refused(store: str, tmp_path: Path) -> None:

@@ -31,7 +31,15 @@ from distbelief.engine.listener import listen, listen_over_tcp, name_of
 from distbelief.engine.pickles import Luggage, Pickler, pack, places
 from distbelief.engine.registry import Introduction, Nearest, Registry
 from distbelief.engine.script import Script
-from distbelief.errors import ChannelError, ConfigurationError, DeadlineExceeded, NotReady, PeerLost, TrainingFailed
+from distbelief.errors import (
+    ChannelError,
+    ConfigurationError,
+    DeadlineExceeded,
+    DistbeliefError,
+    NotReady,
+    PeerLost,
+    TrainingFailed,
+)  # fmt: skip
 
 T = TypeVar("T")
 
@@ -206,10 +214,12 @@ class HostsEngine(ProcessHome):
         prepared = {host: each for host, each in answered.items() if each is not None}
         if not prepared:
             raise TrainingFailed("every host was lost while the job was loaded")
-        for each in prepared.values():
+        for host, each in prepared.items():
             if each.failure:
+                failure: DistbeliefError = pickle.loads(each.failure)
+                elsewhere = {*prepared} != {self._keepers.host}
                 self.close()
-                raise pickle.loads(each.failure)
+                raise _of_host(host, failure) if elsewhere else failure
         described: dict[str, T] = {host: pickle.loads(each.description) for host, each in prepared.items()}
         first = next(iter(described))
         for host, result in described.items():
@@ -346,6 +356,13 @@ class HostsEngine(ProcessHome):
         self._keepers.end()
         self.leave()
         self._desk.close()
+
+
+def _of_host(host: str, failure: DistbeliefError) -> DistbeliefError:
+    """The failure, with where it happened."""
+    if isinstance(failure, ConfigurationError):
+        return ConfigurationError(f"host {host}: {failure.problem}", hint=failure.hint)
+    return type(failure)(f"{failure}\non host {host}")
 
 
 def _parts(luggage: Luggage) -> Iterator[tuple[int, torch.Tensor]]:

@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import current_process, spawn
@@ -23,6 +24,8 @@ class Shared:
     """Stands for what `Engine.load` prepared, in the arguments of a role."""
 
 
+RAY_WORKER = "default_worker.py"
+"""The program of a process in which Ray runs tasks and actors."""
 SHARED = Shared()
 _SHARED_NAME = "shared"
 ZYGOTE = "distbelief zygote"
@@ -114,9 +117,13 @@ def pack(prepare: Callable[..., Any], arguments: tuple[Any, ...], attempt: Calla
     try:
         text = Pickler.dumps((prepare, arguments, attempt), buffers=buffers)
     except Exception as error:
+        main_file = getattr(sys.modules["__main__"], "__file__", None) or ""
         raise ConfigurationError(
             f"the job cannot be handed to other processes: {error}",
-            hint="define model, loss, metrics and step at the top level of a file (no lambda, no inner function), "
+            hint="a worker of Ray's does not run your script: put model, loss, metrics, step and data in a module that "
+            "it can import, such as a file of the working_dir, and import them from there"
+            if os.path.basename(main_file) == RAY_WORKER
+            else "define model, loss, metrics and step at the top level of a file (no lambda, no inner function), "
             "and give data as a function that builds the data set",
         ) from error
     main = spawn.get_preparation_data(ZYGOTE)

@@ -252,6 +252,12 @@ class Zygote:
                     f"what the job is made of cannot be found by its name: {error}",
                     hint="define it in a file, not in a notebook or a session, and not below `if __name__`",
                 ) from error
+            except ImportError as error:
+                raise ConfigurationError(
+                    f"what the job is made of cannot be imported: {error}",
+                    hint="keep the file that is trained, and what it imports, at the same path on every host, in a "
+                    "shared folder, one image, or the working_dir of a Ray job; and install the same packages",
+                ) from error
             self._shared, description = prepare(*arguments)
             _refuse_cuda()
             _refuse_threads()
