@@ -24,6 +24,7 @@ from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.place import Place
 from distbelief.engine import hosts
 from distbelief.engine.base import Death, Home
+from distbelief.engine.host import path_here
 from distbelief.engine.hosts import HostsEngine
 from distbelief.engine.listener import interface_of
 from distbelief.engine.registry import Introduction, Registry
@@ -211,6 +212,14 @@ def test_hosts_that_prepare_different_jobs_are_refused_by_what_each_has(tmp_path
             engine.load(prepare_anywhere)
         first, second = re.findall(r"host\d (\d+)", str(caught.value))
         assert first != second
+
+
+def test_what_is_installed_on_a_host_goes_before_what_is_installed_where_the_coordinator_is() -> None:
+    theirs = ["/home/me/job", "/home/me/lib", "/usr/lib/python311.zip", "/usr/lib/python3.11", "/usr/site-packages"]
+    own = ["/env/lib/python311.zip", "/env/lib/python3.11", "/env/site-packages", "/home/me/job"]
+    library = f"python{sys.version_info.major}{sys.version_info.minor}.zip"
+    theirs, own = ([each.replace("python311.zip", library) for each in path] for path in (theirs, own))
+    assert path_here(theirs, own) == [*theirs[:2], *own[:3], *theirs[2:]]
 
 
 def numbered(number: int, arguments: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":

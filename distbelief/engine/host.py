@@ -9,13 +9,14 @@ The keeper asks the registry several times a second whether it still counts. Whe
 its lease lasts, it ends its roles and itself: by then the coordinator starts them elsewhere.
 """
 
+import itertools
 import os
 import pickle
 import platform
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -114,6 +115,16 @@ def versions() -> dict[str, str]:
     """What must be the same on all hosts of a job."""
     found = {"distbelief": metadata.version("distbelief"), "Python": platform.python_version()}
     return {**found, "torch": str(torch.__version__)}
+
+
+def path_here(theirs: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Where roles of a host import from: the coordinator's folders first, its installation last.
+
+    The host's own installation is between them: it may be an environment that Ray has made for the job.
+    """
+    library = f"python{sys.version_info.major}{sys.version_info.minor}.zip"  # Python's own begin with it, there or not
+    folders = list(itertools.takewhile(lambda each: Path(each).name != library, theirs))
+    return list(dict.fromkeys([*folders, *own, *theirs]))
 
 
 @final
@@ -234,7 +245,7 @@ class Host:
         for name in ("dir", "orig_dir"):
             if name in main and not Path(main[name]).is_dir():
                 del main[name]
-        main["sys_path"] = [*main.get("sys_path", []), *(each for each in sys.path if each not in main["sys_path"])]
+        main["sys_path"] = path_here(main.get("sys_path", []), sys.path)
         self._main, self._sizes, self._arena = main, sizes, new_arena(sizes)
 
     @exported
