@@ -156,7 +156,7 @@ def _namespace() -> str:
     return f"distbelief-{secrets.token_hex(8)}"
 
 
-def read_environment_anew() -> None:
+def _read_environment_anew() -> None:
     """Ray has read the environment when it was imported, and a token when it first needed one."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
@@ -187,7 +187,7 @@ def _begin_embedded(stack: contextlib.ExitStack, asked: Resources) -> None:
     assert reaping.stdin is not None
     stack.callback(reaping.wait)
     stack.callback(reaping.stdin.close)
-    stack.callback(read_environment_anew)
+    stack.callback(_read_environment_anew)
     stack.callback(ray.shutdown)
     mark = f"DISTBELIEF_RAY={secrets.token_hex(8)}"
     reaping.stdin.write(f"{mark}\n{folder}\n{os.getpid()}\n".encode())
@@ -197,7 +197,7 @@ def _begin_embedded(stack: contextlib.ExitStack, asked: Resources) -> None:
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0", **dict([mark.split("=")]),
     }):  # fmt: skip
-        read_environment_anew()
+        _read_environment_anew()
         ray.init(
             address="local", namespace=_namespace(), include_dashboard=False, configure_logging=False,
             num_cpus=LOGICAL_CORES, resources=others or None, object_store_memory=STORE_BYTES, _temp_dir=folder,
