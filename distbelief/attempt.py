@@ -28,7 +28,7 @@ def attempt(prepared: Prepared) -> None:
     Raises ConfigurationError, and what the user's code raises.
     """
     job, data, test = prepared.job, prepared.data, prepared.test
-    if "://" in (job.checkpoints or ""):
+    if "://" in (job.checkpoints or "") and job.cluster.engine == "ray":  # of this machine the coordinator tries it
         _attempt_store(str(job.checkpoints))
     if prepared.cut is not None:
         _attempt_loss(job, prepared.cut, data, *sample_of(job, data))

@@ -18,7 +18,8 @@ import torch
 from conftest import children_of
 from keepers import Subprocesses, wait_for
 
-from distbelief import job
+import distbelief as db
+from distbelief.attempt import attempt
 from distbelief.channel.base import Out, Remote, exported
 from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.place import Place
@@ -29,6 +30,7 @@ from distbelief.engine.hosts import HostsEngine
 from distbelief.engine.listener import interface_of
 from distbelief.engine.registry import Introduction, Registry
 from distbelief.errors import ChannelError, ConfigurationError, Fenced, TrainingFailed, UserCodeError
+from distbelief.job import prepare as prepare_job
 from tests import problems
 
 pytestmark = pytest.mark.alone
@@ -252,7 +254,11 @@ def test_each_host_tries_the_store_of_the_checkpoints_before_anything_starts() -
     with closing(HostsEngine(NAMES, Subprocesses(2))) as engine:
         message = "(?s)host host0: checkpoints cannot be kept at nosuch://bucket/run: .*hint: .* each host the package"
         with pytest.raises(ConfigurationError, match=message):
-            engine.load(job.prepare, problems.job(checkpoints="nosuch://bucket/run"), attempt=job.attempt)
+            engine.load(
+                prepare_job,
+                problems.job(checkpoints="nosuch://bucket/run", cluster=db.Cluster(engine="ray")),
+                attempt=attempt,
+            )
 
 
 @pytest.mark.slow
