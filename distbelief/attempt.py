@@ -35,15 +35,14 @@ def attempt(prepared: Prepared) -> None:
         return
     module, _ = build(job.model, job.seed, job.grouping, prepared.layout)
     sample = sample_of(job, data)
-    if not isinstance(job.algorithm, Sandblaster):
-        module.train()
     if isinstance(job.algorithm, Sandblaster):
         check_data(sample, sample_of(job, data))  # before the model, which may change what it is given
-    _attempt_gradient(job.objective, module, sample)
-    if isinstance(job.algorithm, Sandblaster):
+        _attempt_gradient(job.objective, module, sample)
         check_repeatable(module, job.objective, sample)
         parameters = [parameter for _, parameter in trainable(module)]
         _check_parts(job, data, sample, lambda batch: job.objective(module, batch), parameters)
+    else:
+        _attempt_gradient(job.objective, module.train(), sample)
     if test is not None and job.evaluate is None:
         job.measures.measure(module, first(test, job.batch_size), torch.device("cpu"))
 
@@ -113,7 +112,9 @@ def _check_parts(
     edges = [0, (len(indices) + 2) // 3, len(indices)]
     pieces = indices.tensor_split(edges[1:2])
     parts = [(len(piece), collect(data, piece)) for piece in pieces] if collated else divided(sample, edges)
+    if parts is None:
+        return
     hint = f"{AS_A_MEAN}; or compute them at once, with Sandblaster(micro_batch={len(data)})"
-    for distance in DISTANCES if parts is not None else ():
+    for distance in DISTANCES:
         with moved(parameters, distance):
-            check_mean(loss_of, sample, parts or [], hint)
+            check_mean(loss_of, sample, parts, hint)

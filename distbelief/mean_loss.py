@@ -43,7 +43,7 @@ def check_mean(loss_of: Callable[[Any], torch.Tensor], whole: Any, parts: Sequen
         return
     counts = [count for count, _ in parts]
     once, mean = float(found), sum(count * loss for count, loss in zip(counts, losses, strict=True)) / sum(counts)
-    near = abs(once - mean) <= _rounding(found) * max(map(abs, (once, *losses))) + 1e-12
+    near = math.isfinite(mean) and abs(once - mean) <= _rounding(found) * max(map(abs, (once, *losses))) + 1e-12
     if math.isfinite(once) and not near:
         told = ", ".join(f"{loss:.6g} of {count}" for count, loss in zip(counts[:3], losses, strict=False))
         raise ConfigurationError(
@@ -55,9 +55,13 @@ def check_mean(loss_of: Callable[[Any], torch.Tensor], whole: Any, parts: Sequen
 def check_scale(loss_of: Callable[[Any], torch.Tensor], sample: Any, twice: Any) -> None:
     """Refuse a loss that grows, or shrinks, with the number of examples, which `twice` has twice over: a sum.
 
-    Raises ConfigurationError.
+    Nothing is said where there is no loss of so many. Raises ConfigurationError.
     """
-    found, other = loss_of(sample).detach(), float(loss_of(twice).detach())
+    found = loss_of(sample).detach()
+    try:
+        other = float(loss_of(twice).detach())
+    except Exception:
+        return
     once = float(found)
     if once and any(abs(other - factor * once) <= _rounding(found) * abs(once) for factor in (0.5, 2.0)):
         raise ConfigurationError(

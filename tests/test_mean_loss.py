@@ -83,6 +83,25 @@ def test_data_that_are_computed_at_once_may_have_such_a_loss(loss: Any, tmp_path
     assert result.summary.loss == pytest.approx(whole, rel=1e-4)
 
 
+class Neighbours(nn.Module):
+    """A graph of all examples, as full-batch models have it: there is no other number of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("graph", torch.eye(EXAMPLES).roll(1, 0))
+        self.out = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.graph @ x)  # type: ignore[no-any-return]
+
+
+def test_a_model_of_all_examples_at_once_is_trained(tmp_path: Path) -> None:
+    algorithm = db.Sandblaster(max_iterations=3, micro_batch=EXAMPLES)
+    result = db.train(job(model=Neighbours, algorithm=algorithm, run=tmp_path / "run"), view=False)
+    assert result.summary.batch is not None
+    assert result.summary.batch.iterations == 3
+
+
 def test_weights_in_a_mean_over_examples_are_taken(tmp_path: Path) -> None:
     result = db.train(job(loss=weighted_mean, run=tmp_path / "run"), view=False)
     inputs, targets = sorted_points().tensors
@@ -159,6 +178,9 @@ def test_rounding_is_no_difference_and_what_is_not_finite_is_not_compared() -> N
         with pytest.raises(db.ConfigurationError):
             check_mean(lambda batch, one=one, error=error: one * (1 + 9 * error * batch), 1, [(2, 0)], AS_A_MEAN)  # type: ignore[misc]
     check_mean(lambda batch: torch.tensor(float("nan")), 1, [(1, 0)], AS_A_MEAN)
+    for odd in (float("nan"), float("inf")):
+        with pytest.raises(db.ConfigurationError):
+            check_mean(lambda batch, odd=odd: torch.tensor(batch or odd), 1.0, [(1, 1.0), (1, 0.0)], AS_A_MEAN)  # type: ignore[misc]
 
 
 def test_mini_batches_of_any_structure_are_doubled_and_divided() -> None:

@@ -59,10 +59,10 @@ def graph_of(make: Callable[[], Tracer], root: nn.Module, name: str) -> fx.Graph
     differing = [
         f"{called(a)} with {one!r}, then with {other!r}"
         for a, b in zip(first.nodes, again.nodes, strict=False)
-        for one, other in zip(_numbers(a), _numbers(b), strict=False)
+        for one, other in zip(_constants(a), _constants(b), strict=False)
         if one != other
     ]
-    if differing or [node.op for node in first.nodes] != [node.op for node in again.nodes]:
+    if differing or _calls(first) != _calls(again):
         what = f"calls {differing[0]}" if differing else "makes other calls"
         raise ConfigurationError(
             f"the forward pass of {name} {what} when it is done again: it counts, or draws numbers",
@@ -70,6 +70,34 @@ def graph_of(make: Callable[[], Tracer], root: nn.Module, name: str) -> fx.Graph
             "use partitions=1",
         )
     return first
+
+
+def _calls(graph: fx.Graph) -> list[tuple[str, str, list[int], int]]:
+    """What is called, on the results of which calls, with how many constants."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    return [
+        (
+            node.op,
+            "" if node.op == "get_attr" else str(getattr(node.target, "__qualname__", node.target)),
+            [order[each] for each in node.all_input_nodes],
+            len(_constants(node)),
+        )
+        for node in graph.nodes
+    ]
+
+
+def _constants(node: fx.Node) -> list[Any]:
+    found: list[Any] = []
+
+    def note(leaf: Any) -> Any:
+        if leaf is None or (
+            isinstance(leaf, int | float | complex | str | torch.dtype | torch.device) and leaf == leaf
+        ):
+            found.append(leaf)
+        return leaf
+
+    fx.node.map_aggregate((node.args, node.kwargs), note)  # it looks into slices, too
+    return found
 
 
 def _changes(call: str, what: str) -> ConfigurationError:

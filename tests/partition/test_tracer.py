@@ -100,6 +100,44 @@ class Alternating(Three):
         return found if self.calls % 2 else found * 2
 
 
+class Switching(Three):
+    """As many calls, of the same kinds, on the same values."""
+
+    calls = 0
+
+    def features(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        found = self.first(x)
+        return torch.relu(found) if self.calls % 2 else torch.tanh(found)
+
+
+class Crossing(Three):
+    """The same calls on other values."""
+
+    calls = 0
+
+    def features(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        one, other = torch.tanh(self.first(x)), torch.relu(self.first(x))
+        return one - other if self.calls % 2 else other - one
+
+
+class Growing(Three):
+    calls = 0
+
+    def features(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(self.first(x)) + x[:, : self.calls].sum(1, keepdim=True)
+
+
+class Narrowing(Three):
+    calls = 0
+
+    def features(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(self.first(x.to(torch.float64 if self.calls % 2 else torch.float32).float()))
+
+
 class OfASlice(Three):
     def features(self, x: Tensor) -> Tensor:
         found = self.first(x)
@@ -211,6 +249,10 @@ NEITHER = {
     "autocast": (InHalf, "is called below torch.autocast", "into a module of its own"),
     "a counter": (Counting, "with 0.05, then with 0.1 when it is done again: it counts", "keep counters in buffers"),
     "a number drawn": (Drawing, "when it is done again: it counts, or draws numbers", "draw with torch"),
+    "another function": (Switching, "makes other calls when it is done again", "partitions=1"),
+    "other values": (Crossing, "makes other calls when it is done again", "partitions=1"),
+    "a slice of a counter": (Growing, "with 1, then with 2 when it is done again", "keep counters in buffers"),
+    "another dtype": (Narrowing, "torch.float64, then with torch.float32 when it is done again", "partitions=1"),
     "other calls": (Alternating, "makes other calls when it is done again", "partitions=1"),
     "a buffer": (Buffered, "in forward changes steps itself", "put what does it into a module of its own"),
 }
