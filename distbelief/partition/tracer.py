@@ -106,11 +106,6 @@ def _changes(call: str, what: str) -> ConfigurationError:
     )
 
 
-def _numbers(node: fx.Node) -> list[Any]:
-    leaves = tree_leaves((node.args, node.kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, int | float | complex | str) and leaf == leaf]
-
-
 def called(node: fx.Node) -> str:
     """How messages name what a node calls; in stages the model is a module of what is traced."""
     return str(getattr(node.target, "__name__", node.target)).removeprefix("model.")
