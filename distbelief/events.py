@@ -149,9 +149,9 @@ class SearchBegun(Event, frozen=True):
     """A search that was resumed began anew, from where it was: data or loss are others than before."""
 
     loss: float | None
-    """Now, without penalties."""
+    """Now, at the point where it was, penalties included."""
     loss_before: float
-    """At the same point, penalties included."""
+    """At the same point, as it was computed before."""
 
 
 class EvaluationLost(Event, frozen=True):

@@ -89,11 +89,6 @@ def export(run: Path, path: Path, rejected: Callable[[AnyPath, str], None] = lam
             f"{path.name} is a name of files that torch.load reads, and what is written is safetensors",
             hint=f"name it {path.stem}.safetensors",
         )
-    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        raise ConfigurationError(
-            f"{path.name} is a name of files that torch.load reads, and what is written is safetensors",
-            hint=f"name it {path.stem}.safetensors",
-        )
     entries = _entries(run)
     value = _newest(run, rejected)
     part = path.with_name(path.name + ".part")

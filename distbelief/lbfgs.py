@@ -157,13 +157,23 @@ class Solver:
 
     @property
     def loss(self) -> float:
-        """At the last accepted point, penalties included; NaN before there is one."""
-        return self.state.loss if self.state.last else math.nan
+        """At the last accepted point, penalties included; NaN before there is one, and while it is doubted."""
+        return self.state.loss if self.state.last and not self._doubted else math.nan
 
     @property
     def gradient_norm(self) -> float:
-        """The largest entry of the reduced gradient at the last accepted point; NaN before there is one."""
-        return self.state.largest_gradient if self.state.last else math.nan
+        """The largest entry of the reduced gradient there; NaN likewise."""
+        return self.state.largest_gradient if self.state.last and not self._doubted else math.nan
+
+    @property
+    def stopped(self) -> Stop | None:
+        """The end, where it has come."""
+        return self.state.asked if isinstance(self.state.asked, Stop) and not self._doubted else None
+
+    @property
+    def begins(self) -> bool:
+        """Whether no point of this search is known to be accepted."""
+        return self._doubted or self.state.last is None
 
     def begin(self) -> list[Command]:
         """What to do first, and after a restore or a loss: form the direction again, then what was asked.
@@ -184,14 +194,13 @@ class Solver:
         """
         state, asked = self.state, self.state.asked
         if self._doubted:
-            return self._confirm(loss + sealed.square / 2 + sealed.absolute)
+            return self._confirm(loss + sealed.penalty if sealed.finite else math.nan)
         if not isinstance(asked, Evaluate):
             raise ValueError(f"an evaluation was told, but {asked} was asked")
         state.evaluations += 1
-        penalty = sealed.square / 2 + sealed.absolute
-        loss += penalty
-        compared = loss if shared is None else shared[0] + penalty
-        self._after = loss if shared is None else shared[1] + penalty
+        loss += sealed.penalty
+        compared = loss if shared is None else shared[0] + sealed.penalty
+        self._after = loss if shared is None else shared[1] + sealed.penalty
         finite = sealed.finite and math.isfinite(loss)
         if state.last is None:
             return self._first(loss, sealed) if finite else self._stop(_not_finite_at_start(loss))
@@ -229,7 +238,7 @@ class Solver:
         self._doubted, before = False, self.state
         before.evaluations += 1
         relative = 1e-4 if self.options.single else 1e-8
-        if abs(loss - before.loss) <= relative * max(abs(loss), abs(before.loss), SMALL_LOSS):
+        if math.isfinite(loss) and abs(loss - before.loss) <= relative * max(abs(loss), abs(before.loss), SMALL_LOSS):
             self._go_on()
         else:
             self.state = Solver(self.options).state

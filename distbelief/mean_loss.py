@@ -34,10 +34,10 @@ Part = tuple[int, Any]
 def check_mean(loss_of: Callable[[Any], torch.Tensor], whole: Any, parts: Sequence[Part], hint: str) -> None:
     """Refuse a loss of a mini-batch that is not the mean of those of `parts` of it, by their examples.
 
-    Nothing is said where a part cannot be computed by itself. Raises ConfigurationError.
+    Nothing is said where one of them cannot be computed. Raises ConfigurationError.
     """
-    found = loss_of(whole).detach()
     try:
+        found = loss_of(whole).detach()
         losses = [float(loss_of(batch).detach()) for _, batch in parts]
     except Exception:
         return

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
 from distbelief.cluster import Cluster
+from distbelief.data_shard import kind
 from distbelief.errors import ConfigurationError
 from distbelief.events import JobFinished, Observation
 from distbelief.job import Job
@@ -76,7 +77,12 @@ class Share:
         assert isinstance(point, Point)
         held = point.parameters_by_name
         x = held[ONE] if self.single else dict(held.items())
-        first = next(each for each in tree_leaves(batch) if isinstance(each, Tensor))
+        first = next((each for each in tree_leaves(batch) if isinstance(each, Tensor) and each.ndim), None)
+        if first is None:
+            raise ConfigurationError(
+                f"a portion of minimize(data=...) is {kind(batch)}, in which no tensor tells the number of examples",
+                hint="let the data set give tensors, or dicts or tuples of them",
+            )
         if self.data == "none":
             return scalar(self.function(x), *WORDS)
         return scalar(self.function(x, first if self.data == "tensor" else batch), *WORDS) / len(first)
@@ -123,7 +129,7 @@ def minimize(
         )
     _check_start(parameters)
     start = {ONE: parameters} if isinstance(parameters, Tensor) else dict(parameters)
-    kind, built = _data(data)
+    portion, built = _data(data)
     count = len(built)
     if count == 0:
         raise ConfigurationError("minimize(data=...) is empty", hint="give at least one example, or data=None")
@@ -144,7 +150,7 @@ def minimize(
         job = Job(
             model=partial(Point, {name: value.detach().cpu() for name, value in start.items()}),
             data=built,
-            step=Share(function, isinstance(parameters, Tensor), kind),
+            step=Share(function, isinstance(parameters, Tensor), portion),
             algorithm=scaled,
             cluster=cluster or Cluster(replicas=1),
             groups=_Penalised(scaled.l1, scaled.l2, groups),
@@ -172,17 +178,18 @@ def _check_start(parameters: object) -> None:
             f"minimize(parameters=...) is a {type(parameters).__name__}",
             hint="give the starting point as a tensor, such as torch.zeros(3), or as a dict of tensors",
         )
-    named = {"": parameters} if isinstance(parameters, Tensor) else parameters
+    named: Mapping[Any, Any] = {ONE: parameters} if isinstance(parameters, Tensor) else parameters
+    taken = nn.ParameterDict()
     for name, value in named.items():
-        if not isinstance(name, str) or "." in name or hasattr(nn.ParameterDict, name or " "):
+        if not isinstance(name, str) or not name or "." in name or hasattr(taken, name):
             raise ConfigurationError(
                 f"minimize(parameters=...) has a key {name!r}",
-                hint="name parameters by strings without dots, and not as methods of dicts are named",
+                hint="name parameters by strings without dots, and not as torch names what its modules have",
             )
         if not (isinstance(value, Tensor) and value.is_floating_point()):
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ConfigurationError(
-                f"the starting point {name or 'of minimize'} is of {kind}",
+                f"the starting point {'of minimize' if named is not parameters else name} is of {found}",
                 hint="give floating-point tensors, such as value.double()",
             )
     if len(kinds := {value.dtype for value in named.values()}) > 1:
@@ -212,7 +219,7 @@ def _data(data: Any) -> tuple[str, Any]:
     if data is None:
         return "none", TensorDataset(torch.zeros(1))
     parts = (data,) if isinstance(data, Tensor) else data if isinstance(data, tuple | list) else ()
-    if isinstance(data, Mapping) or any(getattr(part, "shape", None) == () for part in parts):
+    if isinstance(data, Mapping) or any(isinstance(part, Tensor) and not part.ndim for part in parts):
         raise _no_data(f"is a {type(data).__name__} of {'tensors' if isinstance(data, Mapping) else 'single numbers'}")
     if isinstance(data, tuple) and not all(isinstance(part, Tensor) for part in parts):
         raise _no_data(f"is a tuple of {' and '.join(sorted({type(part).__name__ for part in parts}))}")

@@ -68,8 +68,8 @@ class SandblasterCoordinator(Coordinator):
         """Of the evaluation under way."""
         self._spoilt: Bundle | None = None
         """A bundle of this evaluation whose loss is not finite."""
-        self._version = self._moved = 0
-        """The number of the last step, and of the last one that moved the point."""
+        self._version = self._moved = self._begun = 0
+        """The number of the last step, and of the last one that moved the point: now, and before this start."""
         self._stepping: All[None] | None = None
         """The last step, until every shard has carried it out."""
         self._set_back: set[int] = set()
@@ -170,7 +170,7 @@ class SandblasterCoordinator(Coordinator):
     def run(self) -> str:
         """Carry out what the solver says until it stops."""
         versions = [section.version for section in self._sections()]
-        self._moved, self._version = min(versions), max(versions)
+        self._moved, self._begun, self._version = min(versions), min(versions), max(versions)
         self._unsaved = set(self.solver.state.history.pairs)
         commands = self.solver.resume()
         while not self.stopping:
@@ -185,7 +185,7 @@ class SandblasterCoordinator(Coordinator):
                         commands = self.solver.told_gram(add(self._ask(ParameterServerShard.gram, pairs)))
                     case Stop():
                         self._gather()
-                        if isinstance(self.solver.state.asked, Stop):
+                        if self.solver.stopped:
                             break
                         commands = self.solver.begin()
             except Setback as setback:
@@ -195,7 +195,7 @@ class SandblasterCoordinator(Coordinator):
                 commands = self.solver.begin()
         self._end()
         self.progress(0.0)
-        return asked.reason if isinstance(asked := self.solver.state.asked, Stop) else self.interrupted or "stopped"
+        return stopped.reason if (stopped := self.solver.stopped) else self.interrupted or "stopped"
 
     def _end(self) -> None:
         """Keep the point, so that whoever dies from here on comes back at it, and let replicas go."""
@@ -222,22 +222,23 @@ class SandblasterCoordinator(Coordinator):
             self._task = None
         self._check()
         if self._spoilt is not None:
-            if self.solver.state.last is None:
+            if self.solver.begins:
                 raise TrainingFailed(
                     f"the loss of examples {self._spoilt.start} to {self._spoilt.stop - 1}, or its gradient, is NaN or "
-                    "infinite at the starting point\nhint: check these examples and the initial parameters"
+                    "infinite at the starting point\nhint: check these examples and the parameters it begins with"
                 )
             return self.solver.tell_not_finite()
         portions, batch = self.portions, self.portions.batch
         extent = Extent(len(batch.bundles), portions.examples, *map(portions.examples_at, (batch.before, batch.after)))
         sealed = merge(self._ask(ParameterServerShard.seal, self._number, trial, extent))
         self._computed += extent.examples
-        before, loss_before, shared = self.solver.iteration, self.solver.loss, None
+        before, state, shared = self.solver.iteration, self.solver.state, None
         if batch.after:  # the first batch has none before it, and nothing is compared with it
             shared = portions.mean_loss(batch.before or batch.after), portions.mean_loss(batch.after)
         commands = self.solver.tell(portions.mean_loss(), sealed, shared)
-        if self.solver.state.last is None and math.isfinite(loss_before):
-            self.emit(events.SearchBegun(loss=_finite(portions.mean_loss()), loss_before=loss_before))
+        if self.solver.state is not state:
+            now = _finite(portions.mean_loss() + sealed.penalty)
+            self.emit(events.SearchBegun(loss=now, loss_before=state.loss))
         elif self.solver.iteration > before:
             self._tell_iteration(trial.t)
         return commands
@@ -322,14 +323,11 @@ class SandblasterCoordinator(Coordinator):
             )
         self._unsaved.clear()
         before, now = self._passing, [] if writing.durable else [(writing.folder, manifest)]
-        if self.restoring:
-            self._passing = [*before, *now]
-        else:
-            self._passing = now
-            for passed in before:
-                self.writer.discard(*passed)
-            if writing.durable:
-                self.writer.keep_newest()
+        self._passing = [*before, *now] if self.restoring else now
+        for passed in before if not self.restoring else ():
+            self.writer.discard(*passed)
+        if writing.durable and not self.restoring:
+            self.writer.keep_newest()
 
     def _gather(self) -> None:
         """Wait until all shards are at the present point; if one has not made the step there, all go back before it."""
@@ -350,6 +348,8 @@ class SandblasterCoordinator(Coordinator):
         search = manifest.search if self.is_own(manifest) else None
         self.solver = Solver(self.solver.options, None if search is None else search.solver)
         self._moved = 0 if search is None else search.version
+        if self._moved <= self._begun:
+            self.solver.resume()  # it is of before this start, and what was found since is not in it
         self._unsaved = set(self.solver.state.history.pairs)
         self.restore(folder, manifest)
         return False
@@ -384,7 +384,7 @@ class SandblasterCoordinator(Coordinator):
             reason=reason, seen=self._computed, repeated=0, missing=0, refused=0, lost_updates=0,
             pushes=self.counters.mini_batches, staleness={}, resume_command=resume, export_command=export,
             iterations=self.solver.iteration, evaluations=self.solver.evaluations, round_trips=self.round_trips,
-            converged=isinstance(self.solver.state.asked, Stop) and self.solver.state.asked.converged,
+            converged=self.solver.stopped is not None and self.solver.stopped.converged,
             loss=_finite(self.solver.loss), gradient=_finite(self.solver.gradient_norm),
             strangers=self.counters.strangers,
         )  # fmt: skip

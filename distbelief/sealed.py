@@ -29,6 +29,11 @@ class Sealed(msgspec.Struct, frozen=True, array_like=True):
     finite: bool
     """Whether all of the gradient is."""
 
+    @property
+    def penalty(self) -> float:
+        """What is added to the loss at the trial."""
+        return self.square / 2 + self.absolute
+
 
 def merge(answers: Sequence[Sealed]) -> Sealed:
     """The answer of all sections together: sums, and maxima of the largest."""

@@ -244,7 +244,7 @@ def test_interrupted_before_anything_is_known_it_returns_where_it_began(tmp_path
     start = torch.ones(8, dtype=torch.float64)
 
     def once_started() -> None:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 100
         while time.monotonic() < until:
             if (run / "events.jsonl").exists() and "JobStarted" in (run / "events.jsonl").read_text():
                 os.kill(os.getpid(), signal.SIGINT)
@@ -300,6 +300,8 @@ def test_portions_may_be_dicts() -> None:
             {"parameters": {"keys": torch.zeros(2)}},
             r"has a key 'keys'\nhint: name parameters by strings without dots, and",
         ),
+        ({"parameters": {"training": torch.zeros(2)}}, r"has a key 'training'"),
+        ({"parameters": {"": torch.zeros(2)}}, r"has a key ''"),
         ({"parameters": {}}, r"minimize\(parameters=...\) is empty"),
         ({"parameters": torch.zeros(0)}, r"minimize\(parameters=...\) is empty"),
         (
@@ -315,3 +317,35 @@ def test_portions_may_be_dicts() -> None:
 def test_what_cannot_be_minimised_is_refused_in_its_own_words(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(db.ConfigurationError, match=message):
         db.minimize(squares, **({"parameters": torch.zeros(2), "data": regression(10, 2)} | fields))
+
+
+def of_words(x: Tensor, portion: list[str]) -> Tensor:
+    return x.square().sum() * len(portion)
+
+
+def test_a_portion_that_does_not_tell_its_number_of_examples_is_refused() -> None:
+    with pytest.raises(
+        db.DistbeliefError, match=r"a portion of minimize\(data=...\) is \(str, str\), in which no tensor"
+    ):
+        db.minimize(of_words, torch.ones(2), data=["one", "two"], cluster=SIMULATED)
+
+
+def of_numbers(x: Tensor, portion: Tensor) -> Tensor:
+    return (x - portion.unsqueeze(1)).square().sum()
+
+
+def test_a_list_of_numbers_is_a_data_set() -> None:
+    found = db.minimize(of_numbers, torch.zeros(2).double(), data=list(np.arange(5.0)), cluster=SIMULATED)
+    assert found.parameters.tolist() == pytest.approx([2.0, 2.0])
+
+
+def surprise(x: Tensor, portion: Tensor) -> Tensor:
+    """Defined for x > 0 only, and raises elsewhere."""
+    return -torch.distributions.Normal(0.0, x[0]).log_prob(portion).sum()
+
+
+def test_a_function_that_raises_somewhere_else_than_where_it_begins_is_minimised() -> None:
+    data = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    algorithm = db.Sandblaster(micro_batch=20, gtol=1e-8)
+    found = db.minimize(surprise, torch.full((4,), 0.05).double(), data=data, cluster=SIMULATED, algorithm=algorithm)
+    assert float(found.parameters[0]) == pytest.approx(float(data.square().mean().sqrt()), rel=1e-5)

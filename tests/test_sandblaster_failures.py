@@ -488,3 +488,68 @@ def test_a_search_that_is_resumed_with_the_same_data_goes_on_and_says_nothing(fi
     if first_limit == 400:
         assert problems.same_parameters(begun.model, result.model)
         assert not of_kind(heard, Iterated)
+
+
+def resumed(tmp_path: Path, first_limit: int, limit: int, **change: Any) -> list[Observation]:
+    """What is heard of a search that is resumed with something else."""
+    first = job(tmp_path / "run", algorithm={"gtol": 1e-4, "deterministic": True, "max_iterations": first_limit})
+    if not (tmp_path / "run").exists():
+        trained(first)
+    algorithm = dataclasses.replace(first.algorithm, max_iterations=limit)
+    _, heard = trained(dataclasses.replace(first, algorithm=algorithm, **change), resume=tmp_path / "run")
+    return heard
+
+
+@pytest.mark.parametrize(("first_limit", "limit"), [(3, 20), (400, 420)])
+def test_a_shard_that_dies_when_a_search_has_begun_anew_does_not_bring_back_the_one_before(
+    first_limit: int, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died: list[Step] = []
+    carry_out = SandblasterCoordinator._step
+
+    def step(self: SandblasterCoordinator, order: Step) -> None:
+        first_of_the_new = bool(self.solver.state.last) and order.commit and not died and self._begun > 0
+        carry_out(self, order)
+        if first_of_the_new:
+            died.append(order)
+            cast(Any, self.engine)._die("shard/0")
+
+    monkeypatch.setattr(SandblasterCoordinator, "_step", step)
+    heard = resumed(tmp_path, first_limit, limit, data=other_points)
+    assert died
+    assert of_kind(heard, EvaluationLost)
+    assert of_kind(heard, SearchBegun)
+    (finished,) = of_kind(heard, JobFinished)
+    assert [event.iteration for event in of_kind(heard, Iterated)][-1] == finished.iterations > 3
+    assert finished.loss == of_kind(heard, Iterated)[-1].loss
+
+
+@pytest.mark.parametrize("first_limit", [3, 400])
+def test_a_search_that_is_interrupted_before_its_point_is_confirmed_does_not_say_how_it_ended_before(
+    first_limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = job(tmp_path / "run", algorithm={"gtol": 1e-4, "deterministic": True, "max_iterations": first_limit})
+    trained(first)
+    evaluate = SandblasterCoordinator._evaluate
+
+    def interrupted(self: SandblasterCoordinator, trial: Any) -> Any:
+        self.interrupted = "stopped by SIGINT"
+        return evaluate(self, trial)
+
+    monkeypatch.setattr(SandblasterCoordinator, "_evaluate", interrupted)
+    heard = resumed(tmp_path, first_limit, 420, data=other_points)
+    (finished,) = of_kind(heard, JobFinished)
+    assert (finished.reason, finished.converged, finished.loss) == ("stopped by SIGINT", False, None)
+    monkeypatch.setattr(SandblasterCoordinator, "_evaluate", evaluate)
+    assert of_kind(resumed(tmp_path, first_limit, 420, data=other_points), SearchBegun)
+
+
+def unknown_points() -> TensorDataset:
+    inputs, targets = points().tensors
+    inputs[50] = math.nan
+    return TensorDataset(inputs, targets)
+
+
+def test_a_search_that_is_resumed_where_the_loss_is_not_finite_names_the_examples(tmp_path: Path) -> None:
+    with pytest.raises(db.TrainingFailed, match=r"examples \d+ to \d+, or its gradient, is NaN or infinite"):
+        resumed(tmp_path, 3, 20, data=unknown_points)
