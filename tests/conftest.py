@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -40,6 +41,7 @@ Settle = Callable[[], object]
 def pytest_configure() -> None:
     """Mark this session. Not on import: roles import test modules, and this one with them."""
     os.environ["DISTBELIEF_TESTS"] = TOKEN
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what runs in the background ignore it
 
 
 def marked_processes() -> list[str]:
