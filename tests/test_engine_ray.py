@@ -264,6 +264,26 @@ def test_a_ray_that_cannot_be_begun_here_is_a_matter_of_configuration(
 
 
 @marked([ray])
+def test_a_connection_that_was_begun_halfway_is_not_left_for_the_next_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray as cluster
+
+    from distbelief.engine import ray_connection
+
+    done: list[str] = []
+
+    def fail(**options: Any) -> None:
+        done.append("connected")
+        raise RuntimeError("the log monitor did not start")
+
+    monkeypatch.setattr(cluster, "init", fail)
+    monkeypatch.setattr(cluster, "shutdown", lambda: done.append("left"))
+    connection = ray_connection.Connection()
+    with pytest.raises(ConfigurationError, match="the log monitor did not start"), connection.held("auto", {}):
+        pass
+    assert done == ["connected", "left"]
+
+
+@marked([ray])
 def test_ray_makes_its_sockets_where_temporary_files_are_unless_that_is_too_long_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,11 +191,13 @@ class RayKeepers:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.wait([running for _, running in self._actors.values()], num_returns=len(self._actors),
                          timeout=STOP_SECONDS)  # fmt: skip
-        for actor, _ in self._actors.values():
-            with contextlib.suppress(ray.exceptions.RayError):
-                _while_connected(ray.kill, actor)
-        self._actors = {}
-        self._stack.close()
+        try:
+            for actor, _ in self._actors.values():
+                with contextlib.suppress(ray.exceptions.RayError):
+                    _while_connected(ray.kill, actor)
+        finally:  # a user may have connected elsewhere meanwhile
+            self._actors = {}
+            self._stack.close()
 
 
 def _host_name(node: str) -> str:

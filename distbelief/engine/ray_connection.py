@@ -57,7 +57,9 @@ class Connection:
         with self._lock:
             if not ray.is_initialized():
                 self._stack.close()
-                self._begin(address, asked)
+                with contextlib.ExitStack() as begun:
+                    _begin(begun, address, asked)
+                    self._stack = begun.pop_all()
             elif address not in (None, "auto"):
                 _check_same(str(address))
             self._jobs += 1
@@ -69,20 +71,22 @@ class Connection:
                 if not self._jobs:
                     self._stack.close()
 
-    def _begin(self, address: str | None, asked: Resources) -> None:
-        if address is None:
-            self._stack.enter_context(_embedded(asked))
-            return
-        if address != "auto":
-            _cluster_at(address)  # Ray would try for minutes where something else answers
-        try:
-            ray.init(address=address, namespace=_namespace(), configure_logging=False, log_to_driver=True)
-        except _FAILURES as error:
-            raise _no_cluster(address, error) from error
-        self._stack.callback(ray.shutdown)
-
 
 CONNECTION = Connection()
+
+
+def _begin(stack: contextlib.ExitStack, address: str | None, asked: Resources) -> None:
+    """Connect; the stack leaves. Raises ConfigurationError."""
+    if address is None:
+        stack.enter_context(_embedded(asked))
+        return
+    if address != "auto":
+        _cluster_at(address)  # Ray would try for minutes where something else answers
+    stack.callback(ray.shutdown)  # of what was begun halfway, too: it would be taken for the user's own
+    try:
+        ray.init(address=address, namespace=_namespace(), configure_logging=False, log_to_driver=True)
+    except _FAILURES as error:
+        raise _no_cluster(address, error) from error
 
 
 def _check_same(address: str) -> None:
