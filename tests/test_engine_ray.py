@@ -430,7 +430,7 @@ def test_a_file_of_the_user_that_is_imported_in_place_of_ray_is_named(tmp_path: 
 
 def test_processes_that_hide_where_they_come_from_are_ended_with_those_that_started_them(tmp_path: Path) -> None:
     word = f"DISTBELIEF_RAY={secrets.token_hex(8)}"
-    hiding = ["sh", "-c", "env -i sleep 300 & echo $!; wait"]  # its child has no environment at all
+    hiding = ["sh", "-c", "env -i sleep 300 & echo $!; wait; sleep 300"]  # its first child has no environment at all
     environment = os.environ | {"DISTBELIEF_RAY": word.partition("=")[2]}
     with subprocess.Popen(hiding, env=environment, stdout=subprocess.PIPE, text=True) as shell:
         assert shell.stdout is not None
