@@ -103,7 +103,8 @@ def _check_parts(
     job: Job, data: Any, sample: Any, loss_of: Callable[[Any], torch.Tensor], parameters: Sequence[nn.Parameter]
 ) -> None:
     """Refuse a loss whose value depends on how Sandblaster cuts the data. Raises ConfigurationError."""
-    indices, collated = trial(job, data), isinstance(data, Collated)
+    indices = trial(job, data)
+    collated = isinstance(data, Collated) and job.cluster.plan.partitions == 1  # else its inputs are no outputs
     if len(indices) in (1, len(data)):  # what is computed at once may have any loss but one on another scale
         twice = collect(data, indices.repeat(2)) if collated else doubled(sample)
         if twice is not None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mini-batches that the user makes of examples: sequences of different lengths, as every DataLoader takes them."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import distbelief as db
+from distbelief.attempt import attempt
 from distbelief.data_shard import Collated, DataShard, collect, epoch_order, first, to_device
 from distbelief.engine.simulated import SimulatedEngine
+from distbelief.job import prepare
 from distbelief.portions import Lease
 from tests import problems
 
@@ -179,3 +182,13 @@ def test_what_can_be_moved_moves_itself_to_the_device() -> None:
     batch, labels = to_device(packed([Sequences(4)[index] for index in range(4)]), torch.device("meta"))
     assert isinstance(batch, PackedSequence)
     assert (batch.data.device.type, batch.batch_sizes.device.type, labels.device.type) == ("meta", "cpu", "meta")
+
+
+@pytest.mark.parametrize("micro_batch", [100, 640])
+def test_the_loss_of_a_collated_job_in_partitions_is_tried_on_outputs(micro_batch: int) -> None:
+    algorithm, cluster = db.Sandblaster(micro_batch=micro_batch), db.Cluster(partitions=2)
+    prepared, _ = prepare(problems.job(collate=default_collate, algorithm=algorithm, cluster=cluster))
+    attempt(prepared)
+    summed = dataclasses.replace(prepared.job, loss=functools.partial(nn.functional.cross_entropy, reduction="sum"))
+    with pytest.raises(db.ConfigurationError, match="not their mean"):
+        attempt(dataclasses.replace(prepared, job=summed))
