@@ -181,6 +181,4 @@ def _pipeline_step(model: str, batch_size: int, index: int, partitions: int) -> 
 def _edges(layers: Sequence[nn.Module], partitions: int) -> list[int]:
     """A weight of these models is used once for each example: the work of a layer goes with its parameters."""
     weights = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
-    edges = fairest(weights, partitions)
-    assert edges is not None
-    return edges
+    return fairest(weights, partitions)

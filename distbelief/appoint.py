@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from distbelief import checkpoint, events, shard_file
+from distbelief.batch_section import Keeping
 from distbelief.checkpoint import Manifest, Search
 from distbelief.coordinator import Coordinator
 from distbelief.downpour import Downpour
@@ -19,9 +20,9 @@ from distbelief.events import AnyEvent
 from distbelief.files import AnyPath
 from distbelief.job import Facts, Job
 from distbelief.lbfgs import Solver
+from distbelief.leases import Leases, Release, lease_size
 from distbelief.parameter_server import ParameterServerShard, shard_name
 from distbelief.parameters import Span
-from distbelief.portions import Leases, lease_size
 from distbelief.report.words import count
 from distbelief.roles import evaluator_role, replica_role
 from distbelief.roster import EVALUATOR, RoleSpec, Settings, member_name, replica_name, shard_silence_seconds
@@ -31,7 +32,7 @@ from distbelief.tasks import Work
 from distbelief.uncut import Uncut
 from distbelief.update_rule import UpdateRule
 
-EVALUATIONS = 10
+PASSES_PER_EVALUATION = 10
 """Passes of Sandblaster over the data between two looks at the test set, where the user has not said."""
 Restore = tuple[AnyPath, Manifest] | None
 """The checkpoint to begin with, if any."""
@@ -43,9 +44,12 @@ def appoint(
 ) -> Coordinator:  # fmt: skip
     """The coordinator, with nothing started; `restore` has been checked."""
     algorithm = job.algorithm
-    keeping = algorithm.keeping if isinstance(algorithm, Sandblaster) else algorithm.update_rule
-    partitions, is_batch = job.cluster.plan.partitions, isinstance(algorithm, Sandblaster)
-    silence_seconds = job.cluster.silence_seconds
+    keeping: UpdateRule | Keeping
+    if isinstance(algorithm, Sandblaster):
+        keeping, refusals, passes = algorithm.keeping, 0, PASSES_PER_EVALUATION
+    else:
+        keeping, refusals, passes = algorithm.update_rule, algorithm.refusals, 1
+    partitions, silence_seconds = job.cluster.plan.partitions, job.cluster.silence_seconds
     settings = Settings(
         run=run,
         replicas=[
@@ -64,10 +68,10 @@ def appoint(
         ],
         checkpoint_seconds=job.checkpoint_seconds,
         keep_checkpoints=job.keep_checkpoints,
-        evaluate_examples=job.evaluate_every or facts.examples * (EVALUATIONS if is_batch else 1),
+        evaluate_examples=job.evaluate_every or facts.examples * passes,
         silence_seconds=silence_seconds,
         shard_silence_seconds=shard_silence_seconds(silence_seconds, spans, facts.layout.dtype),
-        refusals=algorithm.refusals if isinstance(algorithm, Downpour) else 0,
+        refusals=refusals,
         incarnation=0 if restore is None else restore[1].incarnation,
     )
     buffers = model.buffers if restore is None else checkpoint.read_buffers(*restore)
@@ -78,9 +82,11 @@ def appoint(
         if (before := _search(restore, work.objective)) is not None:
             work = replace(work, computed=before.computed, round_trips=before.round_trips)
         return SandblasterCoordinator(engine, settings, buffers, manifest, emit, solver, work)
-    leases = _leases(job, facts, restore)
-    stages = job.stages(leases.total_examples)
-    return DownpourCoordinator(engine, settings, buffers, manifest, emit, leases, stages)
+    leases = _leases(job, algorithm, facts, restore)
+    release = Release.planned(
+        leases.total_examples, job.batch_size, job.cluster.replicas, algorithm.warmstart, algorithm.cooldown
+    )
+    return DownpourCoordinator(engine, settings, buffers, manifest, emit, leases, release)
 
 
 def check_resume(job: Job, facts: Facts, folder: AnyPath, manifest: Manifest) -> None:
@@ -98,7 +104,7 @@ def check_resume(job: Job, facts: Facts, folder: AnyPath, manifest: Manifest) ->
             "hint: resume with the same data and seed"
         )
     _check_rule(job.algorithm.update_rule, facts, folder, manifest)
-    leases = _leases(job, facts, (folder, manifest))
+    leases = _leases(job, job.algorithm, facts, (folder, manifest))
     if leases.finished:
         done = leases.settled_examples // facts.examples
         raise ConfigurationError(
@@ -129,11 +135,10 @@ def _work(job: Job, algorithm: Sandblaster, facts: Facts) -> Work:
     return algorithm.work(facts.examples, job.batch_size, job.cluster.replicas, job.seed)
 
 
-def _leases(job: Job, facts: Facts, restore: Restore) -> Leases:
+def _leases(job: Job, downpour: Downpour, facts: Facts, restore: Restore) -> Leases:
     """All examples of the job, or those that a checkpoint of Downpour has not behind it."""
     if restore is None or restore[1].leases is None:
-        assert isinstance(job.algorithm, Downpour)
-        size = lease_size(facts.examples, job.batch_size, job.cluster.replicas, job.algorithm.n_push)
+        size = lease_size(facts.examples, job.batch_size, job.cluster.replicas, downpour.n_push)
         return Leases(facts.examples, size, job.epochs)
     folder, manifest, before = *restore, restore[1].leases
     return Leases.resumed(before, job.epochs, checkpoint.read_replica_positions(folder, manifest))
@@ -168,8 +173,10 @@ def _solver(algorithm: Sandblaster, facts: Facts, restore: Restore, objective: s
     return Solver(options, before.solver)
 
 
-def started(job: Job, facts: Facts, run: Path, spans: list[Span], resumed_examples: int) -> events.JobStarted:
-    """The first event of the run."""
+def started(
+    job: Job, facts: Facts, run: Path, spans: list[Span], resumed_examples: int, resume: str, export: str
+) -> events.JobStarted:  # fmt: skip
+    """The first event of the run; `resume` and `export` are the commands for it."""
     lengths, algorithm = [len(span) for span in spans], job.algorithm
     if isinstance(algorithm, Sandblaster):
         described, epochs, iterations = _described(algorithm), 0, algorithm.max_iterations
@@ -179,7 +186,7 @@ def started(job: Job, facts: Facts, run: Path, spans: list[Span], resumed_exampl
         run=str(run), replicas=job.cluster.replicas, shards=len(spans), parameters=facts.layout.length,
         examples_per_epoch=facts.examples, epochs=epochs, batch_size=job.batch_size, seed=job.seed,
         algorithm=described, shard_balance=max(lengths) / (sum(lengths) / len(lengths)),
-        resumed_examples=resumed_examples, iterations=iterations,
+        resumed_examples=resumed_examples, iterations=iterations, resume_command=resume, export_command=export,
     )  # fmt: skip
 
 

@@ -89,14 +89,14 @@ def _attempt_loss(job: Job, cut: CutModel, data: Any, x: torch.Tensor, target: A
     except Exception:
         return  # what was invented may be to blame: the first mini-batch will tell
     scalar(value)
-    loss, whole = job.loss, (output, target)
-    if isinstance(cut.plan, StagePlan) and torch.equal(value, loss(*whole)):  # else it draws, and nothing can be told
+    loss, sample = job.loss, (output, target)
+    if isinstance(cut.plan, StagePlan) and torch.equal(value, loss(*sample)):  # else it draws, and nothing can be told
         size = len(x) // cut.plan.micro_batches(len(x))
-        if (parts := divided(whole, range(0, len(x) + 1, size))) is not None:
+        if (parts := divided(sample, range(0, len(x) + 1, size))) is not None:
             hint = f"use Plan.stages({cut.plan.partitions}, microbatches=1), or a loss that is a mean over examples"
-            check_mean(lambda pair: loss(*pair), whole, parts, hint)
+            check_mean(lambda pair: loss(*pair), sample, parts, hint)
     if isinstance(job.algorithm, Sandblaster):
-        _check_parts(job, data, whole, lambda pair: loss(*pair), [])
+        _check_parts(job, data, sample, lambda pair: loss(*pair), [])
 
 
 def _check_parts(

@@ -19,7 +19,7 @@ import torch
 
 from distbelief import shard_file
 from distbelief.basis import Basis
-from distbelief.errors import CheckpointError, NotReady
+from distbelief.errors import NotReady
 from distbelief.files import AnyPath, path_of
 from distbelief.lbfgs import Evaluate, Step
 from distbelief.parameters import Layout, Segment, Span
@@ -182,7 +182,7 @@ class BatchSection:
     def status(self) -> SectionStatus:
         """Counters, for the coordinator."""
         state = self._state
-        return SectionStatus(self.ready, state.version, 0, state.mini_batches, 0, {})
+        return SectionStatus(self.ready, state.version, state.mini_batches, 0, {})
 
     def write(self, file: AnyPath, slots: Sequence[int], durable: bool) -> Callable[[], list[ShardFile]]:
         """Write the point and gradient, and beside them the pairs of these slots; what is returned seals the files.
@@ -207,17 +207,10 @@ class BatchSection:
 
         Answers the version. Raises CheckpointError.
         """
-        vectors = shard_file.read_span(path_of(folder), files, self.span)
-        if "parameters" not in vectors:
-            raise CheckpointError(f"{folder} has no parameters of {self.span.start}..{self.span.stop}")
+        vectors, states = shard_file.read_shard(path_of(folder), files, self.span, own=own)
         self._parameters.copy_(vectors.pop("parameters"))
         if own:
             self._basis.load(vectors)
-            states = [
-                shard_file.read_state(path_of(folder) / file.name)
-                for file in files
-                if len(Span(file.start, file.stop).overlap(self.span))
-            ]
             self._state.version = max(state.version for state in states)
         self._evaluation, self._seen, self._early, self._added = 0, set(), {}, 0
         self.ready = True

@@ -29,10 +29,10 @@ from distbelief import shard_file
 from distbelief.errors import CheckpointError, OutOfReach
 from distbelief.files import AnyPath, children, copy, open_over, path_of, remove
 from distbelief.lbfgs import SolverState
+from distbelief.leases import LeaseState
 from distbelief.parameters import Layout, Piece, Span, changed_pieces, trainable
 from distbelief.partition.box import count, sizes, whole
 from distbelief.partition.units import OwnedPiece
-from distbelief.portions import LeaseState
 from distbelief.shard_file import ShardFile, ShardState
 
 FORMAT = 2
@@ -261,12 +261,15 @@ def _write_at_once(folder: Path, sealed: bytes, durable: bool) -> None:
 
 
 def share(source: AnyPath, file: ShardFile, folder: AnyPath) -> ShardFile:
-    """Let a file of the checkpoint `source` be one of `folder`, too, without a copy where the disk can. Raises OSError.
+    """Let a file of the checkpoint `source` be one of `folder`, too; no copy where the disk can. Raises OSError."""
+    there = shared(source, file)
+    copy(source / file.name, folder / there.name)
+    return there
 
-    Its name in the new folder tells where it was written first.
-    """
+
+def shared(source: AnyPath, file: ShardFile) -> ShardFile:
+    """A file of the checkpoint `source` as later ones name it: by where it was written first."""
     name = file.name if file.name[0].isdecimal() else f"{source.name}-{file.name}"
-    copy(source / file.name, folder / name)
     return msgspec.structs.replace(file, name=name)
 
 

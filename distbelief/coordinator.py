@@ -95,8 +95,8 @@ class Coordinator(ABC):
         """A replica died; what it was working on goes to others, and `replace_replica` is called for it."""
 
     @abstractmethod
-    def shard_restored(self, index: int, manifest: Manifest) -> None:
-        """A shard that died has the parameters and vectors of this checkpoint."""
+    def shard_restored(self, index: int) -> None:
+        """A shard that died has the parameters and vectors of the newest checkpoint."""
 
     @abstractmethod
     def tell_progress(self, now: float, alive: int) -> None:
@@ -320,7 +320,7 @@ class Coordinator(ABC):
                     return  # it has died again meanwhile, and is given a checkpoint once more
                 self.counters.restored(index, versions)
                 self.emit(events.ShardRestored(shard=index, version=max(versions)))
-                self.shard_restored(index, manifest)
+                self.shard_restored(index)
 
             # Asking twice undoes nothing: Downpour's sections keep what they have, Sandblaster awaits the last answer.
             self.later(Insistent(self.engine, restore), restored)

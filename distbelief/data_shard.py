@@ -16,7 +16,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 from distbelief.channel.base import Future
 from distbelief.engine.base import Home
 from distbelief.errors import ConfigurationError
-from distbelief.portions import Lease
+from distbelief.leases import Lease
 
 PREFETCH_SECONDS = 1e-3
 """Mini-batches that take longer to prepare are prepared beside the computing: ten times what the hand-over costs."""

@@ -19,9 +19,9 @@ from distbelief.data_shard import DataShard
 from distbelief.downpour_coordinator import DownpourCoordinator
 from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Home
 from distbelief.errors import ConfigurationError, Fenced
+from distbelief.leases import Lease
 from distbelief.model_replica import ModelReplica
 from distbelief.parameter_server import ParameterServer
-from distbelief.portions import Lease
 from distbelief.roster import Granted, Refusal, Report
 from distbelief.section import Applied, Stamp
 from distbelief.update_rule import UpdateRule, adagrad
@@ -116,7 +116,7 @@ class DownpourReplica:
         downpour: Downpour,
     ) -> None:  # fmt: skip
         self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
-        self.rule, self.group = downpour, model.group
+        self.downpour, self.group = downpour, model.group
         self.coordinator = home.find(COORDINATOR, DownpourCoordinator, UNTIL_LOST_SECONDS)
         self.versions: list[int] = []
         self.base_versions: list[int] = []
@@ -142,7 +142,7 @@ class DownpourReplica:
 
     def run(self) -> None:
         """Train until the coordinator has no more examples or says stop (paper, appendix, "Downpour SGD client")."""
-        n_fetch, n_push = self.rule.n_fetch, self.rule.n_push
+        n_fetch, n_push = self.downpour.n_fetch, self.downpour.n_push
         step = 0
         self.load_buffers()
         self.initialise()
@@ -237,9 +237,9 @@ class DownpourReplica:
 
     def patience(self) -> float:
         """How long to wait for a fetch before computing on the parameters that are here."""
-        if self.rule.fetch == "awaited":
+        if self.downpour.fetch == "awaited":
             return math.inf
-        return self.report.mini_batch_seconds / 2 if self.rule.fetch == "fresh" else 0.0
+        return self.report.mini_batch_seconds / 2 if self.downpour.fetch == "fresh" else 0.0
 
     def compute(self, batch: Any, examples: int, lease: Lease, position: int) -> None:
         """Accrue the gradient of one mini-batch."""
@@ -254,7 +254,7 @@ class DownpourReplica:
 
     def may_push(self) -> bool:
         """Whether the previous pushes have been acknowledged; waits for that when too much is accrued meanwhile."""
-        full = self.model.accrued >= self.rule.n_push * self.rule.backlog
+        full = self.model.accrued >= self.downpour.n_push * self.downpour.backlog
         if self.pushing is not None and (full or self.pushing.future.done()):
             self.settle(self.pushing)
         return self.all_settled()
@@ -270,7 +270,7 @@ class DownpourReplica:
     def push(self, *, fetches: bool = False) -> None:
         """Start pushing what is accrued; where a fetch is due and none under way, the same call brings it."""
         portions, mini_batches = tuple(self.portions.items()), self.model.accrued
-        gradient = self.model.take_gradient(mean=self.rule.accrue == "mean", clip_norm=self.rule.clip_norm)
+        gradient = self.model.take_gradient(mean=self.downpour.accrue == "mean", clip_norm=self.downpour.clip_norm)
         if gradient is None:
             reason = "the gradient is NaN or infinite"
             self.report.refused.append(Refusal(self.report.mini_batches_ever, self.examples, reason))

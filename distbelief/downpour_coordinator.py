@@ -13,8 +13,8 @@ from distbelief.checkpoint import Manifest
 from distbelief.coordinator import Coordinator
 from distbelief.engine.base import Engine
 from distbelief.errors import TrainingFailed
+from distbelief.leases import Leases, Release
 from distbelief.parameter_server import ParameterServerShard
-from distbelief.portions import Leases, Stages
 from distbelief.progress import Meter
 from distbelief.roster import Granted, Refusal, Report, Settings
 
@@ -25,14 +25,14 @@ class DownpourCoordinator(Coordinator):
 
     def __init__(
         self, engine: Engine, settings: Settings, buffers: Sequence[torch.Tensor], manifest: Callable[..., Manifest],
-        emit: Callable[[events.AnyEvent], None], leases: Leases, stages: Stages,
+        emit: Callable[[events.AnyEvent], None], leases: Leases, release: Release,
     ) -> None:  # fmt: skip
         super().__init__(engine, settings, buffers, manifest, emit)
-        self.leases, self._stages = leases, stages
+        self.leases, self._release = leases, release
         self._meter = Meter(engine.now(), leases.settled_examples)
         self._refused_examples = self._refused_pushes = 0
         self._released = self._allowed()
-        self._epoch = leases.epoch
+        self._epoch, self._repeated_before = leases.epoch, leases.repeated
 
     # what replicas may ask
 
@@ -107,7 +107,7 @@ class DownpourCoordinator(Coordinator):
             return
         self.later(self.ask_shards(ParameterServerShard.fence, index, incarnation), fenced)
 
-    def shard_restored(self, index: int, manifest: Manifest) -> None:
+    def shard_restored(self, index: int) -> None:
         """Replicas push again what the shard has not acknowledged; what it had, and lost, is counted."""
 
     def tell_progress(self, now: float, alive: int) -> None:
@@ -135,7 +135,7 @@ class DownpourCoordinator(Coordinator):
 
     def _allowed(self) -> int:
         leases = self.leases
-        return self._stages.released(leases.settled_examples, leases.examples_to_come, len(self.replicas))
+        return self._release.released(leases.settled_examples, leases.examples_to_come, len(self.replicas))
 
     def _refuse(self, replica: int, refusal: Refusal) -> None:
         self._refused_examples += refusal.examples
@@ -163,6 +163,7 @@ class DownpourCoordinator(Coordinator):
             self._released = released
             self.emit(events.ReplicasReleased(replicas=released, examples=settled))
         while self._epoch < self.leases.epoch:
-            seen = self.leases.examples_per_epoch
-            self.emit(events.EpochFinished(epoch=self._epoch, seen=seen, repeated=self.leases.repeated))
-            self._epoch += 1
+            seen, repeated = self.leases.examples_per_epoch, self.leases.repeated
+            again = repeated - self._repeated_before
+            self.emit(events.EpochFinished(epoch=self._epoch, seen=seen, repeated=again))
+            self._epoch, self._repeated_before = self._epoch + 1, repeated

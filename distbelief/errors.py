@@ -6,6 +6,7 @@ DistbeliefError
 ├── UserCodeError           a function of the user raised; the message begins with its traceback
 ├── TrainingFailed          the job stopped without reaching its end
 ├── CheckpointError         a checkpoint cannot be read, or is of another model
+│   └── OutOfReach          its store could not be asked
 └── ChannelError            a call did not come back with an answer
     ├── PeerLost            the other side is gone; the call may or may not have run
     ├── DeadlineExceeded    no answer in time; the call may or may not have run

@@ -31,10 +31,13 @@ class JobStarted(Event, frozen=True):
     resumed_examples: int = 0
     iterations: int = 0
     """At most so many iterations of Sandblaster, which has no epochs; 0 for Downpour."""
+    resume_command: str = ""
+    """Goes on with the run once a checkpoint of it is written; empty where nothing does."""
+    export_command: str = ""
 
 
 class RoleStarted(Event, frozen=True):
-    """A role is up; incarnation 0 is its first life."""
+    """A role is up; its first life has the lowest incarnation, which is 0 unless the run was resumed."""
 
     role: str
     incarnation: int
@@ -89,7 +92,7 @@ class Progress(Event, frozen=True):
     """The state of the job, about twice a second."""
 
     epoch: int
-    """Epoch being leased now, counted from 0."""
+    """The oldest epoch that is not settled, counted from 0."""
     examples: int
     """Examples settled so far, over all epochs."""
     total_examples: int
@@ -177,6 +180,7 @@ class EpochFinished(Event, frozen=True):
     epoch: int
     seen: int
     repeated: int
+    """Examples that were computed again since the epoch before was finished."""
 
 
 class CheckpointWritten(Event, frozen=True):
@@ -202,7 +206,7 @@ class CheckpointRejected(Event, frozen=True):
 
 
 class JobStopping(Event, frozen=True):
-    """The job was asked to stop early (Ctrl-C, a limit)."""
+    """The job was asked to stop early, by Ctrl-C or SIGTERM."""
 
     reason: str
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from distbelief import events
 from distbelief.engine.base import Death, Engine
 from distbelief.errors import TrainingFailed, UserCodeError
-from distbelief.portions import Failures
+from distbelief.leases import Failures
 from distbelief.roster import RoleSpec
 
 

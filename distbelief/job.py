@@ -24,16 +24,9 @@ from distbelief.parameters import Groups, Layout, trainable
 from distbelief.partition.footprint import check_memory, footprints, uncut_footprint
 from distbelief.partition.pipeline import preload
 from distbelief.partition.stages import StagePlan
-from distbelief.portions import Stages
 from distbelief.repeatable import check_batch
 from distbelief.sandblaster import Sandblaster
 from distbelief.update_rule import check
-
-STAGE_SHARE = 0.02
-"""Share of the job's examples that one replica trains on alone, first and last; measured on the speech task."""
-STAGE_MINI_BATCHES = 100
-"""No fewer mini-batches than these, in jobs so small that a share would be nothing, up to a tenth of the job."""
-
 
 _EXAMPLES = {
     "algorithm": "algorithm=Downpour(update_rule=adagrad(0.05))",
@@ -176,17 +169,6 @@ class Job:
     def grouping(self) -> Groups | None:
         """(name, parameter) -> options that the algorithm has for it."""
         return self.algorithm.groups(self.groups) if isinstance(self.algorithm, Sandblaster) else self.groups
-
-    def stages(self, total_examples: int) -> Stages:
-        """When how many replicas train, under Downpour."""
-        assert isinstance(self.algorithm, Downpour)
-        if self.cluster.replicas == 1:
-            return Stages()
-        derived = max(
-            int(STAGE_SHARE * total_examples), min(STAGE_MINI_BATCHES * self.batch_size, total_examples // 10)
-        )
-        warmstart, cooldown = self.algorithm.warmstart, self.algorithm.cooldown
-        return Stages(derived if warmstart is None else warmstart, derived if cooldown is None else cooldown)
 
 
 @dataclass(frozen=True)

@@ -343,10 +343,15 @@ class Solver:
     def _finished(self) -> list[Command]:
         """A Stop if a point that was just accepted is the last one."""
         state, options = self.state, self.options
-        if options.search == "overlapping":
-            if state.iteration >= options.max_iterations:
-                return self._stop(f"the limit of {options.max_iterations} iterations was reached")
-            return []
+        # Losses of overlapping batches cannot be compared, so nothing tells whether a search over them has converged.
+        if options.search != "overlapping" and (stop := self._converged()):
+            return stop
+        if state.iteration >= options.max_iterations:
+            return self._stop(f"the limit of {options.max_iterations} iterations was reached")
+        return []
+
+    def _converged(self) -> list[Command]:
+        state, options = self.state, self.options
         if state.largest_gradient <= options.gtol:
             return self._stop(f"the largest gradient, {state.largest_gradient:.1e}, is within {options.gtol:g}", True)
         if options.target is not None and state.loss <= options.target:
@@ -356,8 +361,6 @@ class Solver:
             return self._stop(
                 f"{SMALL_DECREASES} iterations in a row lowered the loss by no more than {relative:g}", True
             )
-        if state.iteration >= options.max_iterations:
-            return self._stop(f"the limit of {options.max_iterations} iterations was reached")
         return []
 
     def _stop(self, reason: str, converged: bool = False) -> list[Command]:

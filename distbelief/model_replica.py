@@ -328,11 +328,6 @@ def load_parameters(parameters: Mapping[str, nn.Parameter], layout: Layout, flat
             parameters[name].copy_(view.view(parameters[name].shape))
 
 
-def flat_parameters(parameters: Mapping[str, nn.Parameter], layout: Layout) -> torch.Tensor:
-    """The parameters as one new CPU vector of shape (n,)."""
-    return torch.cat([parameters[piece.name].detach().cpu().reshape(-1) for piece in layout.pieces])
-
-
 def _pin(buffer: torch.Tensor) -> None:
     """Page-lock host memory that we allocated ourselves, so that copies to and from the device run at full speed."""
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]

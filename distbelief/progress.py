@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import final
 
 from distbelief.events import Progress, staleness_quantile
+from distbelief.leases import Leases
 from distbelief.parameter_server import shard_name
-from distbelief.portions import Leases
 from distbelief.section import SectionStatus, ShardStatus
 
 

@@ -23,8 +23,8 @@ from distbelief import shard_file
 from distbelief.checkpoint import LayoutRecord, Manifest, commit, discard, next_folder, read_replica_positions
 from distbelief.errors import CheckpointError
 from distbelief.files import AnyPath, Draft
+from distbelief.leases import Leases
 from distbelief.parameters import Layout, Piece, Span
-from distbelief.portions import Leases
 from distbelief.shard_file import ShardFile
 
 Read = Callable[[Span], torch.Tensor]

@@ -6,6 +6,7 @@ other reasons, and then the search fails in ways that nobody would trace to them
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from distbelief.parameters import Layout, trainable
 
 PENALTIES = ("l2", "l1", "low", "high")
 """What a parameter group may say."""
+_Gradient = tuple[nn.Parameter, torch.Tensor]
+"""A parameter and the gradient of the loss with respect to it."""
 
 
 def check_batch(module: nn.Module, layout: Layout, keeping: Keeping) -> None:
@@ -83,32 +86,30 @@ def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> No
     Gradients of the module are left as they were found: none. Raises ConfigurationError.
     """
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    first, second = (_loss_and_gradient(module, objective, sample) for _ in range(2))
+    (loss, found), second = (_loss_and_gradient(module, objective, sample) for _ in range(2))
     changed = [name for name, buffer in module.named_buffers() if not torch.equal(buffer, before[name])]
     if changed:
         raise ConfigurationError(
             f"computing the loss changes the buffer {changed[0]}, so the loss is no function of the parameters alone",
             hint="let the function that builds the model call .eval() on the layer",
         )
-    if not all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(first, second, strict=True)):
-        difference = max(float((one - other).abs().max()) for one, other in zip(first, second, strict=True))
+    pairs = [(loss, second[0]), *((one, other) for (_, one), (_, other) in zip(found, second[1], strict=True))]
+    if not all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
+        difference = max(float((one - other).abs().max()) for one, other in pairs)
         raise ConfigurationError(
             f"the loss or gradient of the same examples differs by {difference:.1e} from call to call",
             hint="remove what is random from the model, the loss and the data (dropout, noise, augmentation)",
         )
-    _check_gradient(module, objective, sample, first[0])
+    _check_gradient(module, objective, sample, loss, found)
 
 
-def _check_gradient(module: nn.Module, objective: Objective, sample: Any, loss: torch.Tensor) -> None:
+def _check_gradient(
+    module: nn.Module, objective: Objective, sample: Any, loss: torch.Tensor, found: Sequence[_Gradient]
+) -> None:
     """Go a little way along the gradient and back: the loss must change as the gradient says, if not exactly.
 
     A kink may lie on the way, so the change may be wrong by a factor of two, at all of three distances.
     """
-    parameters = [parameter for _, parameter in trainable(module)]
-    gradients = torch.autograd.grad(objective(module, sample), parameters, allow_unused=True)
-    found = [
-        (each, _dense(gradient)) for each, gradient in zip(parameters, gradients, strict=True) if gradient is not None
-    ]
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for _, gradient in found))
     size = math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter, _ in found))
     rounding = 100 * torch.finfo(loss.dtype).eps * max(abs(float(loss)), torch.finfo(loss.dtype).tiny)
@@ -131,9 +132,7 @@ def _check_gradient(module: nn.Module, objective: Objective, sample: Any, loss: 
         )
 
 
-def _at(
-    module: nn.Module, objective: Objective, sample: Any, found: list[tuple[nn.Parameter, torch.Tensor]], step: float
-) -> float:
+def _at(module: nn.Module, objective: Objective, sample: Any, found: Sequence[_Gradient], step: float) -> float:
     """The loss so far along the gradient; the parameters are as they were afterwards, bit for bit."""
     before = [parameter.detach().clone() for parameter, _ in found]
     with torch.no_grad():
@@ -146,11 +145,12 @@ def _at(
     return loss
 
 
-def _loss_and_gradient(module: nn.Module, objective: Objective, sample: Any) -> list[torch.Tensor]:
+def _loss_and_gradient(module: nn.Module, objective: Objective, sample: Any) -> tuple[torch.Tensor, list[_Gradient]]:
+    """The loss, and the gradient of each parameter that it depends on."""
     parameters = [parameter for _, parameter in trainable(module)]
     loss = objective(module, sample)
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [loss.detach(), *(_dense(gradient) for gradient in gradients if gradient is not None)]
+    gradients = zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True)
+    return loss.detach(), [(each, _dense(gradient)) for each, gradient in gradients if gradient is not None]
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import torch
 
+from distbelief.leases import Lease
 from distbelief.parameters import Span
-from distbelief.portions import Lease
 
 EVALUATOR = "evaluator"
 PATIENCE = 20.0

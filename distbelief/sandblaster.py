@@ -21,10 +21,10 @@ from distbelief.data_shard import DataShard
 from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Home
 from distbelief.errors import ConfigurationError, Fenced
 from distbelief.lbfgs import Options
+from distbelief.leases import Lease
 from distbelief.model_replica import ModelReplica
 from distbelief.parameter_server import ParameterServer
 from distbelief.parameters import Groups
-from distbelief.portions import Lease
 from distbelief.sandblaster_coordinator import SandblasterCoordinator
 from distbelief.tasks import Done, Task, Work
 
@@ -140,9 +140,9 @@ class Sandblaster:
             high,
         )  # fmt: skip
 
-    def groups(self, own: Groups | None) -> Groups:
+    def groups(self, own: Groups | None) -> Groups | None:
         """The user's groups, with parameters of one dimension, such as biases, free of penalties unless they say."""
-        return _Unpenalised(own) if self.l1 or self.l2 else own or _no_groups
+        return _Unpenalised(own) if self.l1 or self.l2 else own
 
     def options(self, dtype: torch.dtype, bends: bool) -> Options:
         """For the solver; `bends` where any parameter has L1 or a bound."""
@@ -179,10 +179,6 @@ class _Unpenalised:
     def __call__(self, name: str, parameter: nn.Parameter) -> dict[str, float]:
         free = {"l2": 0.0, "l1": 0.0} if parameter.ndim < 2 else {}
         return free | dict(self.own(name, parameter) if self.own else {})
-
-
-def _no_groups(name: str, parameter: nn.Parameter) -> dict[str, float]:
-    return {}
 
 
 @final

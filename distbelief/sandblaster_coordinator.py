@@ -19,7 +19,7 @@ from typing import Any, final
 import msgspec
 import torch
 
-from distbelief import events
+from distbelief import checkpoint, events
 from distbelief.batch_section import Extent, Mark
 from distbelief.bundles import Bundle
 from distbelief.channel.base import Promise, exported
@@ -146,7 +146,7 @@ class SandblasterCoordinator(Coordinator):
             )
         self.replace_replica(index)
 
-    def shard_restored(self, index: int, manifest: Manifest) -> None:
+    def shard_restored(self, index: int) -> None:
         """What it had of the evaluation is lost; at which point it is, its version tells."""
         self._set_back.add(index)
 
@@ -315,11 +315,13 @@ class SandblasterCoordinator(Coordinator):
         manifest = self.complete_checkpoint(writing, list(dict.fromkeys(kept)))
         if manifest is None:
             return
-        inherited = {file.name for file in manifest.shards if file.name[0].isdecimal()}
+        inherited = {checkpoint.shared(*one).name for one in kept}
         fresh = [(writing.folder, file) for file in manifest.shards if file.partial and file.name not in inherited]
         for slot in slots:
             self._files[slot] = (
-                fresh if slot in self._unsaved else [(writing.folder, _shared(*one)) for one in self._files[slot]]
+                fresh
+                if slot in self._unsaved
+                else [(writing.folder, checkpoint.shared(*one)) for one in self._files[slot]]
             )
         self._unsaved.clear()
         before, now = self._passing, [] if writing.durable else [(writing.folder, manifest)]
@@ -388,12 +390,6 @@ class SandblasterCoordinator(Coordinator):
             loss=_finite(self.solver.loss), gradient=_finite(self.solver.gradient_norm),
             strangers=self.counters.strangers,
         )  # fmt: skip
-
-
-def _shared(folder: AnyPath, file: ShardFile) -> ShardFile:
-    """A file as its next checkpoint names it."""
-    name = file.name if file.name[0].isdecimal() else f"{folder.name}-{file.name}"
-    return msgspec.structs.replace(file, name=name)
 
 
 def _finite(value: float) -> float | None:

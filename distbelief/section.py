@@ -13,7 +13,7 @@ import torch
 
 from distbelief import shard_file
 from distbelief.engine.base import Home
-from distbelief.errors import CheckpointError, Fenced, NotReady, ProtocolError
+from distbelief.errors import Fenced, NotReady, ProtocolError
 from distbelief.files import AnyPath, path_of
 from distbelief.parameters import Layout, Span
 from distbelief.shard_file import ReplicaRecord, ShardFile, ShardState
@@ -56,7 +56,6 @@ class SectionStatus(msgspec.Struct, array_like=True, frozen=True):
     ready: bool
     """Whether it has its parameters."""
     version: int
-    examples: int
     mini_batches: int
     lost_updates: int
     staleness: dict[int, int]
@@ -177,9 +176,7 @@ class Section:
     def status(self) -> SectionStatus:
         """Counters, for the coordinator."""
         state = self._state
-        return SectionStatus(
-            self.ready, state.version, state.examples, state.mini_batches, state.lost_updates, dict(state.staleness)
-        )
+        return SectionStatus(self.ready, state.version, state.mini_batches, state.lost_updates, dict(state.staleness))
 
     def write(self, file: AnyPath, slots: Sequence[int], durable: bool) -> Callable[[], list[ShardFile]]:
         """Write everything to a file, at one version; what is returned seals it, and may run beside the shard.
@@ -204,11 +201,7 @@ class Section:
         """
         if self.ready:
             return self._state.version
-        vectors = shard_file.read_span(path_of(folder), files, self.span)
-        held = [file for file in files if len(Span(file.start, file.stop).overlap(self.span))]
-        states = [shard_file.read_state(path_of(folder) / file.name) for file in held]
-        if "parameters" not in vectors:
-            raise CheckpointError(f"{folder} has no parameters in {', '.join(file.name for file in held)}")
+        vectors, states = shard_file.read_shard(path_of(folder), files, self.span, own=own)
         self._parameters.copy_(vectors.pop("parameters"))
         if not own:
             self.ready = True

@@ -147,6 +147,21 @@ def _opened(path: AnyPath) -> Iterator[TensorReader]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
+def read_shard(
+    folder: AnyPath, files: Sequence[ShardFile], span: Span, *, own: bool
+) -> tuple[dict[str, torch.Tensor], list[ShardState]]:
+    """(vectors cut to `span`, what the files that meet it say of themselves); of another algorithm parameters only.
+
+    Raises CheckpointError.
+    """
+    held = [file for file in files if len(Span(file.start, file.stop).overlap(span))]
+    wanted = {name: dtype for name, dtype in vectors(folder, held).items() if own or name == "parameters"}
+    found = read_span(folder, held, span, wanted)
+    if "parameters" not in found:
+        raise CheckpointError(f"{folder} has no parameters of {span.start}..{span.stop}")
+    return found, [read_state(folder / file.name) for file in held]
+
+
 def read_span(
     folder: AnyPath, files: Sequence[ShardFile], span: Span, wanted: Mapping[str, torch.dtype] | None = None
 ) -> dict[str, torch.Tensor]:

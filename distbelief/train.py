@@ -126,7 +126,8 @@ def train(
             reason = "failed"
             with _stopping_on_signals(coordinator):
                 try:
-                    emit(started(job, facts, run, spans, coordinator.examples))
+                    commands = _commands(run, launched, coordinator)
+                    emit(started(job, facts, run, spans, coordinator.examples, *commands))
                     coordinator.start(restore)
                     reason = coordinator.run()
                     model.load(engine, coordinator, spans)
@@ -136,7 +137,8 @@ def train(
                     reason = f"failed: {type(error).__name__}" + (f": {said}" if said else "")
                     raise
                 finally:
-                    emit(coordinator.finished(reason, *_commands(run, launched, coordinator)))
+                    commands = _commands(run, launched, coordinator) if _is_kept(run) else ("", "")
+                    emit(coordinator.finished(reason, *commands))
                     _write_summary(run, record.summary())
     return Result(record.summary(), run, partial(model.trained, run))
 
@@ -243,18 +245,23 @@ def _run_folder(run: Path) -> Iterator[None]:
 
 
 def _commands(run: Path, launched: Launch, coordinator: Coordinator) -> tuple[str, str]:
-    """(what resumes the run, what exports its model); empty where no checkpoint is kept."""
+    """(what resumes the run, what exports its model) once there is a checkpoint; empty for a run that is not kept."""
     if not (launched.script or launched.call):
         return "", ""
-    with contextlib.suppress(OSError):  # a store that is out of reach now may be there again when they are wanted
-        if not checkpoint.complete(run):
-            return "", ""
     folder, (option, expression) = shlex.quote(str(run)), coordinator.go_on()
     if launched.script is None:
         resume = launched.call.format(job=expression, run=str(run))
     else:
         resume = f"distbelief resume {folder}" + (f" {option}" if option else "")
     return resume, f"distbelief export {folder} model.safetensors"
+
+
+def _is_kept(run: Path) -> bool:
+    """Whether there is a checkpoint; a store that is out of reach now may be there again when it is wanted."""
+    try:
+        return bool(checkpoint.complete(run))
+    except OSError:
+        return True
 
 
 class Record:
@@ -270,6 +277,8 @@ class Record:
         last, event = self._heard[-1].event if self._heard else None, observation.event
         match last, event:
             case events.Progress(loss=before), events.Progress(loss=now) if before is None or now is not None:
+                self._heard.pop()
+            case events.BatchProgress(), events.BatchProgress():
                 self._heard.pop()
         self._heard.append(observation)
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from distbelief import checkpoint, shard_file
 from distbelief.buffers import flat_buffers
 from distbelief.checkpoint import Manifest
+from distbelief.leases import Lease, LeaseState
 from distbelief.model_partition import lay_out_pieces
 from distbelief.parameters import Layout, Piece, Span, cut, lay_out, trainable
 from distbelief.partition.box import count, sizes, split, whole
 from distbelief.partition.units import OwnedPiece, units
-from distbelief.portions import Lease, LeaseState
 from distbelief.shard_file import ReplicaRecord, ShardFile, ShardState
 
 LEASES = LeaseState(100, 16, 6, (Lease(3, 0, 48, 64), Lease(5, 0, 80, 96)), 4)

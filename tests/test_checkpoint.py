@@ -17,9 +17,9 @@ from distbelief import checkpoint, shard_file
 from distbelief.checkpoint import BUFFERS, MANIFEST, LayoutRecord, Manifest
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.export import export, write_template
+from distbelief.leases import Lease, LeaseState
 from distbelief.parameters import Layout, Piece, Span, cut, lay_out, trainable
 from distbelief.partition.units import OwnedPiece
-from distbelief.portions import Lease, LeaseState
 from distbelief.recut import recut
 from distbelief.shard_file import ReplicaRecord, ShardState
 from tests.cuts import by_rows, write_checkpoint

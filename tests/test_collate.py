@@ -17,7 +17,7 @@ from distbelief.attempt import attempt
 from distbelief.data_shard import Collated, DataShard, collect, epoch_order, first, to_device
 from distbelief.engine.simulated import SimulatedEngine
 from distbelief.job import prepare
-from distbelief.portions import Lease
+from distbelief.leases import Lease
 from tests import problems
 
 LONGEST = 9

@@ -14,9 +14,9 @@ from distbelief.engine.base import COORDINATOR, Faults, Home
 from distbelief.engine.simulated import SimulatedEngine
 from distbelief.errors import ChannelError
 from distbelief.events import AnyEvent, RoleStarted, ShardRestored
+from distbelief.leases import Leases, Release
 from distbelief.parameter_server import ParameterServerShard, shard_name
 from distbelief.parameters import Layout, Piece, Span
-from distbelief.portions import Leases, Stages
 from distbelief.roster import RoleSpec, Settings, replica_name
 from distbelief.section import Stamp
 
@@ -65,7 +65,7 @@ def coordinator(engine: Any, run: Path, outcomes: list[tuple[float, str]], heard
 
     leases = Leases(100, 10, 1)
     buffers = [torch.empty(0, dtype=torch.float64)]
-    return DownpourCoordinator(engine, settings, buffers, manifest, emit, leases, Stages())
+    return DownpourCoordinator(engine, settings, buffers, manifest, emit, leases, Release())
 
 
 def test_a_restored_shard_refuses_the_incarnations_that_it_has_forgotten_were_replaced(tmp_path: Path) -> None:

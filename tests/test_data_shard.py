@@ -18,7 +18,7 @@ from distbelief.data_shard import DataShard, collect, epoch_order, to_device
 from distbelief.engine.base import Home
 from distbelief.engine.local import LocalEngine
 from distbelief.engine.simulated import SimulatedEngine
-from distbelief.portions import Lease, Leases
+from distbelief.leases import Lease, Leases
 
 EXAMPLES, BATCH, SEED = 53, 4, 9
 INPUTS = torch.arange(EXAMPLES * 3.0).view(EXAMPLES, 3)

@@ -99,7 +99,7 @@ def shared_engine(data: TensorDataset) -> Iterator[tuple[LocalEngine, Iterator[s
 def engine(shared_engine: tuple[LocalEngine, Iterator[str]], settle: list[Settle]) -> Iterator[LocalEngine]:
     engine, _ = shared_engine
     yield engine
-    for name in list(engine.alive):
+    for name in [role for role in engine.processes if role != "zygote"]:
         engine.stop(name)
     settle.append(lambda: engine.sleep(0.01))
 
@@ -369,7 +369,7 @@ def test_stopping_ends_a_role_that_is_busy_or_stopped(start: Callable[..., Remot
     pids = [clerk.call(Clerk.pid).result() for clerk in (busy, stopped)]
     busy.call(Clerk.hang)
     os.kill(pids[1], signal.SIGSTOP)
-    for name in list(engine.alive):
+    for name in [role for role in engine.processes if role != "zygote"]:
         engine.stop(name)
     until(lambda: not any(is_alive(pid) for pid in pids), 3.0)
     engine.sleep(0.1)

@@ -30,6 +30,7 @@ from distbelief.events import (
     CheckpointFailed,
     CheckpointRejected,
     CheckpointWritten,
+    EpochFinished,
     JobFinished,
     JobStopping,
     LeasesReturned,
@@ -95,6 +96,7 @@ def test_losing_any_process_at_any_moment_neither_hangs_the_job_nor_loses_an_exa
     returned = of(LeasesReturned, heard)
     assert len(returned) == sum(event.role.startswith("replica") for event in lost)
     assert summary.examples.repeated == sum(event.repeated for event in returned)
+    assert summary.examples.repeated == sum(event.repeated for event in of(EpochFinished, heard))
 
 
 def test_a_dead_replica_is_replaced_and_only_its_unacknowledged_examples_can_repeat(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 """Rules of the house: what importing does, how large files and constructors get, what the documents claim."""
 
 import ast
+import importlib
 import inspect
 import json
 import os
@@ -22,6 +23,9 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 LINES = 400
 LONG_FILES: dict[str, str] = {}
 """Files over the limit, and why. An entry that is not needed any more is an error."""
+
+SURVEYED_ELSEWHERE = ("distbelief", "report")
+"""Packages that docs/design.md surveys, or whose modules are known by what they export."""
 
 PARAMETERS = 7
 WIDE_CONSTRUCTORS: dict[str, str] = {}
@@ -55,6 +59,23 @@ def test_every_source_begins_with_its_licence_and_introduces_itself() -> None:
         text = path.read_text()
         assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n"), path
         assert ast.get_docstring(ast.parse(text)), path
+
+
+def test_every_package_says_what_each_of_its_modules_is_for() -> None:
+    for package in [
+        path for path in SOURCES if path.name == "__init__.py" and path.parent.name not in SURVEYED_ELSEWHERE
+    ]:
+        introduced = ast.get_docstring(ast.parse(package.read_text())) or ""
+        modules = [path.stem for path in package.parent.glob("*.py") if path.stem != "__init__"]
+        assert [name for name in modules if not re.search(rf"(?m)^(.*, |\| )?{name}\b", introduced)] == [], package
+
+
+def test_the_tree_of_errors_shows_every_one() -> None:
+    shown = re.findall(r"\w+", ast.get_docstring(ast.parse((ROOT / "distbelief/errors.py").read_text())) or "")
+    module = importlib.import_module("distbelief.errors")
+    raised = [name for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Exception)]
+    assert len(raised) > 10
+    assert set(raised) <= set(shown)
 
 
 @pytest.mark.parametrize("name", distbelief.__all__)

@@ -17,7 +17,6 @@ from distbelief.model_replica import (
     Objective,
     build,
     flat_buffers,
-    flat_parameters,
     load_buffers,
     load_parameters,
     whole,
@@ -37,6 +36,11 @@ def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters())
+
+
+def flat_parameters(parameters: dict[str, nn.Parameter], layout: Layout) -> Tensor:
+    """The parameters as one new vector of shape (n,)."""
+    return torch.cat([parameters[piece.name].detach().reshape(-1) for piece in layout.pieces])
 
 
 def buffers_of(module: nn.Module) -> dict[str, torch.Tensor]:

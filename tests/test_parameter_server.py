@@ -212,7 +212,7 @@ def test_a_push_is_applied_once_however_often_it_is_sent(seed: int) -> None:
         torch.testing.assert_close(found, parameter.detach())
     assert repeats > 5
     for (status,) in [shard.status().sections for shard in servers.shards]:
-        assert (status.version, status.examples) == (40 - repeats, 32 * (40 - repeats))
+        assert (status.version, status.mini_batches) == (40 - repeats, 40 - repeats)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -315,7 +315,7 @@ def test_a_restore_on_any_number_of_shards_goes_on_bit_for_bit(
     assert torch.equal(first.read()[1], second.read()[1])
     assert first.state() == second.state()
     assert first.shards[0]._sections[0]._rule.scalars() == second.shards[0]._sections[0]._rule.scalars()
-    assert [shard.status().sections[0].examples for shard in second.shards] == [12 * 32] * again
+    assert [shard.status().sections[0].mini_batches for shard in second.shards] == [12] * again
     # Another cut knows nothing of single pushes, since a span may hold fewer of them than another did.
     for shard in second.shards:
         kept = first.shards[0]._sections[0]._state.replicas if shards == again else {}

@@ -24,8 +24,8 @@ from distbelief.buffers import flat_buffers
 from distbelief.checkpoint import Manifest
 from distbelief.errors import CheckpointError
 from distbelief.export import export, write_template
+from distbelief.leases import Leases, LeaseState
 from distbelief.parameters import Layout, Piece, Span, lay_out
-from distbelief.portions import Leases, LeaseState
 from distbelief.recut import recut
 from tests.cuts import (
     LEASES,

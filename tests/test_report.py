@@ -40,6 +40,8 @@ def started(resumed_examples: int = 0) -> events.JobStarted:
         algorithm="Downpour",
         shard_balance=1.001,
         resumed_examples=resumed_examples,
+        resume_command="distbelief resume runs/digits",
+        export_command="distbelief export runs/digits model.safetensors",
     )
 
 

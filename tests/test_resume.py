@@ -32,7 +32,7 @@ from distbelief.events import (
 )
 from distbelief.export import export, state_dict
 from distbelief.launch import Launch, read
-from distbelief.report import read_summary, text
+from distbelief.report import read_events, read_summary, summarize, text
 from tests import problems
 
 ROOT = Path(__file__).parents[1]
@@ -256,6 +256,18 @@ def test_what_a_run_offers_to_resume_and_export_it_does_so(tmp_path: Path) -> No
     verb, *paths = shlex.split(offered.export_command)[1:]
     assert (verb, paths) == ("export", [str(tmp_path / "a run"), "model.safetensors"])
     assert export(Path(paths[0]), tmp_path / paths[1]) == 259
+
+
+def test_what_a_killed_run_offers_to_resume_it_is_what_a_finished_one_would(tmp_path: Path) -> None:
+    trained(problems.job(), tmp_path / "run")
+    heard = read_events(tmp_path / "run" / "events.jsonl")
+    killed = summarize([each for each in heard if not isinstance(each.event, JobFinished)])
+    assert killed.reason.startswith("killed")
+    # No command starts again what this process began.
+    assert killed.resume_command == f"distbelief.train(job, resume={str(tmp_path / 'run')!r})"
+    assert killed.export_command == f"distbelief export {tmp_path / 'run'} model.safetensors"
+    unsaved = summarize([each for each in heard if isinstance(each.event, JobStarted)])
+    assert (unsaved.resume_command, unsaved.export_command) == ("", "")
 
 
 def test_a_run_without_a_checkpoint_offers_neither_to_resume_nor_to_export_it(tmp_path: Path) -> None:

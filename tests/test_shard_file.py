@@ -106,6 +106,17 @@ def test_only_the_wanted_vectors_are_read_and_those_that_no_file_has_are_zero(tm
     assert torch.equal(found["moment"], torch.zeros(5, dtype=torch.float64))
 
 
+def test_of_another_algorithm_nothing_but_the_parameters_is_read(tmp_path: Path) -> None:
+    files = write(tmp_path, {"parameters": numbers(10), "s0": numbers(10, 1), "y0": numbers(10, 2)}, 3)
+    own, states = shard_file.read_shard(tmp_path, files, Span(2, 6), own=True)
+    assert (own.keys(), len(states)) == ({"parameters", "s0", "y0"}, 2)
+    others, _ = shard_file.read_shard(tmp_path, files, Span(2, 6), own=False)
+    assert others.keys() == {"parameters"}
+    assert torch.equal(others["parameters"], numbers(10)[2:6])
+    with pytest.raises(CheckpointError, match=r"has no parameters of 2\.\.6"):
+        shard_file.read_shard(tmp_path, write(tmp_path, {"s0": numbers(10)}, 3), Span(2, 6), own=False)
+
+
 def test_a_file_made_part_by_part_is_the_file_that_is_written_at_once(tmp_path: Path) -> None:
     state, given = msgspec.structs.replace(STATE, start=4, stop=13), {"parameters": numbers(9, 1), "sum": numbers(9, 2)}
     draft = Draft(tmp_path / "parts")

@@ -19,9 +19,9 @@ from torch.utils.data import IterableDataset, TensorDataset
 import distbelief as db
 from distbelief.job import Facts, prepare
 from distbelief.launch import job_of
+from distbelief.leases import Release
 from distbelief.model_replica import pick_device
 from distbelief.parameters import lay_out
-from distbelief.portions import Stages
 from tests.problems import classifier, job, points
 
 cross_entropy = nn.functional.cross_entropy
@@ -385,12 +385,11 @@ def test_a_model_that_is_another_one_each_time_it_is_built_is_refused_by_the_par
 
 
 def test_warmstart_and_cooldown_are_derived_from_the_examples_and_the_replicas() -> None:
-    four = db.Cluster(replicas=4)
-    assert job(cluster=four).stages(1_000_000) == Stages(20_000, 20_000)
-    assert job(cluster=four).stages(40_000) == Stages(1600, 1600)  # a hundred mini-batches of 16
-    assert job(cluster=four).stages(1000) == Stages(100, 100)  # but no more than a tenth
-    assert job(cluster=db.Cluster(replicas=1)).stages(1_000_000) == Stages(0, 0)
-    assert job(algorithm=db.Downpour(warmstart=7, cooldown=0), cluster=four).stages(1000) == Stages(7, 0)
+    assert Release.planned(1_000_000, 16, 4, None, None) == Release(20_000, 20_000)
+    assert Release.planned(40_000, 16, 4, None, None) == Release(1600, 1600)  # a hundred mini-batches of 16
+    assert Release.planned(1000, 16, 4, None, None) == Release(100, 100)  # but no more than a tenth
+    assert Release.planned(1_000_000, 16, 1, None, None) == Release(0, 0)
+    assert Release.planned(1000, 16, 4, 7, 0) == Release(7, 0)
 
 
 def test_threads_are_shared_among_replicas_and_never_none() -> None:

@@ -49,7 +49,7 @@ class Home(Protocol):
         """Wait; meanwhile exported methods are answered."""
 
     def find(self, role: str, kind: type[R], deadline_seconds: float = 60.0) -> Remote[R]:
-        """A reference to another role of the job by name; the name is resolved at each call."""
+        """A reference to another role of the job by name; the name is resolved at each connection."""
 
     def spend(self, examples: int, started: float) -> None:
         """Say that a mini-batch of so many examples was computed since `started` (a value of `now`).
@@ -89,7 +89,7 @@ class Death:
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """Trouble by script, for tests, benchmarks and scale studies; both engines follow it."""
+    """Trouble by script, for tests, benchmarks and scale studies; every engine follows it."""
 
     slow: Mapping[str, float] = field(default_factory=dict)
     """Role -> how many times longer its computing takes."""

@@ -55,7 +55,6 @@ class Invitation:
 
     key: bytes
     registry: Place
-    body_limit: int
     wire: Wire
     lost_seconds: float
     """A host that is silent for so long is lost."""
@@ -93,9 +92,7 @@ def birth(
     lease = Lease.attach(descriptors[0])
     listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors[1:]]
     invitation = wiring.invitation
-    endpoint = Endpoint(
-        invitation.key, listeners=listeners, body_limit=invitation.body_limit, wire=invitation.wire, permit=lease.obey
-    )
+    endpoint = Endpoint(invitation.key, listeners=listeners, wire=invitation.wire, permit=lease.obey)
     home = ProcessHome(
         name, incarnation, endpoint, wiring.locator(endpoint), address=wiring.address,
         slowness=wiring.faults.slow.get(name, 1.0), moves=lambda: lease.moves,
@@ -135,9 +132,7 @@ class Host:
         self._name, self._address, self._invitation = name, address, invitation
         own = [listen("keeper"), listen_over_tcp(address)]
         self._place = Place(name, *map(name_of, own))
-        self._endpoint = Endpoint(
-            invitation.key, role=self, listeners=own, body_limit=invitation.body_limit, wire=invitation.wire
-        )
+        self._endpoint = Endpoint(invitation.key, role=self, listeners=own, wire=invitation.wire)
         self._registry: Peer[Registry] = Peer(
             self._endpoint, at(invitation.registry.nearest(name)), invitation.lost_seconds
         )

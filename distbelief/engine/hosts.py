@@ -78,20 +78,19 @@ class Keepers(Protocol):
 class HostsEngine(ProcessHome):
     """Starts, watches and ends the roles of one job on the hosts of `keepers`.
 
-    `listening` names the roles that answer calls. `body_limit` bounds the bytes of one frame. A host that is silent for
-    `lost_seconds` is lost.
+    `listening` names the roles that answer calls. A host that is silent for `lost_seconds` is lost.
     """
 
     def __init__(
-        self, listening: Sequence[str], keepers: Keepers, *, body_limit: int = 1 << 40, faults: Faults | None = None,
-        wire: Wire | None = None, lost_seconds: float = LOST_SECONDS,
+        self, listening: Sequence[str], keepers: Keepers, *, faults: Faults | None = None, wire: Wire | None = None,
+        lost_seconds: float = LOST_SECONDS,
     ) -> None:  # fmt: skip
         key, wire = new_key(), wire or Wire()
 
         def endpoint(role: str) -> tuple[Endpoint, Place]:
             listeners = [listen(role), listen_over_tcp(keepers.address)]
             place = Place(keepers.host, *map(name_of, listeners))
-            return Endpoint(key, listeners=listeners, body_limit=body_limit, wire=wire), place
+            return Endpoint(key, listeners=listeners, wire=wire), place
 
         own, own_place = endpoint(COORDINATOR)
         self._desk, registry_place = endpoint("registry")
@@ -103,9 +102,7 @@ class HostsEngine(ProcessHome):
         self._desk.answer_with(self._registry)
         self._desk.background()
         self._keepers, self._listening = keepers, frozenset(listening)
-        self._invitation = Invitation(
-            key=key, registry=registry_place, body_limit=body_limit, wire=wire, lost_seconds=lost_seconds
-        )
+        self._invitation = Invitation(key=key, registry=registry_place, wire=wire, lost_seconds=lost_seconds)
         self._faults, self._script = faults or Faults(), Script(faults or Faults())
         self._keeper_peers: dict[str, Peer[Host]] = {}
         self._hosts: dict[str, Introduction] = {}

@@ -38,7 +38,6 @@ class Wiring:
 
     key: bytes
     addresses: dict[str, Address]
-    body_limit: int
     faults: Faults
 
 
@@ -48,7 +47,7 @@ def _birth(
 ) -> Callable[[], None]:  # fmt: skip
     """What a fork does first: build the role on the listeners it was given, and return the role's life."""
     listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors]
-    endpoint = Endpoint(wiring.key, listeners=listeners, body_limit=wiring.body_limit)
+    endpoint = Endpoint(wiring.key, listeners=listeners)
     role = factory(LocalHome(name, incarnation, wiring, endpoint), *arguments)
     return life_of(role, endpoint, over_tcp=not isinstance(wiring.addresses[COORDINATOR], str))
 
@@ -66,7 +65,7 @@ class LocalHome(ProcessHome):
 class LocalEngine(LocalHome):
     """Starts, watches and ends the processes of one job.
 
-    `listening` names the roles that answer calls. `body_limit` bounds the bytes of one frame.
+    `listening` names the roles that answer calls.
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class LocalEngine(LocalHome):
         listening: Sequence[str],
         *,
         transport: Transport = "shared_memory",
-        body_limit: int = 1 << 40,
         faults: Faults | None = None,
     ) -> None:
         names = (COORDINATOR, *listening)
@@ -90,8 +88,8 @@ class LocalEngine(LocalHome):
                 hint="use fewer shards, or allow this process more open files (ulimit -n)",
             ) from error
         addresses = {name: name_of(listener) for name, listener in self._listeners.items()}
-        self._wiring = Wiring(new_key(), addresses, body_limit, faults or Faults())
-        endpoint = Endpoint(self._wiring.key, listeners=[self._listeners[COORDINATOR]], body_limit=body_limit)
+        self._wiring = Wiring(new_key(), addresses, faults or Faults())
+        endpoint = Endpoint(self._wiring.key, listeners=[self._listeners[COORDINATOR]])
         super().__init__(COORDINATOR, 0, self._wiring, endpoint)
         self._nursery = Nursery(endpoint)
         self._script = Script(self._wiring.faults)
@@ -100,11 +98,6 @@ class LocalEngine(LocalHome):
     def processes(self) -> dict[str, int]:
         """Process id of each live role, and of the zygote."""
         return self._nursery.processes
-
-    @property
-    def alive(self) -> dict[str, int]:
-        """The roles that are to live: role -> incarnation."""
-        return self._nursery.alive
 
     def answer(self, role: object) -> None:
         """Let `role` answer calls to the coordinator."""

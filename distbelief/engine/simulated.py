@@ -45,7 +45,6 @@ T = TypeVar("T")
 class _Call:
     """A call on its way."""
 
-    caller: "SimulatedHome"
     signature: Signature
     fields: bytes
     tensors: list[torch.Tensor]
@@ -78,7 +77,7 @@ class SimulatedHome:
 
     def find(self, role: str, kind: type[R], deadline_seconds: float = 60.0) -> Remote[R]:
         """A reference to another role."""
-        return _SimulatedRemote(self, role, deadline_seconds, self._engine)
+        return _SimulatedRemote(role, deadline_seconds, self._engine)
 
     def spend(self, examples: int, started: float) -> None:
         """Charge the modelled time of a mini-batch."""
@@ -114,14 +113,14 @@ class SimulatedHome:
 
 @final
 class _SimulatedRemote(Remote[R]):
-    def __init__(self, caller: SimulatedHome, role: str, deadline_seconds: float, engine: "SimulatedEngine") -> None:
-        self._caller, self._role, self._deadline_seconds, self._engine = caller, role, deadline_seconds, engine
+    def __init__(self, role: str, deadline_seconds: float, engine: "SimulatedEngine") -> None:
+        self._role, self._deadline_seconds, self._engine = role, deadline_seconds, engine
         self._arrives = 0.0
 
     def start(self, signature: Signature, fields: bytes, tensors: list[torch.Tensor]) -> Future[Any]:
         engine = self._engine
         answer = Answer(engine, engine.clock + self._deadline_seconds, signature.name)
-        call = _Call(self._caller, signature, fields, tensors, answer)
+        call = _Call(signature, fields, tensors, answer)
         size = sum(t.nbytes for t, out in zip(tensors, signature.outputs, strict=True) if not out)
         # Calls of one caller to one role arrive in the order they were made.
         earliest = math.nextafter(self._arrives, math.inf)

@@ -80,35 +80,26 @@ class _Measuring(Followed):
         return result
 
 
-def fairest(
-    costs: Sequence[float], parts: int, crossing: Sequence[float] | None = None,
-    weights: Sequence[float] | None = None, cap: float = math.inf,
-) -> list[int] | None:  # fmt: skip
-    """Cut a row into `parts` runs so that the dearest is cheapest: their edges, 0 and len(costs) included.
+def fairest(costs: Sequence[float], parts: int, crossing: Sequence[float] | None = None) -> list[int]:
+    """Cut a row into `parts` runs, at most len(costs), so that the dearest is cheapest: their edges, the ends included.
 
-    A run costs what its members cost and `crossing` (one number more than `costs`) at its two edges. The `weights` of
-    no run exceed `cap`. None when there is no such cut.
+    A run costs what its members cost and `crossing` (one number more than `costs`) at its two edges.
 
         best[p][j] = min over i of max(best[p - 1][i], costs[i:j] + crossing[i] + crossing[j])
     """
     length = len(costs)
     crossing = [0.0] * (length + 1) if crossing is None else crossing
     sums = [0.0, *itertools.accumulate(costs)]
-    weighed = [0.0, *itertools.accumulate([0.0] * length if weights is None else weights)]
     best = [0.0] + [math.inf] * length
     starts: list[list[int]] = []
     for _ in range(parts):
         before, best, chosen = best, [math.inf] * (length + 1), [0] * (length + 1)
         for stop in range(1, length + 1):
             for start in range(stop):
-                if weighed[stop] - weighed[start] > cap:
-                    continue
                 value = max(before[start], sums[stop] - sums[start] + crossing[start] + crossing[stop])
                 if value < best[stop]:
                     best[stop], chosen[stop] = value, start
         starts.append(chosen)
-    if math.isinf(best[length]):
-        return None
     edges = [length]
     for chosen in reversed(starts):
         edges.append(chosen[edges[-1]])

@@ -54,10 +54,10 @@ def _some(box: Box) -> bool:
     return all(high > low for low, high in box)
 
 
-def in_tiles(shape: Sequence[int], parts: Sequence[int], partitions: int, *, batched: bool = True) -> Division:
+def in_tiles(shape: Sequence[int], parts: Sequence[int], partitions: int) -> Division:
     """`shape` cut evenly into so many `parts` per dimension; partitions beyond them hold nothing."""
     boxes = tiles(shape, parts)
-    return Division(tuple(shape), (*boxes, *[None] * (partitions - len(boxes))), batched)
+    return Division(tuple(shape), (*boxes, *[None] * (partitions - len(boxes))))
 
 
 def along(shape: Sequence[int], dimension: int, partitions: int, *, unit: int = 1, batched: bool = True) -> Division:

@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 from distbelief.errors import ConfigurationError
 from distbelief.partition.balance import Measure, measure
 from distbelief.partition.trace import check_hooks
-from distbelief.partition.tracer import Tracer, check_changes, graph_of
+from distbelief.partition.tracer import UNCUT, Tracer, check_changes, graph_of
 
-_PREFIX = "model."
+_PREFIX = f"{UNCUT}."
 
 
 class Called(nn.Module):
@@ -26,11 +26,11 @@ class Called(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.uncut_model = model
 
     def forward(self, x: Any) -> Any:
         """The output for a mini-batch."""
-        return self.model(x)
+        return self.uncut_model(x)
 
 
 def name_of(target: Any) -> str:
@@ -100,7 +100,7 @@ class ForwardPass:
     def place(self, step: fx.Node) -> list[str]:
         """The names of the modules that a step belongs to, the outermost first, and its own when it is a module."""
         names = [*step.meta.get("nn_module_stack", {}), *([step.target] if step.op == "call_module" else [])]
-        return list(dict.fromkeys(name_of(name) for name in names if name not in ("", "model")))
+        return list(dict.fromkeys(name_of(name) for name in names if name not in ("", UNCUT)))
 
     def label(self, node: fx.Node) -> str:
         """How messages name a value: by what it comes from."""
@@ -153,14 +153,14 @@ class _Tracer(Tracer):
 
     def __init__(self, opened: Iterable[str]) -> None:
         super().__init__()
-        self._opened = {"model", *(_PREFIX + name for name in opened)}
+        self._opened = {UNCUT, *(_PREFIX + name for name in opened)}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m).forward is not nn.Sequential.forward and module_qualified_name not in self._opened
 
 
 def _trace(called: Called, opened: Iterable[str]) -> fx.Graph:
-    name = type(called.model).__name__
+    name = type(called.uncut_model).__name__
     try:
         graph = graph_of(lambda: _Tracer(opened), called, name)
     except ConfigurationError:

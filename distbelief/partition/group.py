@@ -36,8 +36,7 @@ class Group:
 
         This takes at most `deadline_seconds`, and so does every later wait. `device` is where this partition computes;
         with `own_device` no two partitions share one, so that they can talk over nccl. `address` is where the others
-        reach this host. Raises DeadlineExceeded when
-        not all of them come, PeerLost when one goes at once.
+        reach this host. Raises DeadlineExceeded when not all of them come, PeerLost when one goes at once.
         """
         self.index, self.size = index, size
         self.device = torch.device("cpu") if device is None else device

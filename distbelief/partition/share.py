@@ -70,18 +70,6 @@ class Share(nn.Module):
             last_use |= dict.fromkeys([*used, item.target], position)
         self._free = [[s for s, last in last_use.items() if last == p and s != output] for p in range(len(program))]
 
-    @property
-    def step(self) -> int:
-        """The number of the next training step, which dropout masks depend on; every training forward adds one.
-
-        Set it, to the same on all partitions, when a replica has formed again.
-        """
-        return self._draws.step
-
-    @step.setter
-    def step(self, number: int) -> None:
-        self._draws.step = number
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The output for a mini-batch, shape (batch, ...). Raises PeerLost, DeadlineExceeded."""
         group, batch = self._group, x.shape[0]

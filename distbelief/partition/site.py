@@ -171,7 +171,6 @@ class Site:
         self, inputs: Sequence[State], division: Division, build: Callable[[Box], Layer], *,
         need: Callable[[Box], Sequence[Box | None]] | None = None,
         pieces: Callable[[Box], Mapping[str, Part]] | None = None, within: str = "", fill: float = 0.0,
-        dtype: torch.dtype | None = None,
     ) -> State:  # fmt: skip
         """A step that each partition does for its box of `division`. Without `need` it takes the inputs whole."""
         everything = [None if state.division is None else whole(state.division.shape) for state in inputs]
@@ -181,7 +180,7 @@ class Site:
                 build,  # type: ignore[arg-type]
                 pieces or (lambda box: {}), f"{self.call.name}.{within}", fill,
             ),
-            dtype or self.value.dtype,
+            self.value.dtype,
         )  # fmt: skip
 
     def lazily(self, inputs: Sequence[State], build: Callable[[], Layer]) -> State:

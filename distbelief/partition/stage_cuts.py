@@ -15,13 +15,13 @@ _RANGE = re.compile(r"(.*?)(\d+)-(\d+)")
 
 
 def choose(
-    model: nn.Module, sample: Tensor, partitions: int, cuts: Sequence[str] | None, most_parameters: int | None
+    model: nn.Module, sample: Tensor, partitions: int, cuts: Sequence[str] | None
 ) -> tuple[ForwardPass, list[int]]:
     """The forward pass, and the step at which each stage begins. Model and mini-batch are on the meta device."""
     ranges = None if cuts is None else [_range(cut) for cut in cuts]
     if ranges is None:
         passed = _opened_for_balance(model, sample, partitions)
-        starts = _balanced(passed, partitions, most_parameters)
+        starts = _balanced(passed, partitions)
     else:
         passed = _opened_for_names(model, sample, [name for both in ranges for name in both])
         starts = _named(passed, ranges, partitions)
@@ -120,7 +120,7 @@ def _opened_for_names(model: nn.Module, sample: Tensor, names: Sequence[str]) ->
 # choosing
 
 
-def _balanced(passed: ForwardPass, partitions: int, most_parameters: int | None) -> list[int]:
+def _balanced(passed: ForwardPass, partitions: int) -> list[int]:
     places = [0, *_places(passed)]
     if len(places) < partitions:
         raise _too_few(passed, places, partitions)
@@ -128,21 +128,7 @@ def _balanced(passed: ForwardPass, partitions: int, most_parameters: int | None)
     runs = [passed.steps[start:stop] for start, stop in pairwise(edges)]
     costs = [sum(cost(passed.measures[step]) for step in run) for run in runs]
     sent = [0, *(passed.measures[passed.passing(place)[0]].elements for place in places[1:]), 0]
-    weights = [
-        sum({id(tensor): tensor.numel() for step in run for _, tensor in _trainable(passed, step)}.values())
-        for run in runs
-    ]
-    cap = float("inf") if most_parameters is None else most_parameters
-    found = fairest(costs, partitions, sent, weights, cap)
-    if found is None:
-        lightest = fairest(weights, partitions)
-        assert lightest is not None
-        least = max(sum(weights[start:stop]) for start, stop in pairwise(lightest))
-        raise ConfigurationError(
-            f"of {partitions} stages of {_name(passed)} one has {least} parameters or more; at most {cap:.0f} fit",
-            hint="use more partitions, or give each more memory",
-        )
-    return [edges[edge] for edge in found[:-1]]
+    return [edges[edge] for edge in fairest(costs, partitions, sent)[:-1]]
 
 
 def _too_few(passed: ForwardPass, places: Sequence[int], partitions: int) -> ConfigurationError:
@@ -216,7 +202,7 @@ def _check(passed: ForwardPass, starts: Sequence[int]) -> None:
             raise ConfigurationError(
                 f"stage {partition} has no trainable parameters", hint="use fewer partitions, or cut elsewhere"
             )
-    for name, parameter in passed.called.model.named_parameters():
+    for name, parameter in passed.called.uncut_model.named_parameters():
         if parameter.requires_grad and id(parameter) not in used:
             raise ConfigurationError(
                 f"parameter {name} takes no part in the forward pass, so that no stage computes its gradient",
@@ -230,4 +216,4 @@ def _check(passed: ForwardPass, starts: Sequence[int]) -> None:
 
 
 def _name(passed: ForwardPass) -> str:
-    return type(passed.called.model).__name__
+    return type(passed.called.uncut_model).__name__

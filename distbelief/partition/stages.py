@@ -29,15 +29,14 @@ from distbelief.partition.units import Numbers, OwnedPiece
 
 
 def stages(
-    model: nn.Module, sample: Tensor, partitions: int, microbatches: int, *,
-    cuts: Sequence[str] | None = None, most_parameters: int | None = None,
-) -> "StagePlan":  # fmt: skip
+    model: nn.Module, sample: Tensor, partitions: int, microbatches: int, *, cuts: Sequence[str] | None = None
+) -> "StagePlan":
     """Plan `model`, on any device, for mini-batches like `sample`, any tensor of their dtype and shape, batch first.
 
     `cuts` names for each stage the module that it begins with, "layers.3", or the modules that it consists of,
-    "layers.3-5"; None balances operations and elements sent, with at most `most_parameters` in a stage. Tracing patches
-    nn.Module for a moment: call it while no other thread runs a forward pass. Raises ConfigurationError, naming the
-    module or the value, for what cannot be cut so.
+    "layers.3-5"; None balances operations and elements sent. Tracing patches nn.Module
+    for a moment: call it while no other thread runs a forward pass. Raises ConfigurationError, naming the module or the
+    value, for what cannot be cut so.
     """
     if partitions < 1 or microbatches < 1:
         raise ConfigurationError(
@@ -53,7 +52,7 @@ def stages(
         if not tensor.dim() and not tensor.dtype.is_floating_point:  # BatchNorm without momentum divides by its counter
             setattr(owner, attribute, torch.zeros_like(tensor, device="cpu"))
     meta = torch.empty((max(2, sample.shape[0]), *sample.shape[1:]), dtype=sample.dtype, device="meta")
-    passed, starts = choose(hollow, meta, partitions, cuts, most_parameters)
+    passed, starts = choose(hollow, meta, partitions, cuts)
     plan = StagePlan(passed, starts, microbatches, sample.shape[0])
     micro = sample.shape[0] // plan.micro_batches(sample.shape[0])
     plan.boundaries(torch.empty((micro, *sample.shape[1:]), dtype=sample.dtype, device="meta"))
@@ -88,7 +87,7 @@ class StagePlan:
         self.partitions, self.microbatches = len(starts), microbatches
         self._passed, self._batch = passed, batch
         self._edges = [*starts, len(passed.steps)]
-        self._model = passed.called.model
+        self._model = passed.called.uncut_model
         self._names = {id(tensor): name for name, _, _, tensor in reversed(list(tensors(self._model)))}
 
     @property
@@ -218,7 +217,7 @@ class StagePlan:
         The stage's parameters and buffers share the values' memory when that is on `device`.
         """
         called = copy.deepcopy(self._passed.called)
-        names = {id(tensor): name for name, _, _, tensor in reversed(list(tensors(called.model)))}
+        names = {id(tensor): name for name, _, _, tensor in reversed(list(tensors(called.uncut_model)))}
         filled: dict[str, Tensor] = {}
         graphs = self._graphs(partition, called)
         for graph in graphs:

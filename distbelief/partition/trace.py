@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from distbelief.errors import ConfigurationError
-from distbelief.partition.tracer import Followed, Tracer, check_changes, graph_of
+from distbelief.partition.tracer import Followed, Tracer, call_name, check_changes, graph_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STAGES_HINT = "register a rule for the layer with register_rule, or cut the model by layers with Plan.stages"
@@ -56,7 +56,7 @@ class Call:
     @property
     def name(self) -> str:
         """How messages name the call."""
-        return name_of(self.node)
+        return call_name(self.node)
 
 
 def check_hooks(model: nn.Module, leaves: Collection[str], hint: str, *, called: bool) -> None:
@@ -76,11 +76,6 @@ def check_hooks(model: nn.Module, leaves: Collection[str], hint: str, *, called:
             raise ConfigurationError(
                 f"{of} has {kinds[0].strip('_').replace('_', ' ')}, which its parts would not call", hint=hint
             )
-
-
-def name_of(node: fx.Node) -> str:
-    """The module's name, or the function's."""
-    return str(getattr(node.target, "__name__", node.target))
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -206,7 +201,7 @@ class _Facts(Followed):
                 raise
             except Exception as error:
                 raise ConfigurationError(
-                    f"{name_of(n)} cannot be planned without computing it: {type(error).__name__}: {error}",
+                    f"{call_name(n)} cannot be planned without computing it: {type(error).__name__}: {error}",
                     hint=f"give a sample like the model's mini-batches; or {STAGES_HINT}",
                 ) from error
         if isinstance(result, torch.Tensor):

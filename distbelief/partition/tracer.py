@@ -22,6 +22,8 @@ from distbelief.errors import ConfigurationError
 FACTORIES = ("arange", "zeros", "ones", "full", "linspace", "tensor")
 """Functions that make a tensor from numbers alone, which tracing does not see by itself."""
 
+UNCUT = "uncut_model"
+"""Under this name a model is a module of what stages trace; no user has a module of that name."""
 _NO_GRAD = "no_grad"
 """The mark of a node whose call stands below torch.no_grad()."""
 _OWN_MODULE = "put what does it into a module of its own, and cut the model by layers with Plan.stages"
@@ -37,7 +39,7 @@ class Tracer(fx.Tracer):
         if kind.startswith("call_"):
             if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
                 raise ConfigurationError(
-                    f"{called(node)} is called below torch.autocast, which parts of the model would not know",
+                    f"{call_name(node)} is called below torch.autocast, which parts of the model would not know",
                     hint=_OWN_MODULE,
                 )
             node.meta[_NO_GRAD] = not torch.is_grad_enabled()
@@ -55,9 +57,9 @@ def graph_of(make: Callable[[], Tracer], root: nn.Module, name: str) -> fx.Graph
         again = make().trace(root) if root.training else first
     for changed, tensor in (*root.named_parameters(), *root.named_buffers()):
         if held.get(id(tensor)) != (changed, tensor._version):
-            raise _changes("a call", changed.removeprefix("model."))
+            raise _changes("a call", changed.removeprefix(f"{UNCUT}."))
     differing = [
-        f"{called(a)} with {one!r}, then with {other!r}"
+        f"{call_name(a)} with {one!r}, then with {other!r}"
         for a, b in zip(first.nodes, again.nodes, strict=False)
         for one, other in zip(_constants(a), _constants(b), strict=False)
         if one != other
@@ -106,9 +108,9 @@ def _changes(call: str, what: str) -> ConfigurationError:
     )
 
 
-def called(node: fx.Node) -> str:
-    """How messages name what a node calls; in stages the model is a module of what is traced."""
-    return str(getattr(node.target, "__name__", node.target)).removeprefix("model.")
+def call_name(node: fx.Node) -> str:
+    """How messages name what a node calls."""
+    return str(getattr(node.target, "__name__", node.target)).removeprefix(f"{UNCUT}.")
 
 
 class Followed(fx.Interpreter):
@@ -131,7 +133,7 @@ class Followed(fx.Interpreter):
             self._versions[n] = result._version
             if n.meta.get(_NO_GRAD) and result.requires_grad:
                 raise ConfigurationError(
-                    f"{called(n)} is called below torch.no_grad(), and parts of the model would train it",
+                    f"{call_name(n)} is called below torch.no_grad(), and parts of the model would train it",
                     hint="freeze its parameters with requires_grad_(False), or detach its result",
                 )
         return result
@@ -149,11 +151,11 @@ def check_changes(changed: Mapping[fx.Node, Iterable[fx.Node]], movable: Callabl
     order = {node: position for call in changed for position, node in enumerate(call.graph.nodes)}
     for call, node in ((call, node) for call, nodes in changed.items() for node in nodes):
         if node.op == "get_attr":
-            raise _changes(called(call), called(node))
+            raise _changes(call_name(call), call_name(node))
         later = [user for user in node.users if order[user] > order[call]]
         if movable(node) and later:
             raise ConfigurationError(
-                f"{called(later[0])} uses a value that {called(call)} has overwritten in place",
+                f"{call_name(later[0])} uses a value that {call_name(call)} has overwritten in place",
                 hint="use the result of the call, or compute out of place, such as x * 2 for x.mul_(2)",
             )
 

@@ -16,6 +16,9 @@ from distbelief.partition.site import Site, State, Step
 from distbelief.partition.trace import Call, trace
 from distbelief.plan import Cut
 
+LIGHT_SHARE = 1 / 64
+"""The part of a partition's work that is not worth an exchange."""
+
 
 def walk(model: nn.Module, sample: torch.Tensor, partitions: int, cuts: Mapping[str, Cut], out: int) -> list[Step]:
     """The steps of `model`, a skeleton; the first is its input, the last its output, whole on partition `out`.
@@ -116,10 +119,6 @@ def check_cuts(model: nn.Module, cuts: Mapping[str, Cut], partitions: int) -> No
                 f"the plan cuts {name!r} by {cut}, but it is a {type(modules[name]).__name__} of several layers",
                 hint="cut its layers by their own names, or put it on(partition) as a whole",
             )
-
-
-LIGHT_SHARE = 1 / 64
-"""The part of a partition's work that is not worth an exchange."""
 
 
 def _check_uses(model: nn.Module, calls: Sequence[Call]) -> None:

@@ -6,11 +6,9 @@ half an event and is ignored on reading and cut off when the run is resumed.
 """
 
 import contextlib
-import math
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -76,26 +74,13 @@ def read_events(path: Path) -> list[Observation]:
     observations = []
     for position, line in enumerate(lines, start=1):
         try:
-            observations.append(_observation(line))
+            observations.append(from_line(line))
         except msgspec.MsgspecError as problem:
             raise ConfigurationError(
                 f"{path}, line {position} is not an event of this version: {problem}",
                 hint="remove the line, or read the run with the version of distbelief that wrote it",
             ) from problem
     return observations
-
-
-def _observation(line: bytes) -> Observation:
-    try:
-        return from_line(line)
-    except msgspec.ValidationError:
-        # JSON has no nan: a metric that was not finite was written as null
-        fields: dict[str, Any] = msgspec.json.decode(line)
-        metrics = fields["event"].get("metrics") if isinstance(fields, dict) and "event" in fields else None
-        if not metrics:
-            raise
-        fields["event"]["metrics"] = {name: math.nan if value is None else value for name, value in metrics.items()}
-        return msgspec.convert(fields, Observation)
 
 
 def write_summary(path: Path, summary: Summary) -> None:

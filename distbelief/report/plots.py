@@ -137,7 +137,7 @@ def collect(observations: Iterable[Observation]) -> Curves:
                 curves.iterations[event.iteration] = event
             case Evaluated():
                 for name, value in values_of(event).items():
-                    if value is not None and math.isfinite(value):
+                    if math.isfinite(value):
                         curves.test.setdefault(name, []).append(Point(seconds, event.examples, value))
             case RoleLost() | ShardRestored():
                 kind = "lost" if isinstance(event, RoleLost) else "shard restored"
@@ -165,11 +165,11 @@ def _curves(curves: Curves, across: str, x: Callable[[Point | Mark], float]) -> 
     panels = figure.subplots(1 + len(others), 1, sharex=True, squeeze=False, height_ratios=[3, *[2 for _ in others]])
     top = panels[0, 0]
     _draw_loss(top, curves.loss, x)
-    _draw_test(top, "loss", curves.test.get("loss", []), x, COLOURS[1])
+    _draw_test(top, curves.test.get("loss", []), x, COLOURS[1])
     top.set_ylabel("loss per example")
     for position, name in enumerate(others):
         panel = panels[1 + position, 0]
-        _draw_test(panel, name, curves.test[name], x, COLOURS[(2 + position) % len(COLOURS)])
+        _draw_test(panel, curves.test[name], x, COLOURS[(2 + position) % len(COLOURS)])
         panel.set_ylabel(name)
     for panel in panels[:, 0]:
         _mark(panel, curves.marks, x, named=panel is top)
@@ -203,7 +203,7 @@ def _moving_mean(values: list[float], reach: int) -> list[float]:
     return [(sums[at + near + 1] - sums[at - near]) / (2 * near + 1) for at, near in enumerate(reaches)]
 
 
-def _draw_test(panel: "Axes", name: str, points: list[Point], x: Callable[[Point | Mark], float], colour: str) -> None:
+def _draw_test(panel: "Axes", points: list[Point], x: Callable[[Point | Mark], float], colour: str) -> None:
     if not points:
         return
     marker = "o" if len(points) <= 60 else None

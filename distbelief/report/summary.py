@@ -8,7 +8,6 @@ pushes is taken as said about the whole job; what was refused is counted from th
 
 import functools
 import math
-import shlex
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -134,7 +133,12 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 def summarize(observations: Iterable[Observation]) -> Summary:
     """Fold the events of a run, finished or not, once or several times started, into its summary."""
-    return functools.reduce(_after, one_clock(observations), Summary())
+    observed = list(one_clock(observations))
+    summary = functools.reduce(_after, observed, Summary())
+    resumed = any(isinstance(each.event, JobStarted) and each.event.resumed_examples for each in observed)
+    if summary.reason == KILLED and not (summary.checkpoints.written or resumed):
+        return replace(summary, export_command="", resume_command="")
+    return summary
 
 
 def one_clock(observations: Iterable[Observation]) -> Iterator[Observation]:
@@ -193,7 +197,6 @@ def _moved(summary: Summary, event: BatchProgress | Iterated) -> Summary:
 
 def _started(summary: Summary, event: JobStarted) -> Summary:
     planned = event.examples_per_epoch * event.epochs
-    resumable = summary.resume_command or event.resumed_examples
     return replace(
         summary,
         run=event.run,
@@ -206,7 +209,8 @@ def _started(summary: Summary, event: JobStarted) -> Summary:
         shard_balance=event.shard_balance,
         examples=_counted(replace(summary.examples, planned=planned), event.resumed_examples),
         batch=Batch(event.iterations) if event.iterations else None,
-        **(_commands(event.run) if resumable else {}),
+        resume_command=event.resume_command,
+        export_command=event.export_command,
     )
 
 
@@ -214,9 +218,8 @@ def _checkpointed(summary: Summary, event: CheckpointWritten | CheckpointFailed 
     before = summary.checkpoints
     match event:
         case CheckpointWritten():
-            commands = _commands(summary.run)
             now = replace(before, written=before.written + 1, last_failed=False)
-            return replace(summary, checkpoints=now, **commands)
+            return replace(summary, checkpoints=now)
         case CheckpointFailed():
             return replace(summary, checkpoints=replace(before, failed=before.failed + 1, last_failed=True))
         case CheckpointRejected():
@@ -250,14 +253,6 @@ def _finished(summary: Summary, event: JobFinished) -> Summary:
 
 def _counted(examples: Examples, seen: int) -> Examples:
     return replace(examples, seen=seen, missing=max(0, examples.planned - seen))
-
-
-def _commands(run: str) -> dict[str, str]:
-    folder = shlex.quote(run)
-    return {
-        "export_command": f"distbelief export {folder} model.safetensors",
-        "resume_command": f"distbelief resume {folder}",
-    }
 
 
 def _finite(value: float | None) -> float | None:

@@ -158,15 +158,6 @@ def test_stages_are_balanced_by_operations_and_what_is_sent() -> None:
     assert [len(layers) for layers in planned(narrow, 2, [8]).layers] == [2, 1]
 
 
-def test_no_stage_has_more_parameters_than_fit() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 64, 100), nn.Linear(100, 100))
-    free, tight = (planned(model, 2, [1, 8, 8], most_parameters=most) for most in (None, 30_000))
-    assert [len(layers) for layers in free.layers] == [3, 1]
-    assert [each.parameters for each in tight.numbers] == [40 + 25_700, 10_100]
-    with pytest.raises(ConfigurationError, match="of 3 stages of Sequential one has 25700 parameters or more; at most"):
-        planned(model, 3, [1, 8, 8], most_parameters=20_000)
-
-
 NAMED = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6)))
 
 

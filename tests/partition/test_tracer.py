@@ -285,6 +285,25 @@ def test_stages_refuse_by_name_what_they_would_lose(name: str) -> None:
     assert hint in str(caught.value).partition("hint: ")[2]
 
 
+class BelowModel(nn.Module):
+    """Its layers have a name that a wrapper might give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(X.shape[1], 4), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.model[0](x)
+        return self.model[1](x)
+
+
+@pytest.mark.parametrize("cut", [lambda model: units(model, X, 2), lambda model: stages(model, X, 2, 1)])
+def test_layers_are_named_as_the_user_named_them(cut: Callable[[nn.Module], Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"^model\.0 is called below"):
+        cut(BelowModel())
+
+
 def test_nothing_of_torch_is_changed_when_a_model_has_been_traced() -> None:
     before = torch.autograd.Function.__dict__["apply"], torch.zeros, torch.is_grad_enabled()
     with pytest.raises(ConfigurationError):

@@ -11,6 +11,12 @@ from distbelief.partition.division import Division
 from distbelief.partition.rules.whole import Applied, states_in, whole_call
 from distbelief.partition.site import Site, State, tensor
 
+KNOWN = ("shape", "dtype", "device", "ndim")
+"""Attributes of a tensor that do not depend on its values."""
+
+QUESTIONS = ("size", "dim", "ndimension", "numel", "is_floating_point")
+"""Methods of a tensor that do not depend on its values."""
+
 
 def reshape(site: Site, x: State, *args: Any, **kwargs: Any) -> State:
     """Boxes stay where they are if they are boxes in the new shape, too; else whoever needs the whole arranges it."""
@@ -112,13 +118,6 @@ def shape_of(site: Site, x: State, *args: Any) -> State:
         return answer
 
     return site.lazily([site.source], build)
-
-
-KNOWN = ("shape", "dtype", "device", "ndim")
-"""Attributes of a tensor that do not depend on its values."""
-
-QUESTIONS = ("size", "dim", "ndimension", "numel", "is_floating_point")
-"""Methods of a tensor that do not depend on its values."""
 
 
 def _at_hand(site: Site, division: Division) -> bool:

@@ -17,6 +17,10 @@ import msgspec
 
 MINI_BATCHES_PER_LEASE = 32
 LEASES_PER_REPLICA_AND_EPOCH = 8
+ALONE_SHARE = 0.02
+"""Share of the job's examples that one replica trains on alone, first and last; measured on the speech task."""
+ALONE_MINI_BATCHES = 100
+"""No fewer mini-batches than these, in jobs so small that a share would be nothing, up to a tenth of the job."""
 
 
 class Lease(msgspec.Struct, array_like=True, frozen=True):
@@ -47,7 +51,7 @@ class LeaseState(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Stages:
+class Release:
     """How many replicas train when: one first, then the others in stages (paper, section 4.1), one at the end again.
 
     Staleness grows with the number of replicas, and what it harms is a step that is large against the progress made so
@@ -59,6 +63,16 @@ class Stages:
     """Examples after which the second replica is released; twice as many for the third and fourth, and so on."""
     cooldown: int = 0
     """Examples that the first replica is given at the end, when the others get no more."""
+
+    @classmethod
+    def planned(
+        cls, total_examples: int, batch_size: int, replicas: int, warmstart: int | None, cooldown: int | None
+    ) -> "Release":
+        """Of a job of so many examples in all; what is None is derived from it."""
+        if replicas == 1:
+            return cls()
+        derived = max(int(ALONE_SHARE * total_examples), min(ALONE_MINI_BATCHES * batch_size, total_examples // 10))
+        return cls(derived if warmstart is None else warmstart, derived if cooldown is None else cooldown)
 
     def released(self, settled_examples: int, examples_to_come: int, replicas: int) -> int:
         """How many replicas may be given work; `examples_to_come` have not been handed out yet."""

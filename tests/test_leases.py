@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from distbelief.portions import Failures, Lease, Leases, LeaseState, Stages, lease_size
+from distbelief.leases import Failures, Lease, Leases, LeaseState, Release, lease_size
 
 Position = tuple[int, int]
 """(epoch, position in its permutation)."""
@@ -296,31 +296,31 @@ PLENTY = 1 << 60
 @settings(deadline=None)
 @given(some.integers(0, 300), some.integers(1, 300))
 def test_warmstart_begins_with_one_replica_and_doubles_them_as_the_examples_double(warmstart: int, count: int) -> None:
-    stages = Stages(warmstart, 0)
+    release = Release(warmstart, 0)
     moments = [max(0, warmstart * factor + shift) for factor in (0, 1, 2, 3, 4, 8, 16, 512) for shift in (-1, 0, 1)]
-    released = [stages.released(settled, PLENTY, count) for settled in sorted(moments)]
+    released = [release.released(settled, PLENTY, count) for settled in sorted(moments)]
     assert released == sorted(released)
     assert released[0] == (1 if warmstart else count)
     assert released[-1] == count
     if warmstart:
-        assert stages.released(warmstart - 1, PLENTY, count) == 1
+        assert release.released(warmstart - 1, PLENTY, count) == 1
         for doubling in range(6):
-            assert stages.released(warmstart << doubling, PLENTY, count) == min(count, 2 << doubling)
+            assert release.released(warmstart << doubling, PLENTY, count) == min(count, 2 << doubling)
 
 
 @settings(deadline=None)
 @given(some.integers(1, 300), some.integers(1, 300), some.integers(0, 100_000))
 def test_the_cooldown_withdraws_replicas_as_warmstart_released_them(cooldown: int, count: int, left: int) -> None:
-    assert Stages(0, cooldown).released(PLENTY, left, count) == Stages(cooldown, 0).released(left, PLENTY, count)
-    assert Stages(0, cooldown).released(PLENTY, 0, count) == 1
+    assert Release(0, cooldown).released(PLENTY, left, count) == Release(cooldown, 0).released(left, PLENTY, count)
+    assert Release(0, cooldown).released(PLENTY, 0, count) == 1
 
 
 def test_a_single_replica_is_never_held_back() -> None:
-    assert {Stages(100, 100).released(settled, 300 - settled, 1) for settled in range(300)} == {1}
+    assert {Release(100, 100).released(settled, 300 - settled, 1) for settled in range(300)} == {1}
 
 
 def test_a_job_resumed_past_its_warmstart_releases_everybody_at_once() -> None:
-    assert Stages(100, 0).released(10_000, PLENTY, 64) == 64
+    assert Release(100, 0).released(10_000, PLENTY, 64) == 64
 
 
 def test_failures_stop_the_job_only_when_nothing_is_settled_in_between() -> None:
