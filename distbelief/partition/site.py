@@ -82,13 +82,16 @@ class Site:
     light: bool
     """Whether it is next to nothing of a partition's work, and of its parameters."""
     partitions: int
-    out: int
-    """The partition on which the model's output is wanted."""
     evaluating: Any
     """Arguments and keyword arguments of the call in evaluation, where they may differ."""
     source: State
     """The model's input, which everybody has."""
     steps: list[Step]
+
+    @property
+    def last(self) -> int:
+        """The partition on which the model's output is wanted, and what nobody else is to have is put."""
+        return self.partitions - 1
 
     @property
     def value(self) -> Value:
@@ -120,7 +123,7 @@ class Site:
             if units >= 4 * self.partitions:
                 return next(iter(ways.values()))()
             owner = None if x.division is None else x.division.owner
-            return at(self.shape, self.out if owner is None else owner, self.partitions, batched=self.value.batched)
+            return at(self.shape, self.last if owner is None else owner, self.partitions, batched=self.value.batched)
         if cut.kind == "on":
             return at(self.shape, cut.numbers[0], self.partitions, batched=self.value.batched)
         if cut.kind not in ways:
@@ -226,7 +229,7 @@ class Site:
         division = (
             along(shape, dimension, self.partitions, batched=False)
             if shape and shape[dimension] >= 4 * self.partitions
-            else at(shape, self.out, self.partitions, batched=False)
+            else at(shape, self.last, self.partitions, batched=False)
         )
 
         def build(box: Box) -> nn.Module:

@@ -72,17 +72,16 @@ class LayerCut:
 
 
 def units(
-    model: nn.Module, sample: torch.Tensor, partitions: int, cuts: Mapping[str, Cut] | None = None, *,
-    out: int | None = None,
-) -> "Blueprint":  # fmt: skip
+    model: nn.Module, sample: torch.Tensor, partitions: int, cuts: Mapping[str, Cut] | None = None
+) -> "Blueprint":
     """Plan `model`, on any device, for mini-batches like `sample`, any tensor of their dtype and shape, batch first.
 
-    `cuts` names layers; the others are cut automatically. The output comes out on partition `out`, by default the last.
+    `cuts` names layers; the others are cut automatically. The output comes out on the last partition.
     Tracing patches nn.Module for a moment: call it while no other thread runs a forward pass. Raises
     ConfigurationError, naming the layer, for what cannot be cut so.
     """
     hollow = skeleton(model)
-    steps = walk(hollow, sample, partitions, cuts or {}, partitions - 1 if out is None else out)
+    steps = walk(hollow, sample, partitions, cuts or {})
     return Blueprint(hollow, steps, max(2, sample.shape[0]), partitions)
 
 
@@ -100,7 +99,7 @@ class Blueprint:
     @property
     def out(self) -> int:
         """The partition on which the output comes out."""
-        return self._flow.wanted[-1].index(True)
+        return self.partitions - 1
 
     def output(self, examples: int) -> torch.Tensor:
         """What the model yields for a mini-batch, without values: on the meta device."""

@@ -20,8 +20,8 @@ LIGHT_SHARE = 1 / 64
 """The part of a partition's work that is not worth an exchange."""
 
 
-def walk(model: nn.Module, sample: torch.Tensor, partitions: int, cuts: Mapping[str, Cut], out: int) -> list[Step]:
-    """The steps of `model`, a skeleton; the first is its input, the last its output, whole on partition `out`.
+def walk(model: nn.Module, sample: torch.Tensor, partitions: int, cuts: Mapping[str, Cut]) -> list[Step]:
+    """The steps of `model`, a skeleton; the first is its input, the last its output, whole on the last partition.
 
     Raises ConfigurationError for a model or for cuts that cannot be.
     """
@@ -43,7 +43,7 @@ def walk(model: nn.Module, sample: torch.Tensor, partitions: int, cuts: Mapping[
         args, kwargs, evaluating = fx.node.map_arg((call.args, call.kwargs, call.evaluating), states.__getitem__)
         module = model.get_submodule(call.target) if call.kind == "call_module" else None
         light = _is_light(call, module, calls, model, partitions)
-        site = Site(call, module, _cut_of(call, cuts), light, partitions, out, evaluating, source, steps)
+        site = Site(call, module, _cut_of(call, cuts), light, partitions, evaluating, source, steps)
         if call.kind == "get_attr":
             states[call.node] = site.attribute(model)
         elif call.kind == "output":
@@ -85,7 +85,7 @@ def _output(site: Site, result: Any) -> None:
             f"the model returns {kind}; a model cut by units returns one tensor, shape (batch, ...)",
             hint="let forward return one tensor, or cut the model by layers with Plan.stages",
         )
-    site.compute([result], at(site.shape, site.out, site.partitions), lambda box: lambda held: held)
+    site.compute([result], at(site.shape, site.last, site.partitions), lambda box: lambda held: held)
 
 
 def _cut_of(call: Call, cuts: Mapping[str, Cut]) -> Cut | None:

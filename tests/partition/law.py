@@ -85,15 +85,13 @@ def _exact_gradients(model: nn.Module, x: Tensor, weight: Tensor) -> dict[str, T
     return {name: held.grad for name, held in double.named_parameters() if held.grad is not None}
 
 
-def check(
-    model: nn.Module, x: Tensor, partitions: int, cuts: Mapping[str, Cut] | None = None, *, out: int | None = None
-) -> Blueprint:
+def check(model: nn.Module, x: Tensor, partitions: int, cuts: Mapping[str, Cut] | None = None) -> Blueprint:
     """Assert that outputs, gradients and buffers are those of the uncut model, and the traffic that of the plan.
 
     The relative error is at most 1e-12 for every parameter in float64. In float32 it is at most 1e-6 for the whole
     gradient, and for every parameter at most 1e-6 more than what the uncut model's rounding makes of it.
     """
-    blueprint = units(model, x, partitions, cuts, out=out)
+    blueprint = units(model, x, partitions, cuts)
     uncut = copy.deepcopy(model).train()
     output = uncut(x)
     weight = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(7))

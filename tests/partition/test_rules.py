@@ -231,8 +231,3 @@ def test_in_single_precision_too(name: str, partitions: int) -> None:
 )
 def test_so_does_one_that_is_cut_by_hand(name: str, partitions: int, cuts: Mapping[str, Cut]) -> None:
     check(*make(name, torch.float64), partitions, cuts)
-
-
-@pytest.mark.parametrize("out", [0, 1])
-def test_the_output_comes_out_where_it_is_wanted(out: int) -> None:
-    assert check(*make("residual", torch.float64), 3, out=out).out == out
