@@ -13,6 +13,7 @@ from typing import Any, Literal, final, get_args
 
 import torch
 
+from distbelief.beginning import IDLE_SECONDS, give_parameters, take_mean_buffers
 from distbelief.channel.base import Future
 from distbelief.checks import check_number, check_whole
 from distbelief.data_shard import DataShard
@@ -32,7 +33,6 @@ AccrueName = Literal["mean", "sum"]
 REPORT_SECONDS = 0.25
 BUFFERS_SECONDS = 0.25
 """Evaluations and checkpoints use buffers that may be so old, or a longer mini-batch, with newer parameters."""
-IDLE_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,6 @@ class DownpourReplica:
         self.coordinator = home.find(COORDINATOR, DownpourCoordinator, UNTIL_LOST_SECONDS)
         self.versions: list[int] = []
         self.base_versions: list[int] = []
-        self.leads = self.group.index == self.group.size - 1
-        """Whether this partition speaks for the replica: on it the output comes out, so it knows the loss."""
         self.asked: Future[Granted]
         """The answer to the latest request for a lease, where this partition leads."""
         self.fetching: Future[list[int]] | None = None
@@ -145,7 +143,7 @@ class DownpourReplica:
         n_fetch, n_push = self.downpour.n_fetch, self.downpour.n_push
         step = 0
         self.load_buffers()
-        self.initialise()
+        give_parameters(self.home, self.coordinator, self.index, self.server, self.model.spare)
         self.start_fetch()
         self.adopt(math.inf)
         try:
@@ -192,7 +190,7 @@ class DownpourReplica:
             idle = False
             yield answer.lease
         self.flush()
-        if self.leads:
+        if self.group.leads:
             self.coordinator.call(DownpourCoordinator.leave, self.index, self.home.incarnation).result()
 
     def upcoming(self) -> Lease | None:
@@ -201,23 +199,13 @@ class DownpourReplica:
 
     def ask(self) -> None:
         """Ask for the next lease."""
-        if self.leads:
+        if self.group.leads:
             settled, self.report.settled = tuple(self.report.settled), []
             self.asked = self.coordinator.call(DownpourCoordinator.lease, self.index, self.home.incarnation, settled)
 
     def granted(self) -> Granted:
         """The answer, told to all partitions."""
-        if self.group.size == 1:
-            return self.asked.result()
-        words = torch.zeros(6, dtype=torch.int64)
-        if self.leads:
-            answer = self.asked.result()
-            held = answer.lease or Lease(0, 0, 0, 0)
-            words = torch.tensor(
-                [answer.finished, answer.lease is not None, held.identifier, held.epoch, held.start, held.stop]
-            )
-        finished, some, *lease = self.group.share(words, self.group.size - 1).tolist()
-        return Granted(Lease(*lease) if some else None, bool(finished))
+        return self.group.tell(Granted, self.asked.result() if self.group.leads else None)
 
     # the three weakly synchronised activities
 
@@ -317,7 +305,7 @@ class DownpourReplica:
             return
         self.hear()
         message = self.report.take(self.index, self.home.incarnation, now)
-        if self.leads:
+        if self.group.leads:
             self.reporting = self.coordinator.call(DownpourCoordinator.report, message)
         self.send_buffers(BUFFERS_SECONDS)
 
@@ -343,17 +331,8 @@ class DownpourReplica:
 
     def load_buffers(self) -> None:
         """Begin with the mean of the live replicas' buffers."""
-        buffers = self.model.buffers()
-        if len(buffers):
-            self.coordinator.call(DownpourCoordinator.mean_buffers, self.group.index, buffers).result()
-            self.model.set_buffers(buffers)
+        take_mean_buffers(self.coordinator, self.group.index, self.model.part.buffers)
         self.buffers = [buffer.clone() for buffer in self.model.part.buffers.values()]
-
-    def initialise(self) -> None:
-        """Give the shards the initial parameters for as long as they want them: no other process holds them."""
-        while self.coordinator.call(DownpourCoordinator.wants_parameters, self.index).result():
-            self.server.initialise(self.model.spare).result()
-            self.home.sleep(IDLE_SECONDS)
 
 
 @final

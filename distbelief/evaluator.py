@@ -6,15 +6,17 @@ replicas' buffers. Where replicas span several processes, the evaluator does: no
 partitions asks, measures and tells; when it calls the model, the others compute their parts.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
+import msgspec
 import torch
 from torch import nn
 
-from distbelief.buffers import flat_buffers, load_buffers
+from distbelief.beginning import take_mean_buffers
+from distbelief.channel.frames import DTYPES, NAMES
 from distbelief.coordinator import Coordinator
 from distbelief.data_shard import collect, pair, to_device
 from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Home
@@ -26,9 +28,6 @@ from distbelief.partition.group import Group
 
 Metric = Callable[[Any, Any], torch.Tensor | float]
 EVALUATION_BATCH = 1024
-MAX_DIMENSIONS = 8
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
-"""Of the inputs that the partitions of an evaluator can be told."""
 POLL_SECONDS = 0.1
 INSTEAD = "evaluate=(model, test set) -> metrics"
 
@@ -100,6 +99,13 @@ def _number(name: str, value: Any) -> float:
         ) from error
 
 
+class Next(msgspec.Struct, array_like=True, frozen=True):
+    """What the model is called with next: a tensor of this dtype and shape; nothing, without a dtype."""
+
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+
+
 @final
 class Led(nn.Module):
     """A model of several partitions as the one calls it on which its output comes out; the others follow."""
@@ -110,35 +116,25 @@ class Led(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The output; `x` is told to the others."""
-        if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
+        if not isinstance(x, torch.Tensor) or x.dtype not in NAMES:
             raise ConfigurationError(
                 f"the model was called with {getattr(x, 'dtype', type(x).__name__)} during the evaluation",
-                hint=f"call a partitioned model with one tensor of {', '.join(map(str, DTYPES))}",
+                hint=f"call a partitioned model with one tensor of {', '.join(NAMES.values())}",
             )
-        self._tell(1 + DTYPES.index(x.dtype), x.shape)
-        self._group.share(x.contiguous(), self._group.size - 1)
+        self._group.tell(Next, Next(NAMES[x.dtype], tuple(x.shape)))
+        self._group.share(x.contiguous())
         output: torch.Tensor = self.share(x)
         return output
 
     def over(self) -> None:
         """Let the others go."""
-        self._tell(0, ())
-
-    def _tell(self, word: int, shape: Sequence[int]) -> None:
-        words = torch.tensor([word, len(shape), *shape, *[0] * (MAX_DIMENSIONS - len(shape))])
-        self._group.share(words, self._group.size - 1)
+        self._group.tell(Next, Next())
 
 
 def follow(share: nn.Module, group: Group) -> None:
     """Compute this partition's part whenever the leading one calls the model, until it is over."""
-    device = group.device
-    while True:
-        word, dimensions, *shape = group.share(
-            torch.zeros(2 + MAX_DIMENSIONS, dtype=torch.int64), group.size - 1
-        ).tolist()
-        if word == 0:
-            return
-        share(group.share(torch.empty(shape[:dimensions], dtype=DTYPES[word - 1], device=device), group.size - 1))
+    while (asked := group.tell(Next, None)).dtype:
+        share(group.share(torch.empty(asked.shape, dtype=DTYPES[asked.dtype], device=group.device)))
 
 
 @final
@@ -153,7 +149,6 @@ class Evaluator:
         self._dataset, self._measures = dataset, measures
         self._coordinator = home.find(COORDINATOR, Coordinator, UNTIL_LOST_SECONDS)
         self._parameters = home.allocate(layout.length, layout.dtype)
-        self._leads = group.index == group.size - 1
 
     def run(self) -> None:
         """Evaluate whenever it is due, until there is nothing more to evaluate."""
@@ -167,11 +162,8 @@ class Evaluator:
             started = self._home.now()
             self._server.read(self._parameters).result()
             load_parameters(self._part.parameters, self._layout, self._parameters)
-            buffers = flat_buffers(self._part.buffers)
-            if len(buffers):
-                self._coordinator.call(Coordinator.mean_buffers, self._group.index, buffers).result()
-                load_buffers(self._part.buffers, buffers)
-            if not self._leads:
+            take_mean_buffers(self._coordinator, self._group.index, self._part.buffers)
+            if not self._group.leads:
                 with torch.no_grad():
                     follow(self._part.module.eval(), self._group)
                 continue
@@ -181,14 +173,9 @@ class Evaluator:
 
     def _due(self) -> tuple[int | None, bool]:
         """What the coordinator answers, told to all partitions."""
-        if self._group.size == 1:
-            return self._coordinator.call(Coordinator.next_evaluation).result()
-        words = torch.zeros(2, dtype=torch.int64)
-        if self._leads:
-            examples, last = self._coordinator.call(Coordinator.next_evaluation).result()
-            words = torch.tensor([-1 if examples is None else examples, last])
-        examples, last = self._group.share(words, self._group.size - 1).tolist()
-        return None if examples < 0 else examples, bool(last)
+        asks = self._group.leads
+        answer = self._coordinator.call(Coordinator.next_evaluation).result() if asks else None
+        return self._group.tell(tuple[int | None, bool], answer)
 
     def _measure(self) -> tuple[float | None, dict[str, float]]:
         if self._group.size == 1:

@@ -183,7 +183,7 @@ class PartObjective:
         if isinstance(share, Staged):
             found = share.pipeline.step(x, target, self.objective.of)
             return torch.zeros(()) if found is None else found
-        if self.group.index == self.group.size - 1:
+        if self.group.leads:
             return self.objective.differentiate(share, batch)
         empty: torch.Tensor = share(x)
         empty.sum().backward()  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from distbelief.buffers import Registered, flat_buffers, load_buffers
+from distbelief.buffers import Registered, flat_buffers
 from distbelief.data_shard import pair, to_device
 from distbelief.errors import ConfigurationError
 from distbelief.freed import freed_at_once
@@ -315,10 +315,6 @@ class ModelReplica:
     def buffers(self) -> torch.Tensor:
         """The module's buffers (BatchNorm statistics and counters) as one float64 vector on the CPU."""
         return flat_buffers(self.part.buffers)
-
-    def set_buffers(self, values: torch.Tensor) -> None:
-        """The inverse of `buffers`."""
-        load_buffers(self.part.buffers, values)
 
 
 def load_parameters(parameters: Mapping[str, nn.Parameter], layout: Layout, flat: torch.Tensor) -> None:

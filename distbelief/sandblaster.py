@@ -13,8 +13,9 @@ from typing import Literal, cast, final
 import torch
 from torch import nn
 
-from distbelief.batch_section import Keeping, Mark
-from distbelief.bundles import BUNDLES_PER_REPLICA, DETERMINISTIC_BUNDLES, Batches, Bundle, Portions, cut_bundles
+from distbelief.batch_section import Keeping
+from distbelief.beginning import give_parameters, take_mean_buffers
+from distbelief.bundles import BUNDLES_PER_REPLICA, DETERMINISTIC_BUNDLES, Batches, Portions, cut_bundles
 from distbelief.channel.base import Future
 from distbelief.checks import check_number, check_whole
 from distbelief.data_shard import DataShard
@@ -28,7 +29,6 @@ from distbelief.parameters import Groups
 from distbelief.sandblaster_coordinator import SandblasterCoordinator
 from distbelief.tasks import Done, Task, Work
 
-IDLE_SECONDS = 0.05
 BUNDLES_PER_BATCH = 16
 """Of a batch that is not all data; it does not depend on the number of replicas, which may change."""
 MICRO_BATCH = 1024
@@ -201,8 +201,6 @@ class SandblasterReplica:
         self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
         self.group = model.group
         self.coordinator = home.find(COORDINATOR, SandblasterCoordinator, UNTIL_LOST_SECONDS)
-        self.leads = self.group.index == self.group.size - 1
-        """Whether this partition speaks for the replica: on it the output comes out, so it knows the loss."""
         self.asked: Future[Task]
         """The answer to the latest request for a task, where this partition leads."""
         self.evaluation = 0
@@ -211,8 +209,8 @@ class SandblasterReplica:
 
     def run(self) -> None:
         """Compute portions until the coordinator has no more (paper, appendix)."""
-        self.load_buffers()
-        self.initialise()
+        take_mean_buffers(self.coordinator, self.group.index, self.model.part.buffers)  # computing changes none
+        give_parameters(self.home, self.coordinator, self.index, self.server, self.model.spare)
         self.ask()
         try:
             while (task := self.next_task()) is not None:
@@ -223,7 +221,7 @@ class SandblasterReplica:
                 computed = self.compute(task)
                 if computed is not None:
                     self.contribute(task, *computed)
-            if self.leads:
+            if self.group.leads:
                 self.coordinator.call(SandblasterCoordinator.leave, self.index, self.home.incarnation).result()
         except Fenced:
             return  # this incarnation was given up as dead and has been replaced
@@ -232,14 +230,14 @@ class SandblasterReplica:
 
     def ask(self) -> None:
         """Ask for the next task."""
-        if self.leads:
+        if self.group.leads:
             answer = self.coordinator.call(SandblasterCoordinator.next_task, self.index, self.home.incarnation)
             self.asked = cast(Future[Task], answer)
 
     def next_task(self) -> Task | None:
         """The next bundle to compute, with nothing left under way where there is none yet; None at the end."""
         while True:
-            if not self.group.any(self.leads and self.asked.done())[0]:
+            if not self.group.any(self.group.leads and self.asked.done())[0]:
                 self.settle()
             task = self.told()
             if task.over:
@@ -251,20 +249,7 @@ class SandblasterReplica:
 
     def told(self) -> Task:
         """The answer, told to all partitions."""
-        if self.group.size == 1:
-            return self.asked.result()
-        words = torch.zeros(10, dtype=torch.float64)
-        if self.leads:
-            task = self.asked.result()
-            held = task.bundle or Bundle(-1, 0, 0)
-            own = (task.mark.evaluation, task.mark.position, task.mark.before, task.mark.after)
-            words = torch.tensor(
-                [held.index, held.start, held.stop, *own, task.version, task.over, task.t], dtype=torch.float64
-            )
-        *whole, t = self.group.share(words, self.group.size - 1).tolist()
-        index, start, stop, evaluation, position, before, after, version, over = map(int, whole)
-        mark = Mark(evaluation, position, bool(before), bool(after))
-        return Task(Bundle(index, start, stop) if index >= 0 else None, mark, version, t, bool(over))
+        return self.group.tell(Task, self.asked.result() if self.group.leads else None)
 
     # the work
 
@@ -320,22 +305,7 @@ class SandblasterReplica:
         if contributing.future is not None:
             contributing.future.result()
         self.group.any(True)
-        if self.leads:
+        if self.group.leads:
             self.coordinator.call(
                 SandblasterCoordinator.finish, self.index, self.home.incarnation, contributing.done
             ).result()
-
-    # the beginning
-
-    def load_buffers(self) -> None:
-        """Begin with the buffers that a checkpoint has; computing never changes them."""
-        buffers = self.model.buffers()
-        if len(buffers):
-            self.coordinator.call(SandblasterCoordinator.mean_buffers, self.group.index, buffers).result()
-            self.model.set_buffers(buffers)
-
-    def initialise(self) -> None:
-        """Give the shards the initial parameters for as long as they want them: no other process holds them."""
-        while self.coordinator.call(SandblasterCoordinator.wants_parameters, self.index).result():
-            self.server.initialise(self.model.spare).result()
-            self.home.sleep(IDLE_SECONDS)

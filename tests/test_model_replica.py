@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from distbelief import gradient_place
+from distbelief.buffers import flat_buffers, load_buffers
 from distbelief.errors import ConfigurationError
 from distbelief.model_replica import (
     ModelReplica,
     Objective,
     build,
-    flat_buffers,
-    load_buffers,
     load_parameters,
     whole,
 )
@@ -394,7 +393,7 @@ def test_a_replica_gives_and_takes_its_buffers_while_it_trains() -> None:
     replica.it.compute(batches(1)[0])
     OBJECTIVE(replica.plain, batches(1)[0])
     assert torch.equal(replica.it.buffers(), flat_buffers(buffers_of(replica.plain)))
-    replica.it.set_buffers(torch.arange(9.0, dtype=torch.float64))
+    load_buffers(replica.it.part.buffers, torch.arange(9.0, dtype=torch.float64))
     assert torch.equal(flat_buffers(buffers_of(replica.module)), torch.arange(9.0, dtype=torch.float64))
 
 

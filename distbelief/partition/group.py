@@ -8,8 +8,9 @@ Whoever finds it broken gets PeerLost or DeadlineExceeded, closes it, and forms 
 import datetime
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, TypeVar, final
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -21,6 +22,8 @@ from distbelief.partition.staging import StagingGroup
 LOOPBACK = "127.0.0.1"
 DEFAULT_BACKEND, STAGING_BACKEND = "gloo_at_address", "staged_gloo"
 """What torch calls gloo of ours: its own listens where the name of the host leads, or an environment variable."""
+TOLD_BYTES, LENGTH_BYTES = 512, 2
+T = TypeVar("T")
 
 
 @final
@@ -90,11 +93,17 @@ class Group:
             self._collective(total, lambda tensor: self._backend.allreduce([tensor]))
         return total
 
-    def share(self, tensor: torch.Tensor, root: int) -> torch.Tensor:
-        """What `tensor` is at `root`; the others' tensors say its shape and type, and are overwritten."""
+    @property
+    def leads(self) -> bool:
+        """Whether this partition speaks for the replica: the last one, on which the output comes out."""
+        return self.index == self.size - 1
+
+    def share(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What `tensor` is where it `leads`; the others' tensors say its shape and type, and are overwritten."""
+        root = self.size - 1
         if self._mailboxes:
             staged = tensor.to("cpu").contiguous()
-            if self.index == root:
+            if self.leads:
                 self._post(dict.fromkeys(self._mailboxes, staged), {})
             else:
                 self._post({}, {root: staged})
@@ -105,6 +114,19 @@ class Group:
             options.rootRank, options.rootTensor = root, 0
             self._collective(tensor, lambda staged: self._backend.broadcast([staged], options))
         return tensor
+
+    def tell(self, kind: type[T], value: T | None) -> T:
+        """What `value` is where it `leads`: a msgspec value of this kind, of some ten numbers; the others have none."""
+        if self.size == 1:
+            assert value is not None
+            return value
+        line = bytearray(TOLD_BYTES)
+        if self.leads:
+            text = msgspec.msgpack.encode(value)
+            line[: LENGTH_BYTES + len(text)] = len(text).to_bytes(LENGTH_BYTES) + text
+        assert len(line) == TOLD_BYTES, f"{value} is too long to be told"
+        said = bytes(self.share(torch.frombuffer(line, dtype=torch.uint8)).tolist())
+        return msgspec.msgpack.decode(said[LENGTH_BYTES:][: int.from_bytes(said[:LENGTH_BYTES])], type=kind)
 
     def any(self, *flags: bool) -> list[bool]:
         """For each of `flags`, whether it is set on any partition."""

@@ -19,9 +19,11 @@ from torch.nn import functional
 
 from distbelief.channel import mailbox
 from distbelief.errors import ConfigurationError, DeadlineExceeded, PeerLost
+from distbelief.leases import Lease
 from distbelief.partition.box import Box, count, field, inside, sizes, tiles, whole
 from distbelief.partition.exchange import Exchange, routes, tie, traffic
 from distbelief.partition.group import Group
+from distbelief.roster import Granted
 
 SHAPE, KERNEL = (3, 8, 10), 5
 
@@ -175,16 +177,19 @@ def test_partitions_that_own_nothing_upstream_or_downstream_take_part_in_the_bac
 def test_sums_and_shared_tensors_are_the_same_for_everybody() -> None:
     vectors = torch.randn(3, 50, dtype=torch.float64)
 
-    def work(group: Group) -> tuple[Tensor, Tensor]:
+    def work(group: Group) -> tuple[Tensor, Tensor, list[Lease | None]]:
         mine = vectors[group.index].clone()
         total = group.sum(mine)
         assert torch.equal(mine, vectors[group.index])
-        return total, group.share(mine, root=1)
+        leases = [Lease(1, 0, 32, 64), None, Lease(2**62, 2**31, 0, 2**62)]
+        told = [group.tell(Granted, Granted(lease, False) if group.leads else None).lease for lease in leases]
+        return total, group.share(mine), told
 
     results = together(3, work)
-    for total, shared in results:
+    for total, shared, told in results:
         assert torch.equal(total, results[0][0])
-        assert torch.equal(shared, vectors[1])
+        assert torch.equal(shared, vectors[2])
+        assert told == [Lease(1, 0, 32, 64), None, Lease(2**62, 2**31, 0, 2**62)]
     torch.testing.assert_close(results[0][0], vectors.sum(0))
 
 
@@ -192,7 +197,8 @@ def test_one_partition_alone_says_nothing() -> None:
     group = Group(None, 0, 1)
     x = torch.randn(2, 4)
     assert torch.equal(group.sum(x[0]), x[0])
-    assert group.share(x, 0) is x
+    assert group.share(x) is x
+    assert group.tell(Granted, Granted(None, True)).finished
     assert torch.equal(Exchange([((0, 4),)], [((0, 4),)], group)(x, 2), x)  # type: ignore[arg-type]
     assert group.elements_sent == 0
     group.close()
