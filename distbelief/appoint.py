@@ -105,11 +105,11 @@ def check_resume(job: Job, facts: Facts, folder: AnyPath, manifest: Manifest) ->
         )
     _check_rule(job.algorithm.update_rule, facts, folder, manifest)
     leases = _leases(job, job.algorithm, facts, (folder, manifest))
-    if leases.finished:
-        done = leases.settled_examples // facts.examples
+    if leases.finished or leases.begun > job.epochs:
+        state = f"has {count(leases.begun, 'epoch')} behind it" if leases.finished else f"is in epoch {leases.begun}"
         raise ConfigurationError(
-            f"{folder} has {count(done, 'epoch')} behind it, the job asks for {job.epochs}",
-            hint=f"give more epochs, for example --epochs {done * 2}",
+            f"{folder} {state}, the job asks for {job.epochs}",
+            hint=f"give more epochs, for example --epochs {leases.begun * 2}",
         )
 
 

@@ -55,7 +55,8 @@ def _command(arguments: list[str]) -> None:
         said = f"there is no command {arguments[0]}\n\n" if arguments and not asked else ""
         print(said + USAGE, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
-    if arguments[1:] in (["-h"], ["--help"]):
+    about_paths = arguments[0] in ("export", "show")  # whose arguments are no options
+    if arguments[-1] in ("-h", "--help") and (len(arguments) == 2 or about_paths):
         print(USAGE)
         return
     _run(lambda: verbs[arguments[0]](arguments[1:]))
@@ -103,7 +104,9 @@ def _plan(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         raise ConfigurationError("distbelief plan needs a file", hint="distbelief plan FILE.py --cluster.partitions 4")
     path = Path(arguments[0])
-    picture = option("picture", Path, "PNG file to draw into: which partition holds which part of each layer.")
+    picture = option(
+        "picture", Path, "PNG file to draw into: which partition holds which part of each layer.", "none is drawn"
+    )
     job, _, extra = parse(
         launch.job_of(path), Launch(str(path.resolve())), arguments[1:], f"distbelief plan {path}", [picture]
     )
@@ -139,7 +142,7 @@ def _resume(arguments: list[str]) -> None:
 
 
 def _export(arguments: list[str]) -> None:
-    if len(arguments) != 2:
+    if len(arguments) != 2 or any(path.startswith("-") for path in arguments):
         raise ConfigurationError("distbelief export takes two paths", hint="distbelief export RUN model.safetensors")
     numbers = export(Path(arguments[0]), Path(arguments[1]), _passed_over)
     print(f"{arguments[1]}: {numbers:,} numbers; load it with model.load_state_dict(safetensors.torch.load_file(...))")
@@ -150,7 +153,7 @@ def _passed_over(path: object, reason: str) -> None:
 
 
 def _show(arguments: list[str]) -> None:
-    if len(arguments) != 1:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
         raise ConfigurationError("distbelief show takes a run folder", hint="distbelief show RUN")
     run = Path(arguments[0])
     observations = read_events(run / "events.jsonl")

@@ -129,6 +129,11 @@ class Leases:
         return self._issued >= self.leases_per_epoch * self.epochs and not self._held and not self._returned
 
     @property
+    def begun(self) -> int:
+        """Epochs of which examples have been handed out."""
+        return -(-self._issued // self.leases_per_epoch)
+
+    @property
     def epoch(self) -> int:
         """The epoch of the oldest lease that is not settled; `epochs` at the end."""
         return min([lease.epoch for lease in self.unsettled()], default=self._issued // self.leases_per_epoch)

@@ -164,9 +164,9 @@ def _either() -> list[tuple[str, Any, Any]]:
     return [*fields, *(field for field in _override_fields(Sandblaster) if field[0] not in known)]
 
 
-def option(name: str, hint: Any, about: str) -> tuple[str, Any, Any]:
+def option(name: str, hint: Any, about: str, default: str = "as the job has it") -> tuple[str, Any, Any]:
     """A field that is None unless it is given on the command line."""
-    annotation = tyro.conf.arg(help=about, help_behavior_hint="(default: as in the file)")
+    annotation = tyro.conf.arg(help=about, help_behavior_hint=f"(default: {default})")
     return name, Annotated[hint | None, annotation], dataclasses.field(default=None)
 
 

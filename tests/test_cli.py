@@ -91,9 +91,14 @@ def test_a_resumed_run_keeps_the_rule_that_the_command_line_gave_it_until_it_is_
         ("--rule Own() --algorithm.rate 0.1", "the rate of Own() can be set in the file only\nhint: name another rule"),
         ("--algorithm.rate -1", "Invalid learning rate: -1.0\nhint: correct the option"),
         ("--algorithm.update-rule muon --algorithm.rate 1", "muon"),
+        ("--algorithm newton", "--algorithm newton: there is no such algorithm"),
+        ("--algorithm", "--algorithm names nothing: there is no such algorithm"),
+        ("--algorithm sandblaster --algorithm.n-push 2", "--algorithm.n-push is no option of Sandblaster"),
+        ("--algorithm.history 5", "--algorithm.history is no option of Downpour"),
+        ("--algorithm sandblaster --algorithm.history 0", "history=0"),
     ],
 )
-def test_a_rule_or_rate_that_cannot_be_is_refused_before_anything_starts(
+def test_an_option_that_cannot_be_is_refused_before_anything_starts(
     given: str, said: str, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -197,8 +202,8 @@ def test_the_help_names_the_rules_and_the_rate(run: Callable[..., None], capsys:
     told: Any = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--algorithm.update-rule {None,adagrad,sgd,adam,adamw,adaptive_revision}" in told
     assert "--algorithm.rate" in told
-    assert "Learning rate of the update rule. (default: as in the file)" in told
-    assert "Named here, it has its default options. (default: as in the file)" in told
+    assert "Learning rate of the update rule. (default: as the job has it)" in told
+    assert "Named here, it has its default options. (default: as the job has it)" in told
 
 
 DESCRIBED = """
@@ -255,24 +260,14 @@ def test_a_file_trains_with_sandblaster_by_option_alone(run: Callable[..., None]
     assert algorithm() == "Sandblaster L-BFGS, 10 pairs"
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ("--algorithm newton", "--algorithm newton: there is no such algorithm"),
-        ("--algorithm", "--algorithm names nothing: there is no such algorithm"),
-        ("--algorithm sandblaster --algorithm.n-push 2", "--algorithm.n-push is no option of Sandblaster"),
-        ("--algorithm.history 5", "--algorithm.history is no option of Downpour"),
-        ("--algorithm sandblaster --algorithm.history 0", "history=0"),
-    ],
-)
-def test_an_algorithm_or_option_that_is_not_there_is_refused(
-    given: str, said: str, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("words", ["export RUN --help", "export --help", "show RUN -h", "train --help"])
+def test_a_question_for_help_is_answered_and_nothing_is_written(
+    words: str, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        run("train", "rules_script.py", "--run", "a", *given.split())
-    assert ended.value.code != 0
-    assert said in capsys.readouterr().err
-    assert not Path("a").exists()
+    before = set(Path().iterdir())
+    run(*words.split())
+    assert "distbelief export RUN model.safetensors" in capsys.readouterr().out
+    assert set(Path().iterdir()) == before
 
 
 def test_a_command_that_is_not_there_is_named_and_help_and_version_are_there(

@@ -61,6 +61,26 @@ def test_any_torch_optimizer_in_the_shard_does_what_it_does_in_the_plain_loop(
     assert problems.same_parameters(trained(job, tmp_path).model, reference)
 
 
+@pytest.mark.parametrize(
+    ("rule", "optimizer"),
+    [
+        (db.sgd(0.1, momentum=0.9), functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True)),
+        (db.adam(0.01), functools.partial(torch.optim.Adam, lr=0.01, fused=True)),
+        (db.adamw(0.01), functools.partial(torch.optim.AdamW, lr=0.01, fused=True)),
+    ],
+)
+def test_one_with_momentum_does_so_to_rounding(rule: db.UpdateRule, optimizer: Any, tmp_path: Path) -> None:
+    """What is left over of a whole vector of the processor is rounded otherwise, and spans are no whole tensors."""
+    job = problems.job(
+        cluster=db.Cluster(replicas=1, shards=3, engine="simulated"), algorithm=AWAITED(update_rule=rule)
+    )
+    reference = problems.fresh_model(job)
+    problems.plain_loop(job, optimizer(reference.parameters()), reference)
+    found = trained(job, tmp_path).model
+    for one, other in zip(found.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_pushing_every_fourth_mini_batch_applies_the_mean_of_four_gradients(tmp_path: Path) -> None:
     job = problems.job(
         cluster=db.Cluster(replicas=1, shards=2, engine="simulated"),

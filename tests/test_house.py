@@ -54,6 +54,13 @@ def test_constructors_take_few_parameters_or_say_why_not() -> None:
     assert wide == WIDE_CONSTRUCTORS.keys()
 
 
+def test_every_picture_of_the_documents_is_shown_by_one() -> None:
+    shown = "".join(path.read_text() for path in DOCUMENTS)
+    pictures = sorted((ROOT / "docs").rglob("*.png"))
+    assert pictures
+    assert [path.name for path in pictures if f"]({path.relative_to(ROOT / 'docs')})" not in shown] == []
+
+
 def test_every_source_begins_with_its_licence_and_introduces_itself() -> None:
     for path in SOURCES:
         text = path.read_text()

@@ -276,6 +276,7 @@ def test_a_resume_for_fewer_epochs_than_are_behind_is_finished_and_for_more_goes
     longer = Leases.resumed(state, 3, [{}])
     assert (longer.finished, longer.repeated, longer.settled_examples, longer.epoch) == (False, 3, 20, 2)
     assert longer.next(0) == Lease(4, 2, 0, 5)
+    assert (longer.begun, Leases.resumed(state, 1, [{}]).begun) == (3, 2)
 
 
 @settings(deadline=None)

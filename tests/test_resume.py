@@ -247,6 +247,21 @@ def test_resuming_a_run_that_is_complete_says_to_give_more_epochs(tmp_path: Path
         db.train(problems.job(), resume=tmp_path / "run", view=False)
 
 
+def test_resuming_a_killed_run_for_fewer_epochs_than_it_has_begun_is_refused(tmp_path: Path) -> None:
+    cluster = db.Cluster(replicas=2, shards=2, engine="simulated")
+    job = problems.job(cluster=cluster, epochs=6, checkpoint_seconds=0.2, keep_checkpoints=100)
+    trained(job, tmp_path / "run", costs=db.Costs(example_seconds=2e-3))
+    for folder in checkpoint.complete(tmp_path / "run"):  # as a kill would have left it
+        leases = checkpoint.read_manifest(folder).leases
+        assert leases is not None
+        if leases.unsettled and leases.issued * leases.lease_examples > 3 * 640:
+            break
+        checkpoint.discard(folder)
+    with pytest.raises(db.ConfigurationError, match=r"is in epoch [4-6], the job asks for 2\nhint: give more epochs"):
+        db.train(dataclasses.replace(job, epochs=2), resume=tmp_path / "run", view=False)
+    assert db.train(job, resume=tmp_path / "run", view=False).summary.examples.missing == 0
+
+
 def test_what_a_run_offers_to_resume_and_export_it_does_so(tmp_path: Path) -> None:
     job = problems.job()
     offered = trained(job, tmp_path / "a run").summary
