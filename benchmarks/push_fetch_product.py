@@ -3,19 +3,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 
 from distbelief import adagrad
 from distbelief.channel.base import Out, exported
+from distbelief.cluster import TransportName
 from distbelief.engine.base import Home
 from distbelief.engine.local import LocalEngine
 from distbelief.parameter_server import ParameterServer, ParameterServerShard, shard_name
 from distbelief.parameters import Layout, Piece, Span
 from distbelief.section import Stamp
-
-Transport = Literal["shared_memory", "tcp"]
 
 
 class Echo:
@@ -56,7 +54,7 @@ class Pushes:
 
 
 @contextmanager
-def product(parameters: int, transport: Transport) -> Iterator[Callable[[], None]]:
+def product(parameters: int, transport: TransportName) -> Iterator[Callable[[], None]]:
     """Each call is one push and one fetch of all parameters, answered by the shard."""
     engine = LocalEngine([shard_name(0)], transport=transport)
     try:
@@ -69,7 +67,7 @@ def product(parameters: int, transport: Transport) -> Iterator[Callable[[], None
 
 
 @contextmanager
-def echo(parameters: int, transport: Transport) -> Iterator[Callable[[], None]]:
+def echo(parameters: int, transport: TransportName) -> Iterator[Callable[[], None]]:
     """Each call moves one tensor there and one back, as a push and the fetch behind it do, without an optimizer."""
     engine = LocalEngine(["echo"], transport=transport)
     try:

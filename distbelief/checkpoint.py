@@ -121,7 +121,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Filled in by `commit`."""
 
 
-class Sealed(msgspec.Struct, frozen=True):
+class Proved(msgspec.Struct, frozen=True):
     """The file of a manifest: its text, and the checksum that proves it unchanged."""
 
     crc32: int
@@ -237,7 +237,7 @@ def commit(folder: AnyPath, manifest: Manifest, buffers: Sequence[torch.Tensor],
     draft = shard_file.write(folder / BUFFERS, {"buffers": line}, state)
     manifest = msgspec.structs.replace(manifest, buffers=shard_file.seal(draft, state, durable=durable))
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-    sealed = msgspec.json.encode(Sealed(zlib.crc32(text), msgspec.Raw(text)))
+    sealed = msgspec.json.encode(Proved(zlib.crc32(text), msgspec.Raw(text)))
     if isinstance(folder, Path):
         _write_at_once(folder, sealed, durable)
     else:
@@ -299,7 +299,7 @@ def keep_newest(run: Path, count: int) -> None:
 def read_manifest(folder: AnyPath) -> Manifest:
     """The manifest, with every file checked. Raises CheckpointError."""
     try:
-        sealed = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Sealed)
+        sealed = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Proved)
         if zlib.crc32(sealed.manifest) != sealed.crc32:
             raise CheckpointError(f"{folder / MANIFEST} was changed since it was written")
         manifest = msgspec.json.decode(sealed.manifest, type=Manifest)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """When the model is evaluated during a job: every so many examples, once at the end, one at a time."""
 
-import math
-
 from distbelief import events
 
 LAST_SECONDS = 600.0
@@ -43,9 +41,8 @@ class Evaluations:
         self._newest, self._until = at, None
         self._slowest_seconds = max(self._slowest_seconds, seconds)
         self._due = max(self._due, examples) + self._every - examples % self._every
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        loss = loss if loss is not None and math.isfinite(loss) else None
-        return events.Evaluated(examples=at, loss=loss, metrics=finite, evaluation_seconds=seconds)
+        told = {name: events.finite(value) for name, value in metrics.items()}
+        return events.Evaluated(examples=at, loss=events.finite(loss), metrics=told, evaluation_seconds=seconds)
 
     def begin_last(self, examples: int) -> None:
         """Training is over: evaluate what it led to, unless that is done."""

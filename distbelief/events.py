@@ -5,6 +5,7 @@ The coordinator emits; nothing else does. On disk (`events.jsonl`) an event is o
 ``{"seconds": 12.3, "event": {"type": "Evaluated", ...}}`` with seconds since the job started.
 """
 
+import math
 from collections.abc import Callable
 
 import msgspec
@@ -286,6 +287,11 @@ def to_line(observation: Observation) -> bytes:
 def from_line(line: bytes | str) -> Observation:
     """The inverse of `to_line`; raises msgspec.ValidationError on a line that is no event."""
     return msgspec.json.decode(line, type=Observation)
+
+
+def finite(value: float | None) -> float | None:
+    """The number, or None for one that is NaN or infinite, which JSON cannot hold."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def staleness_quantile(counts: dict[int, int], quantile: float) -> float:

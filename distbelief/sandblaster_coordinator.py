@@ -29,6 +29,7 @@ from distbelief.coordinator import Coordinator
 from distbelief.engine.base import Engine
 from distbelief.engine.insistent import All
 from distbelief.errors import DeadlineExceeded, NotReady, PeerLost, TrainingFailed
+from distbelief.events import finite
 from distbelief.files import AnyPath
 from distbelief.lbfgs import Command, Evaluate, Gram, Solver, Step, Stop
 from distbelief.parameter_server import ParameterServerShard
@@ -158,7 +159,7 @@ class SandblasterCoordinator(Coordinator):
         self.emit(
             events.BatchProgress(
                 iteration=solver.iteration, max_iterations=solver.options.max_iterations,
-                evaluations=solver.evaluations, loss=_finite(solver.loss), gradient=_finite(solver.gradient_norm),
+                evaluations=solver.evaluations, loss=finite(solver.loss), gradient=finite(solver.gradient_norm),
                 portions_done=portions.done, portions=len(portions.batch.bundles), backed_up=portions.backed_up,
                 examples=examples, examples_per_second=max(0, examples - before) / max(now - since, 1e-9),
                 replicas_alive=alive,
@@ -227,7 +228,7 @@ class SandblasterCoordinator(Coordinator):
                     f"the loss of examples {self._spoilt.start} to {self._spoilt.stop - 1}, or its gradient, is NaN or "
                     "infinite at the starting point\nhint: check these examples and the parameters it begins with"
                 )
-            return self.solver.tell_not_finite()
+            return self.solver.tell_notfinite()
         portions, batch = self.portions, self.portions.batch
         extent = Extent(len(batch.bundles), portions.examples, *map(portions.examples_at, (batch.before, batch.after)))
         sealed = merge(self._ask(ParameterServerShard.seal, self._number, trial, extent))
@@ -237,7 +238,7 @@ class SandblasterCoordinator(Coordinator):
             shared = portions.mean_loss(batch.before or batch.after), portions.mean_loss(batch.after)
         commands = self.solver.tell(portions.mean_loss(), sealed, shared)
         if self.solver.state is not state:
-            now = _finite(portions.mean_loss() + sealed.penalty)
+            now = finite(portions.mean_loss() + sealed.penalty)
             self.emit(events.SearchBegun(loss=now, loss_before=state.loss))
         elif self.solver.iteration > before:
             self._tell_iteration(trial.t)
@@ -387,10 +388,6 @@ class SandblasterCoordinator(Coordinator):
             pushes=self.counters.mini_batches, staleness={}, resume_command=resume, export_command=export,
             iterations=self.solver.iteration, evaluations=self.solver.evaluations, round_trips=self.round_trips,
             converged=self.solver.stopped is not None and self.solver.stopped.converged,
-            loss=_finite(self.solver.loss), gradient=_finite(self.solver.gradient_norm),
+            loss=finite(self.solver.loss), gradient=finite(self.solver.gradient_norm),
             strangers=self.counters.strangers,
         )  # fmt: skip
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -16,7 +16,7 @@ from distbelief.engine.base import Home
 from distbelief.errors import Fenced, NotReady, ProtocolError
 from distbelief.files import AnyPath, path_of
 from distbelief.parameters import Layout, Span
-from distbelief.shard_file import ReplicaRecord, ShardFile, ShardState
+from distbelief.shard_file import PushRecord, ShardFile, ShardState
 from distbelief.update_rule import UpdateRule
 
 LEASES_REMEMBERED = 64
@@ -115,7 +115,7 @@ class Section:
         if stamp.incarnation < max(known, self._fenced.get(stamp.replica, 0)):
             raise Fenced(f"replica {stamp.replica} incarnation {stamp.incarnation} has been replaced")
         if record is None or record.incarnation < stamp.incarnation:
-            record = state.replicas[stamp.replica] = ReplicaRecord(stamp.incarnation, 0)
+            record = state.replicas[stamp.replica] = PushRecord(stamp.incarnation, 0)
         if stamp.sequence <= record.sequence:
             return self._answers.get(stamp.replica, Applied(state.version, 0))
         if self._restored:

@@ -23,7 +23,7 @@ from distbelief.tensor_file import TensorFile, TensorReader
 _READ_BYTES = 1 << 22
 
 
-class ReplicaRecord(msgspec.Struct):
+class PushRecord(msgspec.Struct):
     """What a shard remembers of one replica, so that a push counts once."""
 
     incarnation: int
@@ -47,7 +47,7 @@ class ShardState(msgspec.Struct, kw_only=True):
     """Acknowledged pushes that a restart from an older checkpoint lost."""
     scalars: dict[str, float] = {}
     """The update rule's numbers, such as Adam's step."""
-    replicas: dict[int, ReplicaRecord] = {}
+    replicas: dict[int, PushRecord] = {}
     staleness: dict[int, int] = {}
     """Staleness -> pushes applied at it."""
 

@@ -16,7 +16,7 @@ from distbelief.model_partition import lay_out_pieces
 from distbelief.parameters import Layout, Piece, Span, cut, lay_out, trainable
 from distbelief.partition.box import count, sizes, split, whole
 from distbelief.partition.units import OwnedPiece, units
-from distbelief.shard_file import ReplicaRecord, ShardFile, ShardState
+from distbelief.shard_file import PushRecord, ShardFile, ShardState
 
 LEASES = LeaseState(100, 16, 6, (Lease(3, 0, 48, 64), Lease(5, 0, 80, 96)), 4)
 
@@ -166,7 +166,7 @@ def write_checkpoint(
 
 
 def _section(folder: Path, span: Span, vectors: Mapping[str, Tensor], index: int) -> ShardFile:
-    pushed = {0: ReplicaRecord(3, 9, {3: 56 + 8 * (index % 2), 4: 80}), 1: ReplicaRecord(3, 7, {6: 4 - index % 3})}
+    pushed = {0: PushRecord(3, 9, {3: 56 + 8 * (index % 2), 4: 80}), 1: PushRecord(3, 7, {6: 4 - index % 3})}
     state = ShardState(
         start=span.start, stop=span.stop, version=10 + index % 3, examples=320 + 32 * (index % 3), mini_batches=11,
         lost_updates=1, scalars={"step": 10.0 + index % 3}, replicas=pushed, staleness={0: 4, 2: 6 + index % 3},

@@ -21,7 +21,7 @@ from distbelief.leases import Lease, LeaseState
 from distbelief.parameters import Layout, Piece, Span, cut, lay_out, trainable
 from distbelief.partition.units import OwnedPiece
 from distbelief.recut import recut
-from distbelief.shard_file import ReplicaRecord, ShardState
+from distbelief.shard_file import PushRecord, ShardState
 from tests.cuts import by_rows, write_checkpoint
 
 BUFFER_VALUES = torch.arange(6, dtype=torch.float64) + 2.0**52 + 1
@@ -46,7 +46,7 @@ LENGTH = lay_out(model()).length
 def write_shards(folder: Path, value: float, shards: int = 2, length: int | None = None) -> list[shard_file.ShardFile]:
     files = []
     for index, span in enumerate(cut(length or LENGTH, shards)):
-        records = {0: ReplicaRecord(0, 3, {4: 10 + index, 5: 20}), 2: ReplicaRecord(1, 1, {4: 3, 5: 24 - index})}
+        records = {0: PushRecord(0, 3, {4: 10 + index, 5: 20}), 2: PushRecord(1, 1, {4: 3, 5: 24 - index})}
         state = ShardState(start=span.start, stop=span.stop, replicas=records)
         path = folder / f"shard-{index}.safetensors"
         draft = shard_file.write(path, {"parameters": torch.full((len(span),), value)}, state)

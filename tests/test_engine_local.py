@@ -160,6 +160,13 @@ def test_roles_share_the_memory_of_the_data_set(start: Callable[..., Remote[Cler
         assert used["Private_Dirty"] == 0
 
 
+def test_a_process_is_named_after_its_role(start: Callable[..., Remote[Clerk]], engine: LocalEngine) -> None:
+    start(SHARED)
+    names = {role: Path(f"/proc/{pid}/comm").read_text().strip() for role, pid in engine.processes.items()}
+    assert len(names) == 2
+    assert names == {role: f"db:{role}"[:15] for role in names}
+
+
 def test_a_role_that_writes_to_its_data_set_changes_its_own_copy(start: Callable[..., Remote[Clerk]]) -> None:
     spoiler, reader = start(SHARED), start(SHARED)
     before = reader.call(Clerk.total).result()

@@ -15,11 +15,11 @@ from distbelief import shard_file
 from distbelief.errors import CheckpointError
 from distbelief.files import Draft
 from distbelief.parameters import Span, cut
-from distbelief.shard_file import ReplicaRecord, ShardFile, ShardState
+from distbelief.shard_file import PushRecord, ShardFile, ShardState
 
 STATE = ShardState(
     start=0, stop=0, version=12, examples=384, lost_updates=2, scalars={"step": 12.0},
-    replicas={0: ReplicaRecord(1, 7, {3: 96, 4: 32}), 5: ReplicaRecord(0, 5)}, staleness={0: 4, 3: 8},
+    replicas={0: PushRecord(1, 7, {3: 96, 4: 32}), 5: PushRecord(0, 5)}, staleness={0: 4, 3: 8},
 )  # fmt: skip
 
 

@@ -13,12 +13,13 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from distbelief.channel.authenticate import new_key
 from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.peer import at
 from distbelief.channel.place import Address
+from distbelief.cluster import TransportName
 from distbelief.engine.base import COORDINATOR, Death, Faults
 from distbelief.engine.home import ProcessHome, life_of
 from distbelief.engine.listener import LOOPBACK, listen, listen_over_tcp, name_of
@@ -28,8 +29,6 @@ from distbelief.engine.script import Script
 from distbelief.errors import ConfigurationError
 
 T = TypeVar("T")
-
-Transport = Literal["shared_memory", "tcp"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class LocalEngine(LocalHome):
         self,
         listening: Sequence[str],
         *,
-        transport: Transport = "shared_memory",
+        transport: TransportName = "shared_memory",
         faults: Faults | None = None,
     ) -> None:
         names = (COORDINATOR, *listening)

@@ -29,6 +29,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, final
 
 from distbelief.engine.pickles import Unpickler, places
@@ -71,6 +72,12 @@ def receive(control: socket.socket) -> tuple[Any, list[int]]:
 def die_with_parent(number: int) -> None:
     """Get this signal from the kernel when the thread that started this process ends; 0 for none."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def name_process(role: str) -> None:
+    """Let `ps -o comm` and `top` name this process after what it is, of which they show 15 characters."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(f"db:{role}")
 
 
 def open_files_anew() -> None:
@@ -284,6 +291,7 @@ class Zygote:
             die_with_parent(signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
+            name_process(role)
             self._control.close()
             self._selector.close()
             for own in (read_end, *self._children, *(child[3] for child in self._children.values())):
@@ -323,6 +331,7 @@ def serve(control: socket.socket) -> None:
     # A fork copies no threads: nothing here may start any, so that roles can start their own.
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    name_process("zygote")
     control.set_inheritable(False)
     Zygote(control).serve()
 

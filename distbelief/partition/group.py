@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from distbelief.channel import mailbox
 from distbelief.channel.mailbox import Mailbox
+from distbelief.engine.listener import LOOPBACK
 from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost
 from distbelief.partition.staging import StagingGroup
 
-LOOPBACK = "127.0.0.1"
 DEFAULT_BACKEND, STAGING_BACKEND = "gloo_at_address", "staged_gloo"
 """What torch calls gloo of ours: its own listens where the name of the host leads, or an environment variable."""
 TOLD_BYTES, LENGTH_BYTES = 512, 2

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from distbelief.errors import ConfigurationError
 from distbelief.report.plan import Box, LayerRow, PlanTable, balance, scaled
+from distbelief.report.plots import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#9f6b53")
 ACROSS = 6
 """Layers in a row of the picture."""
 MOST_LAYERS = 36

@@ -7,7 +7,6 @@ pushes is taken as said about the whole job; what was refused is counted from th
 """
 
 import functools
-import math
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -29,6 +28,7 @@ from distbelief.events import (
     PushRefused,
     RoleLost,
     ShardRestored,
+    finite,
     staleness_quantile,
 )
 from distbelief.report.words import count, duration, number, sentence, values_of
@@ -164,7 +164,7 @@ def _after(summary: Summary, observation: Observation) -> Summary:
             return replace(
                 summary,
                 examples=_counted(summary.examples, event.examples),
-                loss=summary.loss if event.loss is None else _finite(event.loss),
+                loss=summary.loss if event.loss is None else finite(event.loss),
                 staleness=Staleness(event.staleness_median, event.staleness_p95),
                 pushes=event.pushes,
                 mini_batches=event.mini_batches,
@@ -172,7 +172,7 @@ def _after(summary: Summary, observation: Observation) -> Summary:
         case BatchProgress() | Iterated():
             return _moved(summary, event)
         case Evaluated():
-            return replace(summary, test={name: _finite(value) for name, value in values_of(event).items()})
+            return replace(summary, test={name: finite(value) for name, value in values_of(event).items()})
         case LeasesReturned(repeated=repeated):
             examples = replace(summary.examples, repeated=summary.examples.repeated + repeated)
             return replace(summary, examples=examples)
@@ -192,7 +192,7 @@ def _moved(summary: Summary, event: BatchProgress | Iterated) -> Summary:
         gradient=event.gradient,
     )  # fmt: skip
     examples = replace(summary.examples, seen=event.examples)
-    return replace(summary, batch=batch, examples=examples, loss=_finite(event.loss))
+    return replace(summary, batch=batch, examples=examples, loss=finite(event.loss))
 
 
 def _started(summary: Summary, event: JobStarted) -> Summary:
@@ -253,10 +253,6 @@ def _finished(summary: Summary, event: JobFinished) -> Summary:
 
 def _counted(examples: Examples, seen: int) -> Examples:
     return replace(examples, seen=seen, missing=max(0, examples.planned - seen))
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def text(summary: Summary) -> str:
