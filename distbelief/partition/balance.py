@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
-from distbelief.errors import ConfigurationError
 from distbelief.partition.tracer import Followed
 
 
@@ -51,7 +49,7 @@ def measure(module: fx.GraphModule, sample: Tensor) -> dict[fx.Node, Measure]:
 
 class _Measuring(Followed):
     def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+        super().__init__(module, "let it depend on no values, and make new tensors on the device of its input")
         self.found: dict[fx.Node, Measure] = {}
         self._kept = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers())]
 
@@ -66,17 +64,9 @@ class _Measuring(Followed):
                 saved += storage.nbytes() // tensor.itemsize
             return tensor
 
-        with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
-            try:
-                result = super().run_node(n)
-            except ConfigurationError:
-                raise
-            except Exception as error:
-                raise ConfigurationError(
-                    f"{n.target} cannot be planned without computing it: {type(error).__name__}: {error}",
-                    hint="let it depend on no values, and make new tensors on the device of its input",
-                ) from error
-        self.found[n] = Measure(result, counter.get_total_flops(), saved, tuple(self.changed.get(n, ())))
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = super().run_node(n)
+        self.found[n] = Measure(result, self.operations[n], saved, tuple(self.changed.get(n, ())))
         return result
 
 

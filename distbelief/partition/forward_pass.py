@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from distbelief.errors import ConfigurationError
 from distbelief.partition.balance import Measure, measure
 from distbelief.partition.trace import check_hooks
-from distbelief.partition.tracer import UNCUT, Tracer, check_changes, graph_of
+from distbelief.partition.tracer import UNCUT, Tracer, check_alike, check_changes, graph_of
 
 _PREFIX = f"{UNCUT}."
 
@@ -135,11 +135,7 @@ def follow(model: nn.Module, sample: Tensor, opened: Collection[str] = ()) -> Fo
     leaves = [name_of(name) for name, each in called.named_modules() if name and tracer.is_leaf_module(each, name)]
     check_hooks(model, leaves, "put what they do into forward, or use partitions=1", called=True)
     training, evaluating = (_trace(called.train(mode), opened) for mode in (True, False))
-    if [(node.op, node.target) for node in training.nodes] != [(node.op, node.target) for node in evaluating.nodes]:
-        raise ConfigurationError(
-            f"the forward pass of {type(model).__name__} calls other layers in evaluation than in training",
-            hint="put what differs into a module of its own",
-        )
+    check_alike(training, evaluating, type(model).__name__, "put what differs into a module of its own")
     measures = measure(fx.GraphModule(called.train(), training), sample)
     passed = ForwardPass(called, training, dict(zip(training.nodes, evaluating.nodes, strict=True)), measures)
     # Steps are done once, in order; what does not depend on the input is computed anew by whoever needs it.

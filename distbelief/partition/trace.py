@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from distbelief.errors import ConfigurationError
-from distbelief.partition.tracer import Followed, Tracer, call_name, check_changes, graph_of
+from distbelief.partition.tracer import Followed, Tracer, call_name, check_alike, check_changes, graph_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STAGES_HINT = "register a rule for the layer with register_rule, or cut the model by layers with Plan.stages"
@@ -103,12 +102,8 @@ def trace(model: nn.Module, sample: torch.Tensor, is_leaf: Callable[[nn.Module],
             f"the forward pass of {type(model).__name__} computes with a tensor of its own, or one made of a buffer",
             hint="make it in the constructor and register it as a buffer, or cut the model by layers with Plan.stages",
         )
-    twins = dict(zip(evaluating.nodes, training.nodes, strict=False))
-    if [(n.op, n.target) for n in training.nodes] != [(n.op, n.target) for n in evaluating.nodes]:
-        raise ConfigurationError(
-            f"the forward pass of {type(model).__name__} calls other layers in evaluation than in training",
-            hint=STAGES_HINT,
-        )
+    check_alike(training, evaluating, type(model).__name__, STAGES_HINT)
+    twins = dict(zip(evaluating.nodes, training.nodes, strict=True))
     size = max(2, sample.shape[0])
     facts = [_Facts(fx.GraphModule(model.train(), training)) for _ in range(2)]
     for run, batch in zip(facts, (size, size + 1), strict=True):
@@ -131,7 +126,7 @@ def trace(model: nn.Module, sample: torch.Tensor, is_leaf: Callable[[nn.Module],
                 dict(node.kwargs),
                 evaluation,
                 value,
-                one.operations // size,
+                facts[0].operations[node] // size,
                 one.random,
             )
         )
@@ -171,7 +166,6 @@ def _symbolic(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Grap
 @dataclass
 class _Fact:
     result: Any
-    operations: int
     random: bool
 
 
@@ -189,22 +183,14 @@ class _Facts(Followed):
     """Runs the graph on meta tensors and notes what each node yields."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+        super().__init__(module, f"give a sample like the model's mini-batches; or {STAGES_HINT}")
         self.found: dict[fx.Node, _Fact] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         draws = _Draws()  # type: ignore[no-untyped-call]
-        with FlopCounterMode(display=False) as counter, draws:
-            try:
-                result = super().run_node(n)
-            except ConfigurationError:
-                raise
-            except Exception as error:
-                raise ConfigurationError(
-                    f"{call_name(n)} cannot be planned without computing it: {type(error).__name__}: {error}",
-                    hint=f"give a sample like the model's mini-batches; or {STAGES_HINT}",
-                ) from error
+        with draws:
+            result = super().run_node(n)
         if isinstance(result, torch.Tensor):
             result = result.to("meta")
-        self.found[n] = _Fact(result, counter.get_total_flops(), draws.found)
+        self.found[n] = _Fact(result, draws.found)
         return result

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from distbelief.errors import ConfigurationError
 
@@ -114,18 +115,35 @@ def call_name(node: fx.Node) -> str:
 
 
 class Followed(fx.Interpreter):
-    """Runs a graph and notes which results of earlier calls each call changes in place."""
+    """Runs a graph on the meta device; notes what each call costs, and which earlier results it changes in place.
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    `hint` is for a call that needs values.
+    """
+
+    def __init__(self, module: fx.GraphModule, hint: str) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.extra_traceback = False
+        self._hint = hint
+        self.operations: dict[fx.Node, int] = {}
+        """Floating-point operations of each call, as torch counts them: those of matrix products alone."""
         self.changed: dict[fx.Node, list[fx.Node]] = {}
         """For each call the earlier ones whose results it has changed."""
         self._versions: dict[fx.Node, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one call. Raises ConfigurationError for one that is trained where the user's forward does not."""
-        result = super().run_node(n)
+        """Run one call.
+
+        Raises ConfigurationError for one that needs values, or is trained where the user's forward does not.
+        """
+        with FlopCounterMode(display=False) as counter:
+            try:
+                result = super().run_node(n)
+            except Exception as error:
+                raise ConfigurationError(
+                    f"{call_name(n)} cannot be planned without computing it: {type(error).__name__}: {error}",
+                    hint=self._hint,
+                ) from error
+        self.operations[n] = counter.get_total_flops()
         if any(self._is_changed(node) for node in n.all_input_nodes):  # and with it what shares its memory
             self.changed[n] = [node for node in self._versions if self._is_changed(node)]
             self._versions |= {node: self.env[node]._version for node in self.changed[n]}
@@ -140,6 +158,14 @@ class Followed(fx.Interpreter):
 
     def _is_changed(self, node: fx.Node) -> bool:
         return node in self._versions and self.env[node]._version != self._versions[node]
+
+
+def check_alike(training: fx.Graph, evaluating: fx.Graph, name: str, hint: str) -> None:
+    """Raise ConfigurationError unless the model of that name makes the same calls in evaluation as in training."""
+    if [(node.op, node.target) for node in training.nodes] != [(node.op, node.target) for node in evaluating.nodes]:
+        raise ConfigurationError(
+            f"the forward pass of {name} calls other layers in evaluation than in training", hint=hint
+        )
 
 
 def check_changes(changed: Mapping[fx.Node, Iterable[fx.Node]], movable: Callable[[fx.Node], bool]) -> None:
