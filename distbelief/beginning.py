@@ -16,7 +16,7 @@ IDLE_SECONDS = 0.05
 
 
 def take_mean_buffers(coordinator: Remote[Any], partition: int, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Fill `buffers`, those of one partition of the model, with the mean over the live replicas."""
+    """Fill `buffers`, those of one partition of the model, with the mean over the replicas at work."""
     values = flat_buffers(buffers)
     if len(values):
         coordinator.call(Coordinator.mean_buffers, partition, values).result()

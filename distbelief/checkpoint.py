@@ -4,7 +4,7 @@
     run/
       checkpoints/00000042/          the number is the order of writing
         shard-0-0.safetensors ...    parameters and rule state by span, each at one version
-        buffers.safetensors          mean of the live replicas' buffers, partition after partition
+        buffers.safetensors          mean of the buffers of replicas at work, partition after partition
         manifest.json                written last, atomically: without it the folder is no checkpoint
 
 Where not all hosts see the run folder, `checkpoints` is a file that names a place in a store, which holds the folders.

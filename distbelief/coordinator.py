@@ -82,6 +82,11 @@ class Coordinator(ABC):
     def examples(self) -> int:
         """Examples whose gradients have been applied, over the whole job."""
 
+    @property
+    @abstractmethod
+    def at_work(self) -> int:
+        """How many replicas, the first ones, may be given work at the moment."""
+
     @abstractmethod
     def work(self) -> dict[str, Any]:
         """What a manifest says of the work done; asked before the shards write."""
@@ -123,7 +128,7 @@ class Coordinator(ABC):
 
     @exported
     def mean_buffers(self, partition: int, values: Out) -> None:
-        """The mean of the live replicas' buffers, float64 of shape (b,)."""
+        """The mean of the buffers of replicas at work, float64 of shape (b,)."""
         values.copy_(self.buffers()[partition])
 
     @exported
@@ -360,20 +365,15 @@ class Coordinator(ABC):
         now = self.engine.now()
         if now > self._progress_at and now - self._progress_at >= seconds:
             self._progress_at = now
-            self._ask_statuses()
+            if self._asked is None or self._asked.done():  # what the shards answer is used the next time
+                self._asked, self._asked_at = self.ask_shards(ParameterServerShard.status), now
+                self.later(self._asked, self.counters.update)
             self.tell_progress(now, sum(record.alive and not record.left for record in self.replicas))
-
-    def _ask_statuses(self) -> None:
-        """Ask the shards for their counters; what they answer is used the next time."""
-        if self._asked is None or self._asked.done():
-            self._asked_at = self.engine.now()
-            self._asked = self.ask_shards(ParameterServerShard.status)
-            self.later(self._asked, self.counters.update)
 
     @final
     def buffers(self) -> list[torch.Tensor]:
-        """Per partition, the mean of the live replicas' buffers; before any has reported, the initial ones."""
-        return mean_buffers(self.replicas, self._initial_buffers)
+        """Per partition, the mean of the buffers of replicas at work; before any has reported, the initial ones."""
+        return mean_buffers(self.replicas, self.at_work, self._initial_buffers)
 
     # checkpoints
 

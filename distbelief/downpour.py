@@ -183,6 +183,7 @@ class DownpourReplica:
                 idle = True
                 continue
             if idle:
+                self.load_buffers()  # those that it has are of parameters of long ago
                 self.adopt(math.inf)
                 self.start_fetch()
                 self.adopt(math.inf)
@@ -330,7 +331,7 @@ class DownpourReplica:
             self.coordinator.call(DownpourCoordinator.take_buffers, self.index, self.group.index, given).result()
 
     def load_buffers(self) -> None:
-        """Begin with the mean of the live replicas' buffers."""
+        """Begin with the mean of the buffers of replicas at work."""
         take_mean_buffers(self.coordinator, self.group.index, self.model.part.buffers)
         self.buffers = [buffer.clone() for buffer in self.model.part.buffers.values()]
 

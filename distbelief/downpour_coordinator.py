@@ -31,7 +31,7 @@ class DownpourCoordinator(Coordinator):
         self.leases, self._release = leases, release
         self._meter = Meter(engine.now(), leases.settled_examples)
         self._refused_examples = self._refused_pushes = 0
-        self._released = self._allowed()
+        self._released = self.at_work
         self._epoch, self._repeated_before = leases.epoch, leases.repeated
 
     # what replicas may ask
@@ -43,7 +43,7 @@ class DownpourCoordinator(Coordinator):
         self._settle(replica, settled)
         if self.stopping or self.leases.finished:
             return Granted(None, True)
-        if replica >= self._allowed() or not self.begun:
+        if replica >= self.at_work or not self.begun:
             return Granted(None, False)
         return Granted(self.leases.next(replica), False)
 
@@ -70,6 +70,12 @@ class DownpourCoordinator(Coordinator):
     def examples(self) -> int:
         """Examples settled so far."""
         return self.leases.settled_examples
+
+    @property
+    def at_work(self) -> int:
+        """Few at the beginning and at the end (`Release`)."""
+        leases = self.leases
+        return self._release.released(leases.settled_examples, leases.examples_to_come, len(self.replicas))
 
     def work(self) -> dict[str, Any]:
         """The leases, noted before the shards write: what is settled now is in all of them."""
@@ -133,10 +139,6 @@ class DownpourCoordinator(Coordinator):
 
     # decisions
 
-    def _allowed(self) -> int:
-        leases = self.leases
-        return self._release.released(leases.settled_examples, leases.examples_to_come, len(self.replicas))
-
     def _refuse(self, replica: int, refusal: Refusal) -> None:
         self._refused_examples += refusal.examples
         self._refused_pushes += 1
@@ -158,7 +160,7 @@ class DownpourCoordinator(Coordinator):
 
     def _after_settling(self) -> None:
         settled = self.leases.settled_examples
-        released = self._allowed()
+        released = self.at_work
         if released > self._released:
             self._released = released
             self.emit(events.ReplicasReleased(replicas=released, examples=settled))

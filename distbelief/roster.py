@@ -134,10 +134,17 @@ def shard_silence_seconds(silence_seconds: float, spans: Sequence[Span], dtype: 
     return silence_seconds + max(map(len, spans)) * dtype.itemsize / SHARD_BYTES_PER_SECOND
 
 
-def mean_buffers(replicas: Sequence[ReplicaRecord], initial: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Per partition, the mean of the buffers that replicas reported; the `initial` ones where none has."""
-    reported = [
-        [record.buffers[partition] for record in replicas if partition in record.buffers]
-        for partition in range(len(initial))
-    ]
-    return [torch.stack(some).mean(0) if some else first for some, first in zip(reported, initial, strict=True)]
+def mean_buffers(
+    replicas: Sequence[ReplicaRecord], at_work: int, initial: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Per partition, the mean of the buffers that the first `at_work` replicas reported, or any; else the initial ones.
+
+    Who has nothing to do is left out: what it saw last belongs to parameters of long ago.
+    """
+    means = []
+    for partition, first in enumerate(initial):
+        reported = [record.buffers.get(partition) for record in replicas]
+        some = [values for values in reported[:at_work] if values is not None]
+        some = some or [values for values in reported if values is not None]
+        means.append(torch.stack(some).mean(0) if some else first)
+    return means

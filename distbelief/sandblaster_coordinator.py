@@ -125,6 +125,11 @@ class SandblasterCoordinator(Coordinator):
         """Examples whose gradients were added up, over all evaluations."""
         return self._computed
 
+    @property
+    def at_work(self) -> int:
+        """All."""
+        return len(self.replicas)
+
     def work(self) -> dict[str, Any]:
         """The solver, as it is after the last step."""
         state = self.solver.state  # all of it is values but itself and the search
