@@ -12,7 +12,7 @@ from distbelief.checkpoint import try_store
 from distbelief.data_shard import Collated, collect, first
 from distbelief.errors import ConfigurationError
 from distbelief.files import path_of
-from distbelief.job import Job, Prepared, sample_of, trial
+from distbelief.job import Job, Prepared, input_of, sample_of, trial
 from distbelief.mean_loss import AS_A_MEAN, DISTANCES, check_mean, check_scale, divided, doubled, moved
 from distbelief.model_partition import CutModel
 from distbelief.model_replica import Objective, build, scalar, whole
@@ -32,6 +32,8 @@ def attempt(prepared: Prepared) -> None:
         _attempt_store(str(job.checkpoints))
     if prepared.cut is not None:
         _attempt_loss(job, prepared.cut, data, *sample_of(job, data))
+        if test is not None and job.evaluate is None and not isinstance(prepared.cut.plan, StagePlan):
+            prepared.cut.output(input_of(job, sample_of(job, test)))
         return
     module, _ = build(job.model, job.seed, job.grouping, prepared.layout)
     sample = sample_of(job, data)

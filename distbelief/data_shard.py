@@ -5,6 +5,7 @@ While the replica computes a mini-batch, the next one is prepared beside it. Tha
 answer; what is in memory is there sooner than another thread could be asked.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -99,15 +100,27 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """The mini-batch on `device`; tuples, named tuples, lists and dicts are followed to what has a `to` of its own."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict) and not hasattr(type(batch), "to"):  # its own attributes may be its keys
+        return _like(batch, {key: to_device(value, device) for key, value in batch.items()})
     if callable(getattr(batch, "to", None)):
         return batch.to(device)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, tuple | list):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
+
+
+def _like(before: dict[Any, Any], items: dict[Any, Any]) -> Any:
+    """A dict of the same kind with these items under its keys."""
+    if type(before) is dict:
+        return items
+    try:
+        return type(before)(items)
+    except TypeError:  # such as defaultdict, which is made of something else
+        made = copy.copy(before)
+        made.update(items)
+        return made
 
 
 @final

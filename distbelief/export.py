@@ -18,6 +18,7 @@ from torch import nn
 from distbelief import checkpoint, tensor_file
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.files import AnyPath
+from distbelief.parameters import place_of
 from distbelief.recut import buffer_reader, by_name, check_covered, uncut, vector_reader
 
 STATE = "state.json"
@@ -50,13 +51,13 @@ def write_template(run: Path, module: nn.Module, values: Values | None = None) -
     A module on the meta device needs `values` of what is not trained. Raises OSError.
     """
     sources = {
-        id(parameter): ("parameters" if parameter.requires_grad else "initial", name)
+        place_of(parameter): ("parameters" if parameter.requires_grad else "initial", name)
         for name, parameter in module.named_parameters()
     }
-    sources |= {id(buffer): ("buffers", name) for name, buffer in module.named_buffers()}
+    sources |= {place_of(buffer): ("buffers", name) for name, buffer in module.named_buffers()}
     entries, initial = {}, {}
     for key, value in module.state_dict(keep_vars=True).items():
-        source, name = sources.get(id(value), ("initial", key))
+        source, name = sources.get(place_of(value), ("initial", key))
         entries[key] = Entry(source, name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
         if source != "parameters":
             initial[name] = value

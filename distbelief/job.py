@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from distbelief.checkpoint import lay_out_buffers
 from distbelief.checks import check_number, check_whole
 from distbelief.cluster import Cluster
-from distbelief.data_shard import Collated, collect, kind
+from distbelief.data_shard import Collated, collect, kind, to_device
 from distbelief.downpour import Downpour
 from distbelief.errors import ConfigurationError
 from distbelief.evaluator import Measures, Metric
@@ -209,11 +209,12 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
     batch_size, test_examples = _batch_size(job, len(data)), 0 if test is None else len(test)
     if job.cluster.plan.partitions > 1:
         sample = sample_of(job, data)
-        cut = cut_model(job.model, job.seed, job.grouping, _input(job, sample), job.cluster.plan)
+        cut = cut_model(job.model, job.seed, job.grouping, input_of(job, sample), job.cluster.plan)
         if job.cluster.memory_bytes is not None:
             check_memory(footprints(cut.plan, batch_size, cut.layout.dtype), job.cluster.memory_bytes)
         _check_algorithm(job, cut.module, cut.layout, isinstance(cut.plan, StagePlan))
         if isinstance(cut.plan, StagePlan):
+            _check_target(sample[1])
             preload()
         buffers = lay_out_buffers(cut.module, cut.held_buffers)
         return Prepared(job, data, test, cut.layout, cut), Facts(cut.layout, buffers, len(data), test_examples)
@@ -225,8 +226,8 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
 
 
 def sample_of(job: Job, data: Any) -> Any:
-    """A mini-batch to try things with."""
-    return collect(data, trial(job, data))
+    """A mini-batch to try things with, as a replica would have it."""
+    return to_device(collect(data, trial(job, data)), torch.device("cpu"))
 
 
 def trial(job: Job, data: Any) -> torch.Tensor:
@@ -266,7 +267,7 @@ def _check_algorithm(job: Job, module: nn.Module, layout: Layout, in_stages: boo
         )
 
 
-def _input(job: Job, sample: Any) -> torch.Tensor:
+def input_of(job: Job, sample: Any) -> torch.Tensor:
     """The input of a mini-batch, for which a partitioned model is planned."""
     if job.step is not None:
         raise ConfigurationError(
@@ -279,6 +280,15 @@ def _input(job: Job, sample: Any) -> torch.Tensor:
             hint="let the data set give (input, target) with one tensor as input, or use partitions=1",
         )
     return sample[0]
+
+
+def _check_target(target: Any) -> None:
+    """Raise ConfigurationError for what cannot be cut into micro-batches."""
+    if not isinstance(target, torch.Tensor):
+        raise ConfigurationError(
+            f"the target of a mini-batch is {kind(target)}, and stages cut it into micro-batches",
+            hint="give one tensor as the target, or cut the model by units",
+        )
 
 
 def _check_is_data(data: Any, name: str) -> None:

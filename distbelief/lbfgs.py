@@ -27,6 +27,8 @@ from distbelief.sealed import Sealed
 
 SMALL_DECREASES = 3
 """Iterations in a row with a small decrease that end the job; one alone may be chance."""
+MOST_PASSED_OVER = 10
+"""Batches in a row that may lead to no step, where they change."""
 SEARCHED_LENGTH, UNSCALED_GROWTH = 0.08, 9.0
 """Of the first trial, when nothing is known of a step's length: short, and each further trial may be ten times as long.
 
@@ -127,6 +129,8 @@ class SolverState(msgspec.Struct):
     """None before the first point is accepted, and when the best trial of a failed search is computed again."""
     shared_loss: float = 0.0
     """Where batches change: at the last accepted point, of what its batch shares with the next one."""
+    passed_over: int = 0
+    """Where batches change: how many in a row led to no step."""
     small_decreases: int = 0
     doubts: int = 0
     """Remedies tried since the last accepted point: 1, inner products measured anew; 2, history dropped."""
@@ -219,6 +223,8 @@ class Solver:
         if outcome == "try":
             return self._evaluate(state.search.t)
         if not state.search.decreased:
+            if self.options.search == "overlapping":
+                return self._pass_over()
             return self._drop(f"the line search failed: {state.search.failure}")
         best, state.search = state.search.t, None
         return self._accept(best, loss, sealed) if best == asked.t else self._evaluate(best)
@@ -276,7 +282,9 @@ class Solver:
         state.history, slot = state.history.accept(sealed.rows, options.history, curvature)
         small = state.loss - loss <= options.smallest_decrease * max(abs(state.loss), abs(loss), 1.0)
         state.small_decreases = state.small_decreases + 1 if small else 0
-        state.loss, state.largest_gradient, state.length = loss, sealed.largest_gradient, math.sqrt(squared_length)
+        state.loss, state.largest_gradient = loss, sealed.largest_gradient
+        if t:
+            state.length, state.passed_over = math.sqrt(squared_length), 0
         state.shared_loss = self._after
         state.iteration += 1
         state.doubts = 0
@@ -323,6 +331,18 @@ class Solver:
         """The inner products cannot be right: measure them anew, then drop the history, then give up."""
         return self._drop(problem) if self.state.doubts else [self._measure()]
 
+    def _pass_over(self) -> list[Command]:
+        """Where batches change: stay, and go on with the next one, which may be less unlucky."""
+        state = self.state
+        state.passed_over += 1
+        if state.passed_over > MOST_PASSED_OVER:
+            return self._stop(
+                f"in {MOST_PASSED_OVER} batches in a row no step lowered the loss of what each shares with the one "
+                "before: a larger batch, or more overlap, may go further"
+            )
+        state.search = None
+        return self._evaluate(0.0)
+
     def _drop(self, problem: str) -> list[Command]:
         """Steepest descent once; where that was the direction already, the end."""
         state = self.state
@@ -358,9 +378,8 @@ class Solver:
             return self._stop(f"the loss, {state.loss:.6g}, has reached the target {options.target:g}", True)
         if state.small_decreases >= SMALL_DECREASES:
             relative = options.smallest_decrease
-            return self._stop(
-                f"{SMALL_DECREASES} iterations in a row lowered the loss by no more than {relative:g}", True
-            )
+            what = f"no more than {relative:g}" if relative else "nothing, so it is at the limit of its precision"
+            return self._stop(f"{SMALL_DECREASES} iterations in a row lowered the loss by {what}", relative > 0)
         return []
 
     def _stop(self, reason: str, converged: bool = False) -> list[Command]:

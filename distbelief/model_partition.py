@@ -56,7 +56,7 @@ class CutModel:
         """What the model yields for a mini-batch like `x`, without values: on the meta device."""
         if isinstance(self.plan, StagePlan):
             return self.plan.boundaries(torch.empty_like(x, device="meta"))[-1]
-        return self.plan.output(len(x))
+        return self.plan.output(x)
 
     def part(self, index: int, group: Group, seed: int) -> Part:
         """What partition `index` runs, with its initial values. `seed` is that of dropout's masks, one per replica.

@@ -8,6 +8,7 @@ import functools
 import inspect
 import shlex
 import textwrap
+import types
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -70,7 +71,7 @@ def _parse_command(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:  # fmt: skip
     """The script's options, the overrides of the job's fields, and `more`, after one command; before it as given."""
     try:
-        hints = get_type_hints(make_job, include_extras=True)
+        hints = _parameter_hints(make_job)
     except NameError as error:
         raise ConfigurationError(
             f"an annotation of {make_job.__name__} cannot be looked up: {error}",
@@ -110,6 +111,13 @@ def _parse_command(
         overrides | given,
         {name: getattr(parsed, name) for name in extra},
     )
+
+
+def _parameter_hints(make_job: Callable[..., Job]) -> dict[str, Any]:
+    """The types of the parameters; that of the result is not looked at. Raises NameError."""
+    plain = inspect.unwrap(make_job)
+    annotations = {name: hint for name, hint in plain.__annotations__.items() if name != "return"}
+    return get_type_hints(types.SimpleNamespace(__annotations__=annotations), plain.__globals__, include_extras=True)
 
 
 def _algorithm(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -235,6 +236,33 @@ def _is_expanded(tensor: torch.Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
+def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """By what two tensors are known to be the same one: a detached tensor is, a copy is not."""
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+
+
+def _check_entries(model: nn.Module) -> None:
+    """Refuse a state_dict that hands out copies: nothing would tell what they are copies of."""
+    state: Mapping[str, Any] = model.state_dict(keep_vars=True)
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ConfigurationError(
+                f"state_dict() of {type(model).__name__} has a {type(value).__name__} under {key}",
+                hint="hand out tensors only, as load_state_dict and safetensors take them",
+            )
+    given = {key: place_of(value) for key, value in state.items()}
+    known = {place_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    copies = {key for key, place in given.items() if place not in known}
+    lost = [name for name, parameter in trainable(model) if copies and place_of(parameter) not in given.values()]
+    lost += [name for name, _ in model.named_buffers() if name in copies]
+    if lost:
+        raise ConfigurationError(
+            f"state_dict() of {type(model).__name__} has a copy of {lost[0]}: exports would hold its first values",
+            hint="hand out the parameters and buffers themselves, and make copies where they are saved",
+        )
+
+
 def check_state(model: nn.Module) -> None:
     """Raise ConfigurationError for what a model holds beside its parameters and cannot be kept with them."""
     for name, module in model.named_modules():
@@ -260,6 +288,7 @@ def check_state(model: nn.Module) -> None:
             problem = f"holds integers above {EXACT_INTEGERS:,}, which the mean of replicas' buffers would round"
         if problem:
             raise ConfigurationError(f"buffer {name} {problem}", hint=hint)
+    _check_entries(model)
 
 
 def changed_pieces(

@@ -385,6 +385,13 @@ def test_a_function_that_makes_no_job_is_refused_by_what_it_is(
     assert said in refused(run, capsys, "train", "rules_script.py")
 
 
+def test_the_type_of_the_result_need_not_be_there(run: Callable[..., None]) -> None:
+    Path("rules_script.py").write_text(PLAIN.replace("):", ") -> 'Missing':", 1))
+    run("train", "rules_script.py", "--run", "a")
+    assert "Missing" in Path("rules_script.py").read_text()
+    assert Path("a/summary.json").exists()
+
+
 def test_a_file_behind_a_link_is_trained_as_the_file_that_it_is(run: Callable[..., None]) -> None:
     Path("there").mkdir()
     Path("there/rules_script.py").write_text(SCRIPT.replace("db.adagrad(0.1, eps=1e-7)", "db.sgd(0.25)"))

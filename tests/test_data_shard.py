@@ -3,7 +3,7 @@
 
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -145,6 +145,20 @@ def test_everything_in_a_batch_reaches_the_device_and_what_is_no_tensor_stays() 
     moved = to_device(batch, torch.device("meta"))
     assert [leaf.device.type for leaf in flat(moved) if isinstance(leaf, torch.Tensor)] == ["meta"] * 3
     assert (moved["names"], moved["more"], moved["pair"].label) == (["a", "b"], {"count": 3}, 1)
+
+
+class Named(dict[str, Any]):
+    """Whose items are attributes, too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]  # a KeyError for what is not there, as careless classes raise
+
+
+def test_a_dict_of_ones_own_kind_stays_one_on_the_way_to_a_device() -> None:
+    moved = to_device(Named(x=INPUTS, count=3), torch.device("meta"))
+    assert (moved.x.device.type, moved.count) == ("meta", 3)
+    counted = to_device(defaultdict(list, x=INPUTS), torch.device("meta"))
+    assert (counted["x"].device.type, counted["y"]) == ("meta", [])
 
 
 def test_a_tuple_of_tensors_from_getitems_is_the_batch_itself() -> None:

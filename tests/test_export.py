@@ -44,6 +44,17 @@ class Everything(nn.Module):
         return self.out(self.frozen(self.norm(self.embed(tokens)) * self.scale + shift) * self.get_buffer("mask"))
 
 
+class Detaching(nn.Linear):
+    """Hands out detached tensors, in its own order and under names of its own."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {f"my.{name}": value.detach() for name, value in reversed(super().state_dict(*args, **kwargs).items())}
+
+
+def detaching() -> nn.Module:
+    return Detaching(3, 2)
+
+
 def plain() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))
 
@@ -81,7 +92,7 @@ def trained(
     return module.eval()
 
 
-@pytest.mark.parametrize("model", [Everything, plain, half_frozen])
+@pytest.mark.parametrize("model", [Everything, plain, half_frozen, detaching])
 @pytest.mark.parametrize("cut", [uncut, by_rows])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_the_exported_file_is_the_state_dict_of_the_trained_module_however_it_was_cut(

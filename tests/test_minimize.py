@@ -65,6 +65,18 @@ def test_a_function_without_data_is_minimised_as_scipy_does() -> None:
     assert torch.equal(start, torch.tensor([-1.2, 1.0] * 5, dtype=torch.float64)), "the start is copied"
 
 
+def far_from_zero(x: Tensor) -> Tensor:
+    return 1e6 + rosenbrock(x)
+
+
+def test_without_ftol_the_limit_of_precision_is_no_convergence() -> None:
+    """As SciPy has it; a decrease of nothing is none that ftol=0.0 asked for."""
+    algorithm, one = dataclasses.replace(PRECISE, gtol=1e-12), db.Cluster(replicas=1, engine="simulated")
+    found = db.minimize(far_from_zero, torch.full((4,), 1.5, dtype=torch.float64), algorithm=algorithm, cluster=one)
+    assert not found.converged
+    assert "precision" in found.reason
+
+
 @pytest.mark.parametrize("l2", [0.0, 3.0])
 def test_a_sum_over_data_with_l2_is_ridge_regression(l2: float) -> None:
     inputs, targets = regression()

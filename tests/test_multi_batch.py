@@ -15,7 +15,8 @@ import distbelief as db
 from distbelief.basis import Basis
 from distbelief.bundles import Batches
 from distbelief.events import EvaluationLost, Iterated, RoleLost
-from distbelief.lbfgs import Step
+from distbelief.lbfgs import Evaluate, Options, Solver, Step, Stop
+from distbelief.sealed import Sealed
 from tests import problems
 from tests.test_sandblaster import of_kind, trained
 
@@ -144,6 +145,45 @@ def test_a_batch_that_is_no_part_of_the_data_is_refused_with_both_numbers(batch:
     with pytest.raises(db.ConfigurationError, match=rf"batch={batch}\) .* has {EXAMPLES} examples"):
         trained(job(tmp_path / "run", algorithm={"batch": batch}))
     assert not (tmp_path / "run").exists()
+
+
+def coins(rows: int = 4000, columns: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    weights = torch.randn(columns, generator=generator, dtype=torch.float64)
+    chance = torch.rand(rows, generator=generator, dtype=torch.float64)
+    return inputs, (torch.sigmoid(inputs @ weights) > chance).double()
+
+
+def surprise(x: torch.Tensor, portion: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    inputs, targets = portion
+    return nn.functional.binary_cross_entropy_with_logits(inputs @ x, targets, reduction="sum")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [400, 2000])
+def test_a_batch_in_which_no_step_helps_is_passed_over(batch: int) -> None:
+    """These searches fail for the 20th and the 58th batch; nothing says that those after it are as unlucky."""
+    algorithm = db.Sandblaster(batch=batch, max_iterations=100, l2=4.0)
+    found = db.minimize(surprise, torch.zeros(20, dtype=torch.float64), data=coins(), algorithm=algorithm)
+    assert (found.iterations, found.reason) == (100, "the limit of 100 iterations was reached")
+
+
+def test_when_no_batch_helps_any_more_it_ends_and_says_what_may_go_further() -> None:
+    solver = Solver(Options(history=3, search="overlapping"))
+    solver.begin()
+    rows = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    commands = solver.tell(1.0, Sealed(rows, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, True), (1.0, 1.0))
+    asked = 0
+    while not isinstance(commands[-1], Stop):
+        assert isinstance(commands[-1], Evaluate)
+        asked += 1
+        loss = 1.0 if commands[-1].t == 0.0 else 2.0  # it rises wherever one goes
+        told = Sealed(rows, 0.0, solver.state.slope, 0.0, -1.0, 1.0, 0.0, True)
+        commands = solver.tell(loss, told, (loss, loss))
+    assert "in 10 batches in a row no step lowered the loss" in commands[-1].reason
+    assert not commands[-1].converged
+    assert asked == 11 * 20 + 10
 
 
 def test_batches_of_nearly_all_data_come_near_the_optimum(tmp_path: Path) -> None:

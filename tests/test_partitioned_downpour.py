@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import distbelief as db
 from distbelief.attempt import attempt
@@ -193,6 +193,30 @@ def per_example(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output, target, reduction="none")
 
 
+def named_targets(examples: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    return [(x, {"class": target}) for x, target in in_double(examples)]
+
+
+def other_features(examples: int) -> TensorDataset:
+    return TensorDataset(torch.zeros(examples, 7, dtype=torch.float64), torch.zeros(examples, dtype=torch.int64))
+
+
+class Growing(Dataset[Any]):
+    """All mini-batches but the one that is tried are wider."""
+
+    def __len__(self) -> int:
+        return 320
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        width = 12 if list(indices) == list(range(0, 320, 20)) else 14
+        return torch.ones(len(indices), width, dtype=torch.float64), torch.zeros(len(indices), dtype=torch.int64)
+
+
+def test_a_mini_batch_of_another_shape_than_units_were_planned_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(db.UserCodeError, match=r"cut by units for inputs of shape \[12\], a mini-batch has \[14\]"):
+        trained(tmp_path, 2, data=Growing, test=None, metrics={})
+
+
 def fussy(output: Tensor, target: Tensor) -> Tensor:
     assert ((output < 0.25) | (output > 0.75)).any(), "only outputs of a model"
     return nn.functional.cross_entropy(output, target)
@@ -213,6 +237,11 @@ def test_a_loss_that_cannot_be_tried_without_the_model_is_used_all_the_same(tmp_
         ({"cluster": cluster(Plan.stages(2, microbatches=17))}, "17"),
         ({"cluster": cluster(Plan.stages(9))}, "stages"),
         ({"model": functools.partial(nn.Bilinear, 12, 12, 3)}, "rule"),
+        (
+            {"data": functools.partial(named_targets, 320), "cluster": cluster(Plan.stages(2))},
+            "target .* is a dict, and",
+        ),
+        ({"test": functools.partial(other_features, 320)}, r"inputs of shape \[12\], a mini-batch has \[7\]\nhint: "),
         ({"loss": per_example}, r"the loss is \[16\], not a scalar"),
         ({"loss": per_example, "cluster": cluster(Plan.stages(2))}, r"the loss is \[16\], not a scalar"),
     ],

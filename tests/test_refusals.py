@@ -61,6 +61,22 @@ class WithExtraState(nn.Module):
         return self.layer(x)
 
 
+class HandingOut(nn.BatchNorm1d):
+    """Its state_dict holds what `make` makes of the numbers of this name."""
+
+    def __init__(self, name: str, make: Any) -> None:
+        super().__init__(FEATURES)
+        self.name, self.make = name, make
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        return {**state, self.name: self.make(state[self.name])}
+
+
+def handing_out(name: str, make: Any) -> nn.Module:
+    return HandingOut(name, make)
+
+
 def with_buffer(make: Any) -> nn.Module:
     return WithBuffer(make)
 
@@ -106,6 +122,12 @@ class Looked(nn.Module):
         (functools.partial(with_buffer, large_integers), "buffer extra holds integers above 9,007,199,254,740,992"),
         (lazy, "buffer 1.running_mean is lazy"),
         (expanded, "parameter weight is expanded: several of its numbers lie at the same place"),
+        (functools.partial(handing_out, "weight", torch.clone), "state_dict() of HandingOut has a copy of weight"),
+        (functools.partial(handing_out, "running_var", torch.Tensor.double), "has a copy of running_var: exports"),
+        (
+            functools.partial(handing_out, "bias", torch.Tensor.tolist),
+            "HandingOut has a list under bias",
+        ),
         (WithExtraState, "module of the model (WithExtraState) has an extra state that is no tensor"),
         (Looked, "computing the loss changes parameter rows.weight itself, as max_norm"),
     ],

@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from distbelief.errors import ConfigurationError
 from distbelief.partition.exchange import Exchange, tie
 from distbelief.partition.group import Group
 
@@ -45,6 +46,15 @@ class Computation:
     target: int
 
 
+def check_shape(planned: tuple[int, ...], x: torch.Tensor) -> None:
+    """Raise ConfigurationError for a mini-batch that boxes were not planned for, without the batch."""
+    if tuple(x.shape[1:]) != planned:
+        raise ConfigurationError(
+            f"the model is cut by units for inputs of shape {list(planned)}, a mini-batch has {list(x.shape[1:])}",
+            hint="bring all to one shape in the data set or in collate, also the test set's; or use Plan.stages",
+        )
+
+
 @final
 class Share(nn.Module):
     """One partition's share of a model. Called like the model, by all partitions of the group at once.
@@ -54,10 +64,12 @@ class Share(nn.Module):
     """
 
     def __init__(
-        self, program: Sequence[Transfer | Computation],
+        self, shape: tuple[int, ...], program: Sequence[Transfer | Computation],
         held: tuple[dict[str, nn.Parameter], dict[str, torch.Tensor]], group: Group, draws: Draws, output: int | None,
     ) -> None:  # fmt: skip
         super().__init__()
+        self._shape = shape
+        """Of the input without the batch, for which the boxes were planned."""
         self.parameters_by_name, self.buffers_by_name = held
         """This partition's boxes of parameters and buffers, by their names in the uncut model."""
         self._program, self._group, self._draws, self._output = tuple(program), group, draws, output
@@ -71,7 +83,8 @@ class Share(nn.Module):
         self._free = [[s for s, last in last_use.items() if last == p and s != output] for p in range(len(program))]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The output for a mini-batch, shape (batch, ...). Raises PeerLost, DeadlineExceeded."""
+        """The output for a mini-batch, shape (batch, ...). Raises PeerLost, DeadlineExceeded, ConfigurationError."""
+        check_shape(self._shape, x)
         group, batch = self._group, x.shape[0]
         group.thread = None
         values: dict[int, Any] = {0: x}

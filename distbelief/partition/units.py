@@ -21,8 +21,8 @@ from distbelief.partition.box import Box, count, inside, sizes
 from distbelief.partition.exchange import Exchange, routes
 from distbelief.partition.flow import Crossing, flow
 from distbelief.partition.group import Group
-from distbelief.partition.share import Computation, Draws, Index, Share, Transfer
-from distbelief.partition.site import Step
+from distbelief.partition.share import Computation, Draws, Index, Share, Transfer, check_shape
+from distbelief.partition.site import Step, tensor
 from distbelief.partition.trace import skeleton
 from distbelief.partition.walk import walk
 from distbelief.plan import Cut
@@ -101,11 +101,17 @@ class Blueprint:
         """The partition on which the output comes out."""
         return self.partitions - 1
 
-    def output(self, examples: int) -> torch.Tensor:
-        """What the model yields for a mini-batch, without values: on the meta device."""
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of an example: mini-batches are of this shape behind the batch."""
+        return tensor(self._steps[0]).shape
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        """What the model yields for a mini-batch, without values: on the meta device. Raises ConfigurationError."""
+        check_shape(self.input_shape, x)
         (state,) = self._steps[-1].inputs
         assert state.division is not None
-        return torch.empty((examples, *state.division.shape), dtype=state.dtype, device="meta")
+        return torch.empty((len(x), *state.division.shape), dtype=state.dtype, device="meta")
 
     # what is where
 
@@ -183,9 +189,8 @@ class Blueprint:
                 if hasattr(module, "draws"):
                     module.draws = draws  # type: ignore[assignment]
             program.append(Computation(layer, self._sources(index, partition), index))
-        return Share(
-            program, (parameters, buffers), group, draws, len(self._steps) - 1 if partition == self.out else None
-        )
+        output = len(self._steps) - 1 if partition == self.out else None
+        return Share(self.input_shape, program, (parameters, buffers), group, draws, output)
 
     def _transfer(self, number: int, crossing: Crossing, group: Group) -> list[Transfer | Computation]:
         division = crossing.state.division
