@@ -69,6 +69,7 @@ def appoint(
         checkpoint_seconds=job.checkpoint_seconds,
         keep_checkpoints=job.keep_checkpoints,
         evaluate_examples=job.evaluate_every or facts.examples * passes,
+        evaluate_at_once=job.evaluate is not None,  # a function of the user's, which nothing has tried yet
         silence_seconds=silence_seconds,
         shard_silence_seconds=shard_silence_seconds(silence_seconds, spans, facts.layout.dtype),
         refusals=refusals,

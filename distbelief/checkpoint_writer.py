@@ -53,6 +53,8 @@ class CheckpointWriter:
         """The engine's time at which the next durable one should begin."""
         self._out_of_reach_until = 0.0
         """What need not be durable is not written to a store that failed, until it is tried again for one that must."""
+        self.problem = ""
+        """Why the last one that failed did."""
         self.folder: AnyPath | None = None
         """Of the checkpoint under way."""
         self._spare: AnyPath | None = None
@@ -165,5 +167,5 @@ class CheckpointWriter:
 
     def _failed(self, path: AnyPath, error: Exception) -> None:
         self.due = self._out_of_reach_until = self._engine.now() + self._seconds
-        reason = (str(error).strip() or repr(error)).splitlines()[-1]
-        self._emit(events.CheckpointFailed(path=str(path), reason=reason))
+        self.problem = (str(error).strip() or repr(error)).splitlines()[-1]
+        self._emit(events.CheckpointFailed(path=str(path), reason=self.problem))

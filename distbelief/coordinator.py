@@ -164,7 +164,7 @@ class Coordinator(ABC):
     def start(self, restore: tuple[AnyPath, Manifest] | None) -> None:
         """Start every role; the shards take the first replica's initial parameters, or a checkpoint's."""
         self.begun = restore is not None
-        self._evaluations.begin(self.examples)
+        self._evaluations.begin(self.examples, at_once=self.settings.evaluate_at_once)
         self.incarnations.start_all()
         if restore is not None:
             self.restore(*restore)
@@ -177,7 +177,7 @@ class Coordinator(ABC):
                 self.begun = self.checkpoint()
                 failed += not self.begun
             if failed == FIRST_CHECKPOINT_TRIES:
-                raise TrainingFailed(f"the first checkpoint could not be written below {self.settings.run}")
+                raise TrainingFailed(f"the first checkpoint could not be written: {self.writer.problem}")
 
     @final
     def restore(self, folder: AnyPath, manifest: Manifest) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """When the model is evaluated during a job: every so many examples, once at the end, one at a time."""
 
+import math
+
 from distbelief import events
 
 LAST_SECONDS = 600.0
@@ -23,9 +25,10 @@ class Evaluations:
         self._until: float | None = None
         """When the one under way is given up, once training is over."""
 
-    def begin(self, examples: int) -> None:
-        """The job goes on from so many examples."""
+    def begin(self, examples: int, *, at_once: bool = False) -> None:
+        """The job goes on from so many examples; `at_once` has the model evaluated as it is then, too."""
         self._due += examples
+        self._current = examples if at_once and self._wanted else None
 
     def next(self, examples: int) -> tuple[int | None, bool]:
         """(examples at which to evaluate now, or None; whether there will be no more)."""
@@ -42,7 +45,9 @@ class Evaluations:
         self._slowest_seconds = max(self._slowest_seconds, seconds)
         self._due = max(self._due, examples) + self._every - examples % self._every
         told = {name: events.finite(value) for name, value in metrics.items()}
-        return events.Evaluated(examples=at, loss=events.finite(loss), metrics=told, evaluation_seconds=seconds)
+        if loss is not None and not math.isfinite(loss):
+            loss, told["loss"] = None, None
+        return events.Evaluated(examples=at, loss=loss, metrics=told, evaluation_seconds=seconds)
 
     def begin_last(self, examples: int) -> None:
         """Training is over: evaluate what it led to, unless that is done."""

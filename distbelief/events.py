@@ -171,7 +171,7 @@ class Evaluated(Event, frozen=True):
     examples: int
     loss: float | None
     metrics: dict[str, float | None]
-    """None for a value that is NaN or infinite, which JSON cannot hold."""
+    """None for a value that is NaN or infinite, which JSON cannot hold; the loss is among them where it is such."""
     evaluation_seconds: float
 
 

@@ -77,6 +77,7 @@ class Incarnations:
             if self._failures.died(examples):
                 raise TrainingFailed(
                     f"{self._failures.limit + 1} roles died without an example being finished in between; the last was "
-                    f"{death.role} ({death.reason}).\nhint: look for lack of memory (dmesg), then resume the run"
+                    f"{death.role} ({death.reason}).\n"
+                    "hint: look for lack of memory (dmesg), and for examples that crash a library; then resume the run"
                 )
             yield death

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from distbelief.checkpoint import lay_out_buffers
 from distbelief.checks import check_number, check_whole
@@ -296,7 +296,8 @@ def _check_is_data(data: Any, name: str) -> None:
     parts = data if isinstance(data, tuple | list) and len(data) in (2, 3) else ()
     lengths = {len(part) if getattr(part, "shape", ()) else 0 for part in parts}
     tensors = len(lengths) == 1 and min(lengths) > len(parts)
-    if tensors or isinstance(data, str | bytes) or (isinstance(data, Mapping) and 0 not in data):
+    table = hasattr(data, "iloc")  # of pandas, whose items are columns
+    if tensors or table or isinstance(data, str | bytes) or (isinstance(data, Mapping) and 0 not in data):
         what = f"{type(data).__name__} of {len(parts)} tensors" if tensors else type(data).__name__
         raise ConfigurationError(
             f"Job({name}=...) is a {what}, which is no data set",
@@ -310,6 +311,11 @@ def _build_data(data: Any, name: str) -> Any:
     built = data() if builds else data
     if built is None and name == "test":
         return None
+    if isinstance(built, DataLoader):
+        raise ConfigurationError(
+            f"Job({name}=...) is a DataLoader; replicas make mini-batches themselves",
+            hint="give its data set, loader.dataset, and batch_size= and collate= to the job",
+        )
     _check_is_data(built, name)
     indexed = hasattr(built, "__getitem__") and hasattr(built, "__len__")
     if not indexed or isinstance(built, IterableDataset):

@@ -82,6 +82,8 @@ class Settings:
     checkpoint_seconds: float
     keep_checkpoints: int
     evaluate_examples: int
+    evaluate_at_once: bool = False
+    """Whether the model is evaluated before it is trained, too."""
     silence_seconds: float
     """Within which a replica is heard of whose mini-batches are not slow."""
     shard_silence_seconds: float

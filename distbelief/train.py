@@ -86,6 +86,11 @@ def train(
 
     Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError.
     """
+    if not isinstance(job, Job):
+        raise ConfigurationError(
+            f"distbelief.train was given a {type(job).__name__}, not a Job",
+            hint="give distbelief.Job(model=..., data=...)",
+        )
     if job.cluster.engine != "ray":  # this process computes nothing, and other hosts have other devices
         check_device(job.cluster.device)
     engine = engine_of(job, faults, costs)

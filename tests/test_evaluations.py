@@ -84,4 +84,6 @@ def test_without_an_evaluator_nothing_is_awaited() -> None:
 def test_what_is_not_finite_is_told_as_not_known() -> None:
     told = Evaluations(100, wanted=True).finished(7, math.inf, {"accuracy": math.nan, "top5": 0.5}, 1.0, 7)
     assert told.loss is None
-    assert told.metrics == {"accuracy": None, "top5": 0.5}
+    assert told.metrics == {"loss": None, "accuracy": None, "top5": 0.5}
+    unmeasured = Evaluations(100, wanted=True).finished(7, None, {"top5": 0.5}, 1.0, 7)
+    assert (unmeasured.loss, unmeasured.metrics) == (None, {"top5": 0.5})

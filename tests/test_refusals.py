@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ChainDataset, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import ChainDataset, DataLoader, Dataset, IterableDataset, TensorDataset
 
 import distbelief as db
+from distbelief.events import EpochFinished, Observation
 from distbelief.job import prepare
 from tests import problems
 
@@ -75,6 +76,16 @@ class HandingOut(nn.BatchNorm1d):
 
 def handing_out(name: str, make: Any) -> nn.Module:
     return HandingOut(name, make)
+
+
+def loader() -> DataLoader[Any]:
+    return DataLoader(problems.points(64), 16)
+
+
+class Framed(dict[str, Tensor]):
+    """As a frame of pandas: its items are columns."""
+
+    iloc = None
 
 
 def with_buffer(make: Any) -> nn.Module:
@@ -154,9 +165,18 @@ def one_number(model: nn.Module, test: Any) -> Any:
     return 0.5
 
 
-def test_an_evaluation_that_returns_no_metrics_ends_the_job_with_what_it_returned(tmp_path: Path) -> None:
+def test_an_evaluation_that_returns_no_metrics_ends_the_job_soon_with_what_it_returned(tmp_path: Path) -> None:
+    """It gets the whole test set, so it is not tried before the start, but beside the first mini-batches."""
+    heard: list[Observation] = []
+    job = problems.job(evaluate=one_number, run=tmp_path / "run", epochs=50)
     with pytest.raises(db.DistbeliefError, match=r"Job\(evaluate=\.\.\.\) returned a float\nhint: return metrics"):
-        db.train(problems.job(evaluate=one_number, run=tmp_path / "run"), view=False)
+        db.train(job, view=False, listeners=[heard.append], costs=db.Costs(example_seconds=1e-3))
+    assert not [one for one in heard if isinstance(one.event, EpochFinished)]
+
+
+def test_what_is_no_job_is_not_trained() -> None:
+    with pytest.raises(db.ConfigurationError, match=r"distbelief\.train was given a function, not a Job\nhint: give"):
+        db.train(problems.classifier)  # type: ignore[arg-type]
 
 
 def without_gradient(output: Tensor, target: Tensor) -> Tensor:
@@ -210,6 +230,8 @@ def chained() -> Dataset[Any]:
             {"data": Dicts, "test": Dicts, "loss": None, "step": of_dict},
             "Job(metrics=...) takes mini-batches of (input",
         ),
+        ({"data": loader}, "Job(data=...) is a DataLoader; replicas make mini-batches themselves"),
+        ({"data": Framed}, "Job(data=...) is a Framed, which is no data set"),
         ({"data": Counted}, "Job(data=...) is a Counted, which has no length or cannot be indexed"),
         ({"data": chained}, "Job(data=...) is a ChainDataset, which has no length or cannot be indexed"),
     ],

@@ -185,6 +185,7 @@ def test_the_summary_of_a_killed_run_is_what_had_been_observed_until_then() -> N
     summary = summarize(killed_run())
     assert summary.reason == "killed: no end was recorded"
     assert (summary.examples.seen, summary.examples.repeated, summary.examples.missing) == (100, 7, 200)
+    assert "200 still to come" in text(summary)
     assert (summary.staleness.median, summary.staleness.p95) == (1.0, 4.0)
     assert (summary.pushes, summary.mini_batches) == (10, 20)
     assert (summary.wall_seconds, summary.loss, summary.test["accuracy"]) == (2.3, 0.6, 0.75)

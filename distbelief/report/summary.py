@@ -298,7 +298,7 @@ def _of_downpour(summary: Summary) -> Iterator[tuple[str, str]]:
         "examples",
         f"{examples.seen:,} of {examples.planned:,} seen, of which {summary.refused:,} refused; "
         f"{examples.repeated:,} repeated, {examples.missing:,} "
-        + ("still to come" if summary.reason.startswith("stopped") else "missing"),
+        + ("still to come" if summary.reason.startswith(("stopped", "killed")) else "missing"),
     )
     yield (
         "pushes",

@@ -6,6 +6,7 @@ the latest view four times a second, so that an event costs the coordinator only
 is one line, and progress at most one line a second, rarer as the run gets longer.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -148,6 +149,8 @@ class Terminal:
         self._heard = clock()
         self._first_line: float | None = None
         self._last_line: float | None = None
+        self._told: dict[type, float] = {}
+        """When a line of these events was last printed."""
         self._unprinted: Progress | BatchProgress | None = None
 
     def __enter__(self) -> Self:
@@ -196,6 +199,10 @@ class Terminal:
             if self._last_line is None or self._heard - self._last_line >= self._pause():
                 self._print_progress()
             return
+        if isinstance(event, EpochFinished | Evaluated):  # of a small job there are many a second
+            if self._heard - self._told.get(type(event), -math.inf) < self._pause():
+                return
+            self._told[type(event)] = self._heard
         words = sentence(event)
         if isinstance(event, PushRefused):
             # a model that has diverged refuses every push: the 1st, 2nd, 4th, 8th ... are printed
