@@ -83,9 +83,9 @@ class Coordinator(ABC):
         """Examples whose gradients have been applied, over the whole job."""
 
     @property
-    @abstractmethod
     def at_work(self) -> int:
-        """How many replicas, the first ones, may be given work at the moment."""
+        """How many replicas, the first ones, may be given work at the moment; all, where nothing else is said."""
+        return len(self.replicas)
 
     @abstractmethod
     def work(self) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class Coordinator(ABC):
     @final
     def restore(self, folder: AnyPath, manifest: Manifest) -> None:
         """Give every shard this checkpoint."""
-        given = str(folder), manifest.shards, dict[int, int](), self.is_own(manifest)
+        given = str(folder), manifest.shards, dict[int, int](), self.is_own(manifest), False
         self.wait(self.ask_shards(ParameterServerShard.restore, *given))
 
     @final
@@ -316,7 +316,7 @@ class Coordinator(ABC):
             folder, manifest = str(newest[0]), newest[1]
 
             def restore() -> Future[list[int]]:
-                given = manifest.shards, self.incarnations.replaced(self.settings.leaders), self.is_own(manifest)
+                given = manifest.shards, self.incarnations.replaced(self.settings.leaders), self.is_own(manifest), True
                 return shard.call(ParameterServerShard.restore, folder, *given)
 
             def restored(versions: list[int]) -> None:

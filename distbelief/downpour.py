@@ -24,7 +24,7 @@ from distbelief.leases import Lease
 from distbelief.model_replica import ModelReplica
 from distbelief.parameter_server import ParameterServer
 from distbelief.roster import Granted, Refusal, Report
-from distbelief.section import Applied, Stamp
+from distbelief.section import Applied, Offer, Stamp
 from distbelief.update_rule import UpdateRule, adagrad
 
 FetchName = Literal["fresh", "overlapped", "awaited"]
@@ -113,8 +113,9 @@ class DownpourReplica:
 
     def __init__(
         self, home: Home, index: int, model: ModelReplica, data: DataShard, server: ParameterServer,
-        downpour: Downpour,
+        downpour: Downpour, exact: bool = True,
     ) -> None:  # fmt: skip
+        """`exact`: what is fetched are the shards' own numbers, not rounded on their way."""
         self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
         self.downpour, self.group = downpour, model.group
         self.coordinator = home.find(COORDINATOR, DownpourCoordinator, UNTIL_LOST_SECONDS)
@@ -136,7 +137,10 @@ class DownpourReplica:
         self.told_to_stop = self.stopping = False
         self.carried: list[tuple[int, int]] = []
         """What this partition's acknowledged pushes carried; settled when the other partitions' are acknowledged."""
-        model.local_rate = downpour.local_rate
+        self.exact = exact and downpour.local_rate is None
+        self.pushed = 0, 0
+        """Examples and mini-batches of the latest push."""
+        model.local_rate, server.held = downpour.local_rate, self.held
 
     def run(self) -> None:
         """Train until the coordinator has no more examples or says stop (paper, appendix, "Downpour SGD client")."""
@@ -164,6 +168,12 @@ class DownpourReplica:
                         break
         except Fenced:
             return  # this incarnation was given up as dead and has been replaced
+
+    def held(self, position: int) -> tuple[Offer, torch.Tensor]:
+        """What was fetched of a shard, for one that came back from a checkpoint; after local steps it is of no use."""
+        version = self.versions[position] if self.versions and self.exact else -1
+        offer = Offer(self.index, self.home.incarnation, version, *self.pushed, self.group.index)
+        return offer, self.model.fetched
 
     # leases
 
@@ -266,6 +276,7 @@ class DownpourReplica:
             self.carried.extend(portions)
         else:
             self.sequence += 1
+            self.pushed = self.examples, mini_batches
             who = (self.index, self.home.incarnation, self.sequence)
             stamps = [
                 Stamp(*who, base, self.examples, portions, mini_batches, self.group.index)

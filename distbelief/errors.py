@@ -14,6 +14,7 @@ DistbeliefError
     ├── AuthenticationError the other side does not know the job's key
     ├── Fenced              the caller is an old incarnation and has been replaced
     ├── NotReady            the role has just been started again and has no parameters yet
+    │   └── Behind          it has those of a checkpoint, and would take newer ones
     └── RemoteError         the method raised on the other side
 """
 
@@ -81,6 +82,10 @@ class Fenced(ChannelError):
 
 class NotReady(ChannelError):
     """The role was started again and waits for its parameters; ask again."""
+
+
+class Behind(NotReady):
+    """A shard has come back from a checkpoint; who has newer parameters may offer them before it goes on."""
 
 
 class RemoteError(ChannelError):

@@ -106,7 +106,7 @@ def pick_device(name: str | None, index: int) -> torch.device:
     when there is one, else the CPU.
     """
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type != "cuda" or device.index is not None:
+    if device.type != "cuda" or ":" in (name or ""):
         return device
     return torch.device("cuda", index % max(1, torch.cuda.device_count()))
 
@@ -189,6 +189,11 @@ class ModelReplica:
     def spare(self) -> torch.Tensor:
         """The host buffer, shape (n,), that a fetch may fill while the model computes."""
         return self._host[1 - self._current]
+
+    @property
+    def fetched(self) -> torch.Tensor:
+        """The host buffer, shape (n,), with what was adopted last; local steps change it on the CPU."""
+        return self._host[self._current]
 
     def adopt(self) -> None:
         """Switch the model to what a fetch has put into the spare buffer."""

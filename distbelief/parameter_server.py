@@ -32,12 +32,12 @@ from distbelief.batch_section import BatchSection, Extent, Keeping, Mark
 from distbelief.channel.base import Future, Out, exported, rounded
 from distbelief.engine.base import UNTIL_LOST_SECONDS, Home
 from distbelief.engine.insistent import All, Insistent
-from distbelief.errors import NotReady, ProtocolError
+from distbelief.errors import Behind, ChannelError, NotReady, ProtocolError
 from distbelief.files import path_of
 from distbelief.lbfgs import Evaluate, Step
 from distbelief.parameters import Layout, Span
 from distbelief.sealed import Sealed
-from distbelief.section import Applied, Section, ShardStatus, Stamp
+from distbelief.section import Applied, Offer, Section, ShardStatus, Stamp
 from distbelief.shard_file import ShardFile
 from distbelief.update_rule import UpdateRule
 
@@ -122,18 +122,21 @@ class ParameterServerShard:
         return self._home.background(lambda: [file for seal in seals for file in seal()])
 
     @exported
-    def restore(self, folder: str, files: list[ShardFile], replaced: dict[int, int], own: bool) -> list[int]:
+    def restore(
+        self, folder: str, files: list[ShardFile], replaced: dict[int, int], own: bool, offers: bool
+    ) -> list[int]:  # fmt: skip
         """Take the span from a checkpoint's files, cut anyhow; a Downpour section that has its parameters keeps them.
 
         Of a checkpoint that is not this algorithm's `own` only the parameters are taken. `replaced` (replica ->
         incarnation) are refused as by `fence`, before a push can come in between: the shard has forgotten what it was
-        told in its earlier life. Answers each section's version. Raises CheckpointError.
+        told in its earlier life. With `offers`, replicas may offer newer parameters first. Answers the version of each
+        section there. Raises CheckpointError.
         """
         versions = []
         for section in self._sections.values():
             if isinstance(section, Section):
                 section.refuse(replaced)
-            versions.append(section.restore(folder, files, own=own))
+            versions.append(section.restore(folder, files, own=own, offers=offers))
         return versions
 
     # Downpour
@@ -158,6 +161,11 @@ class ParameterServerShard:
         The answer is the version of what was fetched. Raises Fenced, NotReady; then nothing was fetched.
         """
         return self._section(stamp.partition, Section).exchange(stamp, gradient, parameters)
+
+    @exported
+    def offer(self, offer: Offer, parameters: torch.Tensor) -> None:
+        """What a replica has fetched of a section, shape (n,), which came back from a checkpoint. Raises Fenced."""
+        self._section(offer.partition, Section).offer(offer, parameters)
 
     @exported
     def fence(self, replica: int, incarnation: int) -> list[dict[int, int]]:
@@ -209,6 +217,10 @@ class ParameterServer:
         self, home: Home, spans: Sequence[Span], own: Span, replica: int | None = None, partition: int = 0
     ) -> None:  # fmt: skip
         self._home, self._replica, self._partition = home, replica, partition
+        self.held: Callable[[int], tuple[Offer, torch.Tensor]] | None = None
+        """What a replica has of the shard at this position of `routes`: asked when that came back from a checkpoint."""
+        self._offered: dict[int, str] = {}
+        """To which life of it that was offered, in its own words."""
         self.routes = [
             (home.find(shard_name(index), ParameterServerShard, UNTIL_LOST_SECONDS), part.within(own))
             for index, span in enumerate(spans)
@@ -266,7 +278,15 @@ class ParameterServer:
         )
 
     def _all(self, calls: Iterable[Callable[[], Future[Any]]]) -> All[Any]:
-        return All(self._home, [Insistent(self._home, call) for call in calls])
+        return All(self._home, [Insistent(self._home, call, partial(self._offer, at)) for at, call in enumerate(calls)])
+
+    def _offer(self, position: int, lost: ChannelError) -> None:
+        """The call that follows comes behind this one, so nobody waits for an answer."""
+        if self.held is None or not isinstance(lost, Behind) or self._offered.get(position) == str(lost):
+            return
+        self._offered[position] = str(lost)
+        (shard, part), (offer, parameters) = self.routes[position], self.held(position)
+        shard.call(ParameterServerShard.offer, offer, _part(parameters, part))
 
 
 def _part(vector: torch.Tensor, part: slice) -> torch.Tensor:

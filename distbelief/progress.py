@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import final
 
+import msgspec
+
 from distbelief.events import Progress, staleness_quantile
 from distbelief.leases import Leases
 from distbelief.parameter_server import shard_name
@@ -41,10 +43,15 @@ class Counters:
         return dict(counts)
 
     def restored(self, shard: int, versions: Sequence[int]) -> None:
-        """A shard has gone back to these versions of its sections."""
-        for section, (status, version) in enumerate(zip(self._statuses.get(shard, ()), versions, strict=False)):
+        """A shard has gone back to these versions of its sections; what it regains, its next statuses tell."""
+        before = self._statuses.get(shard, [])
+        for section, (status, version) in enumerate(zip(before, versions, strict=False)):
             lost = max(0, status.version - version)
-            self._lost[shard, section] = self._lost.get((shard, section), 0) + lost
+            self._lost[shard, section] = self._lost_of(shard, section, status) + lost
+        self._statuses[shard] = [msgspec.structs.replace(status, regained=0) for status in before]
+
+    def _lost_of(self, shard: int, section: int, status: SectionStatus) -> int:
+        return max(0, self._lost.get((shard, section), 0) - status.regained)
 
     def _sections(self) -> Iterable[SectionStatus]:
         return (section for sections in self._statuses.values() for section in sections)
@@ -72,7 +79,7 @@ class Counters:
     def lost_updates(self) -> int:
         """Acknowledged pushes that restarts have lost, over all sections."""
         return sum(
-            max(status.lost_updates, self._lost.get((shard, section), 0))
+            max(status.lost_updates, self._lost_of(shard, section, status))
             for shard, sections in self._statuses.items()
             for section, status in enumerate(sections)
         )

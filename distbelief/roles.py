@@ -94,7 +94,8 @@ def replica_role(
         return SandblasterReplica(home, index, model, data, server)
     seat.part.module.train()
     data = DataShard(home, prepared.data, job.batch_size, job.seed)
-    return DownpourReplica(home, index, model, data, server, job.algorithm)
+    exact = job.cluster.wire == "float32"
+    return DownpourReplica(home, index, model, data, server, job.algorithm, exact)
 
 
 def evaluator_role(home: Home, prepared: Prepared, partition: int, spans: Sequence[Span]) -> Evaluator:

@@ -125,11 +125,6 @@ class SandblasterCoordinator(Coordinator):
         """Examples whose gradients were added up, over all evaluations."""
         return self._computed
 
-    @property
-    def at_work(self) -> int:
-        """All."""
-        return len(self.replicas)
-
     def work(self) -> dict[str, Any]:
         """The solver, as it is after the last step."""
         state = self.solver.state  # all of it is values but itself and the search
@@ -213,13 +208,17 @@ class SandblasterCoordinator(Coordinator):
         self.wind_down()
         self._gather()
 
-    def _evaluate(self, trial: Evaluate) -> list[Command]:
-        """Have loss and gradient at the trial computed, once per bundle, and ask what the next direction needs."""
+    def _open(self, trial: Evaluate) -> None:
+        """Hand out the bundles of a batch."""
         self.portions.begin(self._batches.batch(0 if self.solver.state.last is None else self.solver.iteration + 1))
         self._number += 1
         self._spoilt, self._moment = None, self.engine.promise()
         self._task = Task(None, Mark(self._number, 0), self._version, trial.t)
         self._offer()
+
+    def _evaluate(self, trial: Evaluate) -> list[Command]:
+        """Have loss and gradient at the trial computed, once per bundle, and ask what the next direction needs."""
+        self._open(trial)
         try:
             self._finish_writing()  # while replicas compute
             while not self._moment.done():
@@ -233,7 +232,7 @@ class SandblasterCoordinator(Coordinator):
                     f"the loss of examples {self._spoilt.start} to {self._spoilt.stop - 1}, or its gradient, is NaN or "
                     "infinite at the starting point\nhint: check these examples and the parameters it begins with"
                 )
-            return self.solver.tell_notfinite()
+            return self.solver.tell_not_finite()
         portions, batch = self.portions, self.portions.batch
         extent = Extent(len(batch.bundles), portions.examples, *map(portions.examples_at, (batch.before, batch.after)))
         sealed = merge(self._ask(ParameterServerShard.seal, self._number, trial, extent))

@@ -5,6 +5,7 @@ A push counts once per (replica, incarnation, sequence), a repeat gets the recor
 incarnation that has been replaced is refused. The vectors are "parameters" and the update rule's state.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import final
 
@@ -13,13 +14,15 @@ import torch
 
 from distbelief import shard_file
 from distbelief.engine.base import Home
-from distbelief.errors import Fenced, NotReady, ProtocolError
+from distbelief.errors import Behind, Fenced, NotReady, ProtocolError
 from distbelief.files import AnyPath, path_of
 from distbelief.parameters import Layout, Span
 from distbelief.shard_file import PushRecord, ShardFile, ShardState
 from distbelief.update_rule import UpdateRule
 
 LEASES_REMEMBERED = 64
+OFFERS_SECONDS = 0.1
+"""After the first one, so long a section that came back from a checkpoint waits for newer parameters than that has."""
 
 
 class Stamp(msgspec.Struct, array_like=True, frozen=True):
@@ -41,6 +44,21 @@ class Stamp(msgspec.Struct, array_like=True, frozen=True):
     """Which partition of the replica computed it."""
 
 
+class Offer(msgspec.Struct, array_like=True, frozen=True):
+    """What a replica says of parameters that it has fetched, to a shard that has come back from a checkpoint."""
+
+    replica: int
+    incarnation: int
+    version: int
+    """Of this shard, when they were fetched; -1 where they are not to be taken."""
+    examples: int = 0
+    """In a push of this replica."""
+    mini_batches: int = 0
+    """Likewise."""
+    partition: int = 0
+    """Which partition of the replica computes with them."""
+
+
 class Applied(msgspec.Struct, array_like=True, frozen=True):
     """The answer to a push."""
 
@@ -59,6 +77,8 @@ class SectionStatus(msgspec.Struct, array_like=True, frozen=True):
     mini_batches: int
     lost_updates: int
     staleness: dict[int, int]
+    regained: int = 0
+    """Updates since the checkpoint that this life has had back from replicas, but for those that it left out since."""
 
 
 class ShardStatus(msgspec.Struct, array_like=True, frozen=True):
@@ -86,6 +106,14 @@ class Section:
         self._fenced: dict[int, int] = {}
         self.ready = self._restored = False
         """Whether it has its parameters."""
+        self._restored_version = 0
+        self._offers_until: float | None = None
+        """While it waits for newer parameters, until when: for ever before the first offer."""
+        self._regained = 0
+        self._offered_version = -1
+        """Of the parameters that it took."""
+        self._heard: set[int] = set()
+        """Replicas that have pushed since it took them."""
 
     def _check_ready(self) -> None:
         if not self.ready:
@@ -98,6 +126,16 @@ class Section:
                 f"{self._length}"
             )
 
+    def _check_offers(self) -> None:
+        if self._offers_until is None:
+            return
+        if self._home.now() < self._offers_until:
+            raise Behind(
+                f"shard {self.span.start}..{self.span.stop} incarnation {self._home.incarnation} came back from a "
+                f"checkpoint at version {self._restored_version}"
+            )
+        self._offers_until = None
+
     def initialise(self, values: torch.Tensor) -> None:
         """Set the parameters, once; `values` has shape (len(span),)."""
         if self.ready:
@@ -105,22 +143,66 @@ class Section:
         self._parameters.copy_(values)
         self.ready = True
 
+    def _check_fence(self, replica: int, incarnation: int) -> None:
+        record = self._state.replicas.get(replica)
+        if incarnation < max(0 if record is None else record.incarnation, self._fenced.get(replica, 0)):
+            raise Fenced(f"replica {replica} incarnation {incarnation} has been replaced")
+
+    def offer(self, offer: Offer, parameters: torch.Tensor) -> None:
+        """After a restart, take parameters of shape (len(span),) that are newer than those here.
+
+        The state of the rule stays that of the checkpoint. Raises Fenced, NotReady.
+        """
+        self._check_ready()
+        self._check_length(parameters)
+        self._check_fence(offer.replica, offer.incarnation)
+        if self._offers_until is None:
+            return
+        if self._offers_until == math.inf:
+            self._offers_until = self._home.now() + OFFERS_SECONDS
+        state = self._state
+        if (newer := offer.version - state.version) > 0:
+            self._home.end_loans(self._parameters)
+            self._parameters.copy_(parameters)
+            state.version = self._offered_version = offer.version
+            state.examples += newer * offer.examples
+            state.mini_batches += newer * offer.mini_batches
+            self._regained += newer
+            self._heard.clear()
+
     def push(self, stamp: Stamp, gradient: torch.Tensor) -> Applied:
-        """Apply a gradient of shape (len(span),) once, however often it is sent. Raises Fenced, NotReady."""
+        """Apply a gradient of shape (len(span),) once, however often it is sent. Raises Fenced, NotReady, Behind."""
         self._check_ready()
         self._check_length(gradient)
         state = self._state
+        self._check_fence(stamp.replica, stamp.incarnation)
+        self._check_offers()
         record = state.replicas.get(stamp.replica)
-        known = 0 if record is None else record.incarnation
-        if stamp.incarnation < max(known, self._fenced.get(stamp.replica, 0)):
-            raise Fenced(f"replica {stamp.replica} incarnation {stamp.incarnation} has been replaced")
         if record is None or record.incarnation < stamp.incarnation:
             record = state.replicas[stamp.replica] = PushRecord(stamp.incarnation, 0)
         if stamp.sequence <= record.sequence:
             return self._answers.get(stamp.replica, Applied(state.version, 0))
-        if self._restored:
+        if self._restored and (self._offered_version < 0 or stamp.replica in self._heard):
             # Sequences run without gaps, so a gap is what the restart from an older checkpoint lost of this replica.
             state.lost_updates += stamp.sequence - record.sequence - 1
+        self._heard.add(stamp.replica)
+        if stamp.base_version < self._offered_version:
+            # It was computed before the parameters were fetched that were taken, so it may be in them: once, at most.
+            state.lost_updates += 1
+            self._regained -= 1
+            answer = Applied(state.version, 0)
+        else:
+            answer = self._apply(stamp, gradient)
+        record.sequence = stamp.sequence
+        for lease, position in stamp.portions:
+            record.portions[lease] = position
+        while len(record.portions) > LEASES_REMEMBERED:
+            del record.portions[next(iter(record.portions))]
+        self._answers[stamp.replica] = answer
+        return answer
+
+    def _apply(self, stamp: Stamp, gradient: torch.Tensor) -> Applied:
+        state = self._state
         answer = Applied(state.version + 1, max(0, state.version - stamp.base_version))
         self._home.end_loans(self._parameters)
         self._rule.apply(
@@ -131,12 +213,6 @@ class Section:
         state.examples += stamp.examples
         state.mini_batches += stamp.mini_batches
         state.staleness[answer.staleness] = state.staleness.get(answer.staleness, 0) + 1
-        record.sequence = stamp.sequence
-        for lease, position in stamp.portions:
-            record.portions[lease] = position
-        while len(record.portions) > LEASES_REMEMBERED:
-            del record.portions[next(iter(record.portions))]
-        self._answers[stamp.replica] = answer
         return answer
 
     def read(self, parameters: torch.Tensor) -> int:
@@ -148,6 +224,8 @@ class Section:
     def fetch(self, replica: int, parameters: torch.Tensor) -> int:
         """`read` for a replica, whose next push will be of a gradient at these parameters."""
         self._check_length(parameters)
+        self._check_ready()
+        self._check_offers()
         version = self.read(parameters)
         self._rule.fetched(replica, version)
         return version
@@ -176,7 +254,9 @@ class Section:
     def status(self) -> SectionStatus:
         """Counters, for the coordinator."""
         state = self._state
-        return SectionStatus(self.ready, state.version, state.mini_batches, state.lost_updates, dict(state.staleness))
+        return SectionStatus(
+            self.ready, state.version, state.mini_batches, state.lost_updates, dict(state.staleness), self._regained
+        )
 
     def write(self, file: AnyPath, slots: Sequence[int], durable: bool) -> Callable[[], list[ShardFile]]:
         """Write everything to a file, at one version; what is returned seals it, and may run beside the shard.
@@ -194,13 +274,14 @@ class Section:
         for replica, incarnation in replaced.items():
             self._fenced[replica] = max(incarnation + 1, self._fenced.get(replica, 0))
 
-    def restore(self, folder: str, files: list[ShardFile], *, own: bool) -> int:
+    def restore(self, folder: str, files: list[ShardFile], *, own: bool, offers: bool) -> int:
         """Take the span from a checkpoint's files, cut anyhow, unless this section has its parameters already.
 
-        From those of another algorithm only the parameters are taken. Answers the version. Raises CheckpointError.
+        From those of another algorithm only the parameters are taken. With `offers`, calls of replicas raise Behind
+        until one of them has offered what it has. Answers the version of the checkpoint. Raises CheckpointError.
         """
         if self.ready:
-            return self._state.version
+            return self._restored_version
         vectors, states = shard_file.read_shard(path_of(folder), files, self.span, own=own)
         self._parameters.copy_(vectors.pop("parameters"))
         if not own:
@@ -215,4 +296,6 @@ class Section:
             replicas=newest.replicas if same_cut else {}, staleness=newest.staleness,
         )  # fmt: skip
         self._restored = self.ready = True
-        return self._state.version
+        self._restored_version = newest.version
+        self._offers_until = math.inf if offers else None
+        return newest.version

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the parameter server without an engine: calls are encoded and decoded, and run at once in this process."""
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from torch import Tensor, nn, optim
 from distbelief import update_rule as rules
 from distbelief.channel.base import Remote, Signature
 from distbelief.engine.insistent import All, Insistent
-from distbelief.errors import CheckpointError, DeadlineExceeded, Fenced, NotReady, PeerLost, RemoteError
+from distbelief.errors import Behind, CheckpointError, DeadlineExceeded, Fenced, NotReady, PeerLost, RemoteError
 from distbelief.parameter_server import ParameterServer, ParameterServerShard, shard_name
 from distbelief.parameters import Layout, Piece, Span, cut
-from distbelief.section import Applied, Stamp
+from distbelief.progress import Counters
+from distbelief.section import Applied, Offer, Stamp
 from distbelief.shard_file import ShardFile
 
 LENGTH = 331
@@ -127,9 +129,9 @@ class Servers:
         written = [shard.snapshot(str(folder / f"shard-{i}"), (), True, 0) for i, shard in enumerate(self.shards)]
         return [file for answer in written for file in answer.result()]
 
-    def restore(self, folder: Path, files: list[ShardFile]) -> None:
+    def restore(self, folder: Path, files: list[ShardFile], *, offers: bool = False) -> None:
         for shard in self.shards:
-            shard.restore(str(folder), files, {}, True)
+            shard.restore(str(folder), files, {}, True, offers)
 
     def state(self) -> dict[str, list[float]]:
         each = [shard._sections[0]._rule.vectors() for shard in self.shards]
@@ -367,6 +369,83 @@ def test_a_restored_shard_counts_exactly_the_acknowledged_pushes_that_it_lost(
         for _ in range(draw.randint(1, 2)):
             again.push(replica, sequences.get(replica, 0) + 1, [0], gradient(2), incarnation)
     assert again.shards[0].status().sections[0].lost_updates == lost
+
+
+@dataclass
+class Puller:
+    """A replica that pushes one-hot gradients under plain SGD, so that each coordinate counts one push of somebody."""
+
+    number: int
+    version: int = 0
+    fetched: Tensor = field(default_factory=lambda: torch.zeros(LENGTH))
+    sequence: int = 0
+    unanswered: tuple[Stamp, Tensor] | None = None
+
+    def fetch(self, shard: ParameterServerShard) -> None:
+        into = torch.empty(LENGTH)
+        self.version, self.fetched = shard.fetch(self.number, 0, into), into
+
+    def send(self, coordinate: int) -> tuple[Stamp, Tensor]:
+        self.sequence += 1
+        one = torch.zeros(LENGTH)
+        one[coordinate] = 1.0
+        return Stamp(self.number, 0, self.sequence, self.version, 32, ()), one
+
+    def offer(self) -> tuple[Offer, Tensor]:
+        return Offer(self.number, 0, self.version, 32, 1), self.fetched
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_shard_that_came_back_takes_what_was_fetched_and_no_push_counts_twice(seed: int, tmp_path: Path) -> None:
+    draw, coordinates = random.Random(seed), itertools.count()
+    old, new = (Servers(rules.sgd(1.0), 1, ready=False) for _ in range(2))
+    (shard,), (again,) = old.shards, new.shards
+    shard.initialise(0, torch.zeros(LENGTH))
+    pullers = [Puller(number) for number in range(3)]
+    folder, files, kept = tmp_path, old.snapshot(tmp_path), 0
+    for step in range(draw.randrange(20)):
+        puller = draw.choice(pullers)
+        if draw.random() < 0.5:
+            puller.fetch(shard)
+        shard.push(*puller.send(next(coordinates)))
+        if draw.random() < 0.1:
+            folder = tmp_path / f"{step}"
+            folder.mkdir()
+            files, kept = old.snapshot(folder), shard.status().sections[0].version
+    for puller in draw.sample(pullers, 3):  # what is under way when the shard dies was applied there, or not
+        if draw.random() < 0.7:
+            puller.unanswered = puller.send(next(coordinates))
+            if draw.random() < 0.5:
+                shard.push(*puller.unanswered)
+        if draw.random() < 0.5 and puller.unanswered is None:
+            puller.fetch(shard)
+    counters = Counters()
+    counters.update([shard.status()])
+    new.home.incarnation = 1
+    new.restore(folder, files, offers=True)
+    counters.restored(0, [kept])
+    with pytest.raises(Behind, match=rf"incarnation 1 came back from a checkpoint at version {kept}"):
+        pullers[0].fetch(again)
+    offered = draw.sample(pullers, draw.randint(1, 3))
+    for puller in offered:
+        again.offer(*puller.offer())
+    new.home.clock += 1.0
+    assert again.status().sections[0].version == max(kept, *(puller.version for puller in offered))
+    later = []
+    for puller in draw.sample(pullers, 3):
+        for _ in range(draw.randint(1, 2) if puller.unanswered is not None else 0):
+            assert puller.unanswered is not None
+            again.push(*puller.unanswered)
+        again.offer(*puller.offer())  # too late
+        puller.fetch(again)
+        later.append(next(coordinates))
+        again.push(*puller.send(later[-1]))
+    counts = -new.read()[1][: next(coordinates)]
+    assert set(counts.tolist()) <= {0.0, 1.0}
+    assert all(counts[coordinate] == 1.0 for coordinate in later)
+    counters.update([again.status()])
+    missing = int((counts == 0).sum())
+    assert missing <= counters.lost_updates <= missing + 3
 
 
 def test_a_restore_that_cannot_give_the_whole_span_or_is_of_another_rule_says_so(tmp_path: Path) -> None:

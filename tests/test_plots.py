@@ -234,7 +234,6 @@ def test_without_a_terminal_each_notable_event_is_one_line() -> None:
         "checkpoint c/0 was passed over: checksum differs",
         "epoch 1 finished: 1,000 examples seen",
         "checkpoint written after 1,000 examples, in 0.2 s",
-        "tested after 1,000 examples: accuracy 0.75",
         "stopping: Ctrl-C",
         "ended: all epochs finished",
     ):

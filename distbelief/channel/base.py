@@ -19,7 +19,7 @@ from typing import Annotated, Any, Concatenate, Generic, ParamSpec, Protocol, Ty
 import msgspec
 import torch
 
-from distbelief.errors import CheckpointError, Fenced, NotReady, ProtocolError
+from distbelief.errors import Behind, CheckpointError, Fenced, NotReady, ProtocolError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,7 +34,7 @@ Over TCP it may lie where a tensor that the method reads lies: a method reads wh
 """
 
 
-RAISED_AS_IS = (Fenced, NotReady, CheckpointError, ProtocolError)
+RAISED_AS_IS = (Fenced, NotReady, Behind, CheckpointError, ProtocolError)
 """What a method may raise for its caller to catch; anything else arrives as RemoteError."""
 
 

@@ -6,7 +6,7 @@ from typing import Generic, TypeVar, final
 
 from distbelief.channel.base import Future
 from distbelief.engine.base import Home
-from distbelief.errors import DeadlineExceeded, NotReady, PeerLost
+from distbelief.errors import ChannelError, DeadlineExceeded, NotReady, PeerLost
 
 T = TypeVar("T")
 
@@ -18,10 +18,13 @@ class Insistent(Generic[T]):
     """A call that is made again until it is answered: for calls whose repetition is harmless.
 
     It has no end of its own: how long a role may say nothing, and whether it is replaced, the coordinator decides.
+    `lost` hears why it is to be made again.
     """
 
-    def __init__(self, home: Home, make: Callable[[], Future[T]]) -> None:
-        self._home, self._make = home, make
+    def __init__(
+        self, home: Home, make: Callable[[], Future[T]], lost: Callable[[ChannelError], object] = lambda error: None
+    ) -> None:  # fmt: skip
+        self._home, self._make, self._lost = home, make, lost
         self._again = 0.0
         self._future: Future[T] | None = make()
         self._value: T
@@ -61,8 +64,9 @@ class Insistent(Generic[T]):
         try:
             self._value = self._future.result()
             self._settled = True
-        except (PeerLost, DeadlineExceeded, NotReady):
+        except (PeerLost, DeadlineExceeded, NotReady) as error:
             self._future, self._again = None, self._home.now() + RETRY_SECONDS
+            self._lost(error)
         except Exception as error:
             self._error, self._settled = error, True
 
