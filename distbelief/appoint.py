@@ -46,9 +46,10 @@ def appoint(
     algorithm = job.algorithm
     keeping: UpdateRule | Keeping
     if isinstance(algorithm, Sandblaster):
-        keeping, refusals, passes = algorithm.keeping, 0, PASSES_PER_EVALUATION
+        keeping, refusals, passes, offers = algorithm.keeping, 0, PASSES_PER_EVALUATION, False
     else:
         keeping, refusals, passes = algorithm.update_rule, algorithm.refusals, 1
+        offers = algorithm.local_rate is None and job.cluster.wire == "float32"
     partitions, silence_seconds = job.cluster.plan.partitions, job.cluster.silence_seconds
     settings = Settings(
         run=run,
@@ -70,6 +71,7 @@ def appoint(
         keep_checkpoints=job.keep_checkpoints,
         evaluate_examples=job.evaluate_every or facts.examples * passes,
         evaluate_at_once=job.evaluate is not None,  # a function of the user's, which nothing has tried yet
+        offers=offers,
         silence_seconds=silence_seconds,
         shard_silence_seconds=shard_silence_seconds(silence_seconds, spans, facts.layout.dtype),
         refusals=refusals,

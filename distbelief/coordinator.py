@@ -313,11 +313,11 @@ class Coordinator(ABC):
         def found(newest: tuple[AnyPath, Manifest]) -> None:
             for event in damaged:
                 self.emit(event)
-            folder, manifest = str(newest[0]), newest[1]
+            folder, manifest, offers = str(newest[0]), newest[1], self.settings.offers
 
             def restore() -> Future[list[int]]:
-                given = manifest.shards, self.incarnations.replaced(self.settings.leaders), self.is_own(manifest), True
-                return shard.call(ParameterServerShard.restore, folder, *given)
+                replaced, own = self.incarnations.replaced(self.settings.leaders), self.is_own(manifest)
+                return shard.call(ParameterServerShard.restore, folder, manifest.shards, replaced, own, offers)
 
             def restored(versions: list[int]) -> None:
                 self.restoring.remove(index)

@@ -113,9 +113,8 @@ class DownpourReplica:
 
     def __init__(
         self, home: Home, index: int, model: ModelReplica, data: DataShard, server: ParameterServer,
-        downpour: Downpour, exact: bool = True,
+        downpour: Downpour,
     ) -> None:  # fmt: skip
-        """`exact`: what is fetched are the shards' own numbers, not rounded on their way."""
         self.home, self.index, self.model, self.data, self.server = home, index, model, data, server
         self.downpour, self.group = downpour, model.group
         self.coordinator = home.find(COORDINATOR, DownpourCoordinator, UNTIL_LOST_SECONDS)
@@ -137,7 +136,6 @@ class DownpourReplica:
         self.told_to_stop = self.stopping = False
         self.carried: list[tuple[int, int]] = []
         """What this partition's acknowledged pushes carried; settled when the other partitions' are acknowledged."""
-        self.exact = exact and downpour.local_rate is None
         self.pushed = 0, 0
         """Examples and mini-batches of the latest push."""
         model.local_rate, server.held = downpour.local_rate, self.held
@@ -170,8 +168,8 @@ class DownpourReplica:
             return  # this incarnation was given up as dead and has been replaced
 
     def held(self, position: int) -> tuple[Offer, torch.Tensor]:
-        """What was fetched of a shard, for one that came back from a checkpoint; after local steps it is of no use."""
-        version = self.versions[position] if self.versions and self.exact else -1
+        """What was fetched of a shard, for one that came back from a checkpoint."""
+        version = self.versions[position] if self.versions else -1
         offer = Offer(self.index, self.home.incarnation, version, *self.pushed, self.group.index)
         return offer, self.model.fetched
 

@@ -94,8 +94,7 @@ def replica_role(
         return SandblasterReplica(home, index, model, data, server)
     seat.part.module.train()
     data = DataShard(home, prepared.data, job.batch_size, job.seed)
-    exact = job.cluster.wire == "float32"
-    return DownpourReplica(home, index, model, data, server, job.algorithm, exact)
+    return DownpourReplica(home, index, model, data, server, job.algorithm)
 
 
 def evaluator_role(home: Home, prepared: Prepared, partition: int, spans: Sequence[Span]) -> Evaluator:

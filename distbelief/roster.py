@@ -84,6 +84,8 @@ class Settings:
     evaluate_examples: int
     evaluate_at_once: bool = False
     """Whether the model is evaluated before it is trained, too."""
+    offers: bool
+    """Whether what replicas hold are the shards' own numbers, so that one which comes back can have them."""
     silence_seconds: float
     """Within which a replica is heard of whose mini-batches are not slow."""
     shard_silence_seconds: float

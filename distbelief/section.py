@@ -21,8 +21,9 @@ from distbelief.shard_file import PushRecord, ShardFile, ShardState
 from distbelief.update_rule import UpdateRule
 
 LEASES_REMEMBERED = 64
-OFFERS_SECONDS = 0.1
-"""After the first one, so long a section that came back from a checkpoint waits for newer parameters than that has."""
+OFFERS_SECONDS, FIRST_OFFER_SECONDS = 0.1, 3.0
+"""So long a section that came back from a checkpoint waits for newer parameters than that has: after the first offer,
+and after a replica said that it has none."""
 
 
 class Stamp(msgspec.Struct, array_like=True, frozen=True):
@@ -50,7 +51,7 @@ class Offer(msgspec.Struct, array_like=True, frozen=True):
     replica: int
     incarnation: int
     version: int
-    """Of this shard, when they were fetched; -1 where they are not to be taken."""
+    """Of this shard, when they were fetched; -1 where none have been."""
     examples: int = 0
     """In a push of this replica."""
     mini_batches: int = 0
@@ -158,8 +159,8 @@ class Section:
         self._check_fence(offer.replica, offer.incarnation)
         if self._offers_until is None:
             return
-        if self._offers_until == math.inf:
-            self._offers_until = self._home.now() + OFFERS_SECONDS
+        seconds = FIRST_OFFER_SECONDS if offer.version < 0 else OFFERS_SECONDS
+        self._offers_until = min(self._offers_until, self._home.now() + seconds)
         state = self._state
         if (newer := offer.version - state.version) > 0:
             self._home.end_loans(self._parameters)

@@ -55,7 +55,7 @@ def coordinator(engine: Any, run: Path, outcomes: list[tuple[float, str]], heard
         run=run, replicas=[[RoleSpec(replica_name(0), CutOff, (outcomes,))]],
         shards=[RoleSpec(shard_name(0), ParameterServerShard, (Span(0, LENGTH), LAYOUT, adagrad(0.1)))],
         evaluator=(), checkpoint_seconds=1e6, keep_checkpoints=1, evaluate_examples=1,
-        silence_seconds=60.0, shard_silence_seconds=60.0, refusals=0, incarnation=0,
+        offers=True, silence_seconds=60.0, shard_silence_seconds=60.0, refusals=0, incarnation=0,
     )  # fmt: skip
     module = nn.Linear(LENGTH, 1, bias=False)
     manifest = checkpoint.manifests(module, LAYOUT, Layout((), torch.float64), rule="", seed=0)
