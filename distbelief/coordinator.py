@@ -324,7 +324,7 @@ class Coordinator(ABC):
                 if index in self.restoring:
                     return  # it has died again meanwhile, and is given a checkpoint once more
                 self.counters.restored(index, versions)
-                self.emit(events.ShardRestored(shard=index, version=max(versions)))
+                self.emit(events.ShardRestored(shard=index, version=max(versions), offers=offers))
                 self.shard_restored(index)
 
             # Asking twice undoes nothing: Downpour's sections keep what they have, Sandblaster awaits the last answer.

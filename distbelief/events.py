@@ -78,6 +78,8 @@ class ShardRestored(Event, frozen=True):
 
     shard: int
     version: int
+    offers: bool = False
+    """Whether it asks replicas for the newer parameters that they have."""
 
 
 class PushRefused(Event, frozen=True):

@@ -183,8 +183,8 @@ def check_same(layout: Layout, expected: Layout) -> None:
     raise ConfigurationError(
         "the job's model is another one each time it is built: "
         + ("; ".join(differences[:5]) or "its parameters have another order, dtype or group"),
-        hint="let the function build the same modules in every process, whatever the environment and other libraries' "
-        "random numbers are",
+        hint="let the function build the same modules in every process: environment, other libraries' random numbers "
+        "and what is set below `if __name__` are not the same there; import a file that was changed again",
     )
 
 

@@ -44,8 +44,9 @@ def sentence(event: AnyEvent) -> str | None:
         case LeasesReturned(replica=replica, leases=leases, examples=examples, repeated=repeated):
             repeats = f", {repeated:,} of them applied already" if repeated else ""
             return f"replica {replica} gave back {count(leases, 'lease')} of {count(examples, 'example')}{repeats}"
-        case ShardRestored(shard=shard, version=version):
-            return f"shard {shard} was restored from its checkpoint at version {version:,}"
+        case ShardRestored(shard=shard, version=version, offers=offers):
+            more = ", and asks replicas for newer parameters" if offers else ""
+            return f"shard {shard} was restored from its checkpoint at version {version:,}{more}"
         case PushRefused(replica=replica, step=step, reason=reason):
             return f"replica {replica} refused its push of step {step:,}: {first_line(reason)}"
         case Progress() | BatchProgress() | Iterated():
