@@ -33,7 +33,8 @@ def attempt(prepared: Prepared) -> None:
     if prepared.cut is not None:
         _attempt_loss(job, prepared.cut, data, *sample_of(job, data))
         if test is not None and job.evaluate is None and not isinstance(prepared.cut.plan, StagePlan):
-            prepared.cut.output(input_of(job, sample_of(job, test)))
+            some = first(test, job.batch_size)
+            prepared.cut.output(input_of(job, collect(some, torch.arange(len(some)))))
         return
     module, _ = build(job.model, job.seed, job.grouping, prepared.layout)
     sample = sample_of(job, data)

@@ -202,7 +202,7 @@ class BatchSection:
 
         return lambda: [shard_file.seal(draft, state, partial=partial, durable=durable) for draft, partial in drafts]
 
-    def restore(self, folder: str, files: list[ShardFile], *, own: bool, offers: bool) -> int:
+    def restore(self, folder: str, files: list[ShardFile], *, own: bool, offers: float) -> int:
         """Take the span from a checkpoint's files, cut anyhow; from those of another algorithm only the parameters.
 
         Nobody has a newer point, so there are no `offers`. Answers the version. Raises CheckpointError.

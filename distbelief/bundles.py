@@ -24,7 +24,7 @@ DETERMINISTIC_BUNDLES = 64
 COPIES = 2
 """How many replicas may have one bundle in hand."""
 AHEAD = 2
-"""Portions that one replica may have in hand: the one that it computes, and the next."""
+"""Bundles that one replica may have in hand: the one that it computes, and the next."""
 DEATHS = 3
 """Replicas that die one after another with the same bundle in hand, after which the bundle is to blame."""
 
@@ -77,9 +77,9 @@ class Batches:
     """
 
     count: int
-    """Portions of the data."""
+    """Bundles of the data."""
     size: int | None = None
-    """Portions in a batch; None for all."""
+    """Bundles in a batch; None for all."""
     shared: int = 0
     """Of them, those that the next batch has, too."""
     seed: int = 0
@@ -128,7 +128,7 @@ class Portions:
         self.bundles, self._backups = list(bundles), backups
         self._hands = [Hand() for _ in range(replicas)]
         self._open: set[int] = set()
-        """Portions that nobody has been given."""
+        """Bundles that nobody has been given."""
         self._done: dict[int, float] = {}
         """Bundle -> its loss, summed over its examples."""
         self._deaths: dict[int, int] = {}

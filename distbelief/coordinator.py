@@ -28,7 +28,7 @@ from distbelief.incarnations import Incarnations
 from distbelief.parameter_server import ParameterServer, ParameterServerShard
 from distbelief.parameters import Span
 from distbelief.progress import Counters
-from distbelief.roster import PATIENCE, ReplicaRecord, RoleSpec, Settings, mean_buffers, silent_replicas
+from distbelief.roster import PATIENCE, ReplicaRecord, RoleSpec, Settings, mean_buffers, offers_seconds, silent_replicas
 from distbelief.section import ShardStatus
 from distbelief.shard_file import ShardFile
 
@@ -182,7 +182,7 @@ class Coordinator(ABC):
     @final
     def restore(self, folder: AnyPath, manifest: Manifest) -> None:
         """Give every shard this checkpoint."""
-        given = str(folder), manifest.shards, dict[int, int](), self.is_own(manifest), False
+        given = str(folder), manifest.shards, dict[int, int](), self.is_own(manifest), -1.0
         self.wait(self.ask_shards(ParameterServerShard.restore, *given))
 
     @final
@@ -193,10 +193,7 @@ class Coordinator(ABC):
 
     @final
     def tick(self, until: Future[Any] | None = None) -> None:
-        """One round: see who died, go on with what waits for an answer, report, and let calls be answered.
-
-        A round is shorter when the answer that the caller waits for comes sooner.
-        """
+        """One round: see who died, go on with what waits, report, let calls be answered; shorter if `until` is done."""
         now = self.engine.now()
         self._bury_the_dead()
         self._end_the_silent(now)
@@ -234,8 +231,8 @@ class Coordinator(ABC):
         self._errands.append(errand)
 
     @final
-    def wind_down(self) -> None:
-        """Let replicas push what they hold and leave, and evaluate once more."""
+    def wind_down(self, *, keep: bool = False) -> None:
+        """Let replicas push what they hold and leave, and evaluate once more; `keep` writes a checkpoint in between."""
         self.stopping = True
         slow = max(LEAVE_SECONDS, *(PATIENCE * record.slowest_seconds for record in self.replicas))
         until = self.engine.now() - self._held_up_seconds + slow
@@ -246,6 +243,8 @@ class Coordinator(ABC):
                     if not record.left:
                         self.incarnations.end(self.settings.leaders[index], record.incarnation, "did not leave in time")
                 until = math.inf
+        if keep:
+            self.checkpoint()
         self._evaluations.begin_last(self.examples)
         while self._evaluations.awaited(self.engine.now()):
             self.tick()
@@ -265,7 +264,7 @@ class Coordinator(ABC):
             kind, *index = death.role.split("/")
             if kind == "replica":
                 self._give_up(self.settings.replicas[int(index[0])])
-                record = self.replicas[int(index[0])]
+                record, self._initial_buffers = self.replicas[int(index[0])], self.buffers()
                 record.buffers, record.alive = {}, False
                 self.lose_replica(int(index[0]), death.incarnation)
             elif kind == "shard":
@@ -295,10 +294,7 @@ class Coordinator(ABC):
                 self.incarnations.start(member)
 
     def _restore_shard(self, index: int) -> None:
-        """Start the shard again and give it the newest checkpoint; replicas wait for it and push again.
-
-        Which one is the newest that is whole shows when all of it has been read; that happens beside the coordinator.
-        """
+        """Start the shard again and give it the newest checkpoint, which is looked for beside the coordinator."""
         self.incarnations.start(self.settings.shards[index])
         if not self.begun:
             return  # the first replica gives it the initial parameters
@@ -313,17 +309,19 @@ class Coordinator(ABC):
         def found(newest: tuple[AnyPath, Manifest]) -> None:
             for event in damaged:
                 self.emit(event)
-            folder, manifest, offers = str(newest[0]), newest[1], self.settings.offers
+            (place, manifest), offers = newest, self.settings.offers
 
             def restore() -> Future[list[int]]:
                 replaced, own = self.incarnations.replaced(self.settings.leaders), self.is_own(manifest)
-                return shard.call(ParameterServerShard.restore, folder, manifest.shards, replaced, own, offers)
+                wait = offers_seconds(self.replicas) if offers else -1.0
+                return shard.call(ParameterServerShard.restore, str(place), manifest.shards, replaced, own, wait)
 
             def restored(versions: list[int]) -> None:
                 self.restoring.remove(index)
                 if index in self.restoring:
                     return  # it has died again meanwhile, and is given a checkpoint once more
                 self.counters.restored(index, versions)
+                self._evaluations.spoilt()
                 self.emit(events.ShardRestored(shard=index, version=max(versions), offers=offers))
                 self.shard_restored(index)
 

@@ -115,12 +115,9 @@ def _like(before: dict[Any, Any], items: dict[Any, Any]) -> Any:
     """A dict of the same kind with these items under its keys."""
     if type(before) is dict:
         return items
-    try:
-        return type(before)(items)
-    except TypeError:  # such as defaultdict, which is made of something else
-        made = copy.copy(before)
-        made.update(items)
-        return made
+    made = copy.copy(before)
+    made.update(items)
+    return made
 
 
 @final

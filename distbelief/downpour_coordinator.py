@@ -92,8 +92,7 @@ class DownpourCoordinator(Coordinator):
             self.tick()
             if self.engine.now() >= self.writer.due and not self.restoring:
                 self.checkpoint()
-        self.wind_down()
-        self.checkpoint()
+        self.wind_down(keep=True)
         self.progress(0.0)
         return "all epochs finished" if self.leases.finished else self.interrupted or "stopped"
 

@@ -43,11 +43,15 @@ class Evaluations:
         self._current = None if self._last == at else self._last
         self._newest, self._until = at, None
         self._slowest_seconds = max(self._slowest_seconds, seconds)
-        self._due = max(self._due, examples) + self._every - examples % self._every
+        self._due = max(self._due, examples + self._every - examples % self._every)
         told = {name: events.finite(value) for name, value in metrics.items()}
         if loss is not None and not math.isfinite(loss):
             loss, told["loss"] = None, None
         return events.Evaluated(examples=at, loss=loss, metrics=told, evaluation_seconds=seconds)
+
+    def spoilt(self) -> None:
+        """A shard went back to other parameters: what was measured last may not be of those that there are now."""
+        self._newest = None
 
     def begin_last(self, examples: int) -> None:
         """Training is over: evaluate what it led to, unless that is done."""

@@ -50,14 +50,18 @@ def write_template(run: Path, module: nn.Module, values: Values | None = None) -
 
     A module on the meta device needs `values` of what is not trained. Raises OSError.
     """
-    sources = {
-        place_of(parameter): ("parameters" if parameter.requires_grad else "initial", name)
+    named: list[tuple[torch.Tensor, str, str]] = [
+        (parameter, "parameters" if parameter.requires_grad else "initial", name)
         for name, parameter in module.named_parameters()
-    }
-    sources |= {place_of(buffer): ("buffers", name) for name, buffer in module.named_buffers()}
+    ]
+    named += [(buffer, "buffers", name) for name, buffer in module.named_buffers()]
+    known = {id(tensor): (source, name) for tensor, source, name in named}
+    places: dict[object, tuple[str, str]] = {}  # of what is handed out detached; what is trained is named first
+    for tensor, source, name in sorted(named, key=lambda each: each[1] != "parameters"):
+        places.setdefault(place_of(tensor), (source, name))
     entries, initial = {}, {}
     for key, value in module.state_dict(keep_vars=True).items():
-        source, name = sources.get(place_of(value), ("initial", key))
+        source, name = known.get(id(value)) or places.get(place_of(value), ("initial", key))
         entries[key] = Entry(source, name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
         if source != "parameters":
             initial[name] = value

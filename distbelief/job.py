@@ -20,7 +20,6 @@ from distbelief.errors import ConfigurationError
 from distbelief.evaluator import Measures, Metric
 from distbelief.model_partition import CutModel, cut_model
 from distbelief.model_replica import Objective, Step, build
-from distbelief.own_code import Checksums, checksums
 from distbelief.parameters import Groups, Layout, trainable
 from distbelief.partition.footprint import check_memory, footprints, uncut_footprint
 from distbelief.partition.pipeline import preload
@@ -167,15 +166,6 @@ class Job:
         return Measures(self.loss, self.step, dict(self.metrics), self.evaluate)
 
     @property
-    def functions(self) -> dict[str, Any]:
-        """The functions of the user's by the names of their fields."""
-        fields = ("model", "data", "test", "collate", "loss", "step", "evaluate", "groups")
-        given = {name: getattr(self, name) for name in fields} | {
-            f"metrics {name}": m for name, m in self.metrics.items()
-        }
-        return {name: function for name, function in given.items() if callable(function)}
-
-    @property
     def grouping(self) -> Groups | None:
         """(name, parameter) -> options that the algorithm has for it."""
         return self.algorithm.groups(self.groups) if isinstance(self.algorithm, Sandblaster) else self.groups
@@ -203,8 +193,6 @@ class Facts:
     """Where buffers lie in the vectors that replicas report, per partition."""
     examples: int
     test_examples: int
-    code: tuple[tuple[str, Checksums], ...] = ()
-    """Of the user's functions, where the job was prepared."""
 
     def __str__(self) -> str:
         layouts = f"layout {zlib.crc32(repr((self.layout, self.buffers)).encode()):08x}"
@@ -218,7 +206,6 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
     if job.collate is not None:
         data = Collated(data, job.collate)
         test = test if test is None or job.evaluate else Collated(test, job.collate)
-    code = checksums(job.functions)
     batch_size, test_examples = _batch_size(job, len(data)), 0 if test is None else len(test)
     if job.cluster.plan.partitions > 1:
         sample = sample_of(job, data)
@@ -230,13 +217,12 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
             _check_target(sample[1])
             preload()
         buffers = lay_out_buffers(cut.module, cut.held_buffers)
-        return Prepared(job, data, test, cut.layout, cut), Facts(cut.layout, buffers, len(data), test_examples, code)
+        return Prepared(job, data, test, cut.layout, cut), Facts(cut.layout, buffers, len(data), test_examples)
     module, layout = build(job.model, job.seed, job.grouping)
     if job.cluster.memory_bytes is not None:
         check_memory([uncut_footprint(module, layout.length, layout.dtype)], job.cluster.memory_bytes)
     _check_algorithm(job, module, layout, False)
-    buffers = lay_out_buffers(module)
-    return Prepared(job, data, test, layout, None), Facts(layout, buffers, len(data), test_examples, code)
+    return Prepared(job, data, test, layout, None), Facts(layout, lay_out_buffers(module), len(data), test_examples)
 
 
 def sample_of(job: Job, data: Any) -> Any:

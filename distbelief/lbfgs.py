@@ -211,11 +211,11 @@ class Solver:
         if not self._predicted(sealed):
             return self._remedy("the direction in the sections is not the one that was ordered")
         if state.search is None:
-            return (
-                self._accept(asked.t, loss, sealed)
-                if finite
-                else self._drop("the loss is not the same when computed twice")
-            )
+            if finite:
+                return self._accept(asked.t, loss, sealed)
+            overlapping = self.options.search == "overlapping"
+            what = "not finite in a batch" if overlapping else "not the same when computed twice"
+            return self._stop(f"the loss is {what}") if overlapping else self._drop(f"the loss is {what}")
         measure = sealed.slope if self.options.search == "wolfe" else sealed.decrease
         outcome = state.search.next(compared if finite else math.nan, measure)
         if outcome == "accept":
@@ -335,7 +335,7 @@ class Solver:
         """Where batches change: stay, and go on with the next one, which may be less unlucky."""
         state = self.state
         state.passed_over += 1
-        if state.passed_over > MOST_PASSED_OVER:
+        if state.passed_over == MOST_PASSED_OVER:
             return self._stop(
                 f"in {MOST_PASSED_OVER} batches in a row no step lowered the loss of what each shares with the one "
                 "before: a larger batch, or more overlap, may go further"

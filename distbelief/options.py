@@ -115,9 +115,9 @@ def _parse_command(
 
 def _parameter_hints(make_job: Callable[..., Job]) -> dict[str, Any]:
     """The types of the parameters; that of the result is not looked at. Raises NameError."""
-    plain = inspect.unwrap(make_job)
-    annotations = {name: hint for name, hint in plain.__annotations__.items() if name != "return"}
-    return get_type_hints(types.SimpleNamespace(__annotations__=annotations), plain.__globals__, include_extras=True)
+    annotations = {name: hint for name, hint in make_job.__annotations__.items() if name != "return"}
+    known = getattr(inspect.unwrap(make_job), "__globals__", {})  # of a decorated function its own
+    return get_type_hints(types.SimpleNamespace(__annotations__=annotations), known, include_extras=True)
 
 
 def _algorithm(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -26,13 +26,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar, final
 
+import msgspec
 import torch
 
 from distbelief.batch_section import BatchSection, Extent, Keeping, Mark
-from distbelief.channel.base import Future, Out, exported, rounded
+from distbelief.channel.base import Future, Out, Remote, exported, rounded
 from distbelief.engine.base import UNTIL_LOST_SECONDS, Home
 from distbelief.engine.insistent import All, Insistent
-from distbelief.errors import Behind, ChannelError, NotReady, ProtocolError
+from distbelief.errors import Behind, ChannelError, DeadlineExceeded, NotReady, PeerLost, ProtocolError
 from distbelief.files import path_of
 from distbelief.lbfgs import Evaluate, Step
 from distbelief.parameters import Layout, Span
@@ -123,13 +124,13 @@ class ParameterServerShard:
 
     @exported
     def restore(
-        self, folder: str, files: list[ShardFile], replaced: dict[int, int], own: bool, offers: bool
+        self, folder: str, files: list[ShardFile], replaced: dict[int, int], own: bool, offers: float
     ) -> list[int]:  # fmt: skip
         """Take the span from a checkpoint's files, cut anyhow; a Downpour section that has its parameters keeps them.
 
         Of a checkpoint that is not this algorithm's `own` only the parameters are taken. `replaced` (replica ->
         incarnation) are refused as by `fence`, before a push can come in between: the shard has forgotten what it was
-        told in its earlier life. With `offers`, replicas may offer newer parameters first. Answers the version of each
+        told in its earlier life. `offers` as in `Section.restore`. Answers the version of each
         section there. Raises CheckpointError.
         """
         versions = []
@@ -219,8 +220,8 @@ class ParameterServer:
         self._home, self._replica, self._partition = home, replica, partition
         self.held: Callable[[int], tuple[Offer, torch.Tensor]] | None = None
         """What a replica has of the shard at this position of `routes`: asked when that came back from a checkpoint."""
-        self._offered: dict[int, str] = {}
-        """To which life of it that was offered, in its own words."""
+        self._offered: dict[int, tuple[str, Future[None]]] = {}
+        """To which life of it that was offered, in its own words, and whether it arrived."""
         self.routes = [
             (home.find(shard_name(index), ParameterServerShard, UNTIL_LOST_SECONDS), part.within(own))
             for index, span in enumerate(spans)
@@ -252,14 +253,14 @@ class ParameterServer:
     def push(self, stamps: Sequence[Stamp], gradient: torch.Tensor) -> Future[list[Applied]]:
         """Start pushing `gradient`, a stamp per shard; the memory stays untouched until it is done."""
         return self._all(
-            partial(shard.call, ParameterServerShard.push, stamp, _part(gradient, part))
+            Sending(stamp, partial(_push, shard, _part(gradient, part)))
             for (shard, part), stamp in zip(self.routes, stamps, strict=True)
         )
 
     def exchange(self, stamps: Sequence[Stamp], gradient: torch.Tensor, into: torch.Tensor) -> Future[list[int]]:
         """Start a push and the fetch behind it, one call a shard; the answer is one version per shard."""
         return self._all(
-            partial(shard.call, ParameterServerShard.exchange, stamp, _part(gradient, part), _part(into, part))
+            Sending(stamp, partial(_exchange, shard, _part(gradient, part), _part(into, part)))
             for (shard, part), stamp in zip(self.routes, stamps, strict=True)
         )
 
@@ -278,15 +279,59 @@ class ParameterServer:
         )
 
     def _all(self, calls: Iterable[Callable[[], Future[Any]]]) -> All[Any]:
-        return All(self._home, [Insistent(self._home, call, partial(self._offer, at)) for at, call in enumerate(calls)])
+        return All(
+            self._home, [Insistent(self._home, call, partial(self._lost, at, call)) for at, call in enumerate(calls)]
+        )
 
-    def _offer(self, position: int, lost: ChannelError) -> None:
-        """The call that follows comes behind this one, so nobody waits for an answer."""
-        if self.held is None or not isinstance(lost, Behind) or self._offered.get(position) == str(lost):
+    def _lost(self, position: int, call: Callable[[], Future[Any]], error: ChannelError) -> None:
+        """Before a call is made again: say so where it is a push, and offer what is here to a shard that is Behind."""
+        if isinstance(call, Sending) and not isinstance(error, NotReady):
+            call.again()
+        if self.held is None or not isinstance(error, Behind):
             return
-        self._offered[position] = str(lost)
+        life, arrived = self._offered.get(position, ("", None))
+        if life == str(error) and (arrived is None or not arrived.done() or _answered(arrived)):
+            return
         (shard, part), (offer, parameters) = self.routes[position], self.held(position)
-        shard.call(ParameterServerShard.offer, offer, _part(parameters, part))
+        # The repeated call comes behind this one, so nobody waits for its answer.
+        self._offered[position] = str(error), shard.call(ParameterServerShard.offer, offer, _part(parameters, part))
+
+
+@final
+class Sending:
+    """A push that is sent until it is answered; its stamp says when an earlier try may have been applied."""
+
+    def __init__(self, stamp: Stamp, send: Callable[[Stamp], Future[Any]]) -> None:
+        self._stamp, self._send = stamp, send
+
+    def __call__(self) -> Future[Any]:
+        """Send it."""
+        return self._send(self._stamp)
+
+    def again(self) -> None:
+        """It was sent, and nobody knows what became of it."""
+        self._stamp = msgspec.structs.replace(self._stamp, again=True)
+
+
+def _push(shard: Remote[ParameterServerShard], gradient: torch.Tensor, stamp: Stamp) -> Future[Applied]:
+    return shard.call(ParameterServerShard.push, stamp, gradient)
+
+
+def _exchange(
+    shard: Remote[ParameterServerShard], gradient: torch.Tensor, into: torch.Tensor, stamp: Stamp
+) -> Future[int]:  # fmt: skip
+    return shard.call(ParameterServerShard.exchange, stamp, gradient, into)
+
+
+def _answered(future: Future[None]) -> bool:
+    """Whether a future that is done was answered, if not as one would like."""
+    try:
+        future.result()
+    except (PeerLost, DeadlineExceeded):
+        return False
+    except ChannelError:
+        return True
+    return True
 
 
 def _part(vector: torch.Tensor, part: slice) -> torch.Tensor:

@@ -254,7 +254,12 @@ def _check_entries(model: nn.Module) -> None:
     given = {key: place_of(value) for key, value in state.items()}
     known = {place_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
     copies = {key for key, place in given.items() if place not in known}
-    lost = [name for name, parameter in trainable(model) if copies and place_of(parameter) not in given.values()]
+    shapes = {tuple(state[key].shape) for key in copies}
+    lost = [
+        name
+        for name, parameter in trainable(model)
+        if tuple(parameter.shape) in shapes and place_of(parameter) not in given.values()
+    ]
     lost += [name for name, _ in model.named_buffers() if name in copies]
     if lost:
         raise ConfigurationError(

@@ -5,8 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import final
 
-import msgspec
-
 from distbelief.events import Progress, staleness_quantile
 from distbelief.leases import Leases
 from distbelief.parameter_server import shard_name
@@ -23,12 +21,23 @@ class Counters:
         """(role, incarnation) -> callers that it refused."""
         self._lost: dict[tuple[int, int], int] = {}
         """(shard, section) -> pushes known to have been applied to it that its restarts have lost."""
+        self._highest: dict[tuple[int, int], int] = {}
+        """(shard, section) -> the highest version that it is known to have had since it was last restored."""
+        self._lives: dict[int, int] = {}
+        """Shard -> the incarnation that said what is known of it."""
 
     def update(self, statuses: Iterable[ShardStatus]) -> None:
-        """Take in what all shards say, in their order."""
+        """Take in what all shards say, in their order; of one without parameters, what it said before stands."""
         for shard, status in enumerate(statuses):
-            self._statuses[shard] = status.sections
             self.refused(shard_name(shard), status.incarnation, status.strangers)
+            if not all(section.ready for section in status.sections):
+                continue
+            if status.incarnation != self._lives.get(shard, status.incarnation):
+                for section, before in enumerate(self._statuses.get(shard, ())):
+                    self._lost[shard, section] = self._lost.get((shard, section), 0) - before.regained
+            self._lives[shard], self._statuses[shard] = status.incarnation, status.sections
+            for section, now in enumerate(status.sections):
+                self._highest[shard, section] = max(self._highest.get((shard, section), 0), now.version)
 
     def refused(self, role: str, incarnation: int, strangers: Mapping[str, int]) -> None:
         """Take in how many callers an incarnation of a role has refused so far, by what they did."""
@@ -43,15 +52,11 @@ class Counters:
         return dict(counts)
 
     def restored(self, shard: int, versions: Sequence[int]) -> None:
-        """A shard has gone back to these versions of its sections; what it regains, its next statuses tell."""
-        before = self._statuses.get(shard, [])
-        for section, (status, version) in enumerate(zip(before, versions, strict=False)):
-            lost = max(0, status.version - version)
-            self._lost[shard, section] = self._lost_of(shard, section, status) + lost
-        self._statuses[shard] = [msgspec.structs.replace(status, regained=0) for status in before]
-
-    def _lost_of(self, shard: int, section: int, status: SectionStatus) -> int:
-        return max(0, self._lost.get((shard, section), 0) - status.regained)
+        """A shard has gone back to these versions of its sections; what it regains, its statuses tell."""
+        for section, version in enumerate(versions):
+            known = self._highest.get((shard, section), version)
+            self._lost[shard, section] = self._lost.get((shard, section), 0) + max(0, known - version)
+            self._highest[shard, section] = version
 
     def _sections(self) -> Iterable[SectionStatus]:
         return (section for sections in self._statuses.values() for section in sections)
@@ -79,7 +84,7 @@ class Counters:
     def lost_updates(self) -> int:
         """Acknowledged pushes that restarts have lost, over all sections."""
         return sum(
-            max(status.lost_updates, self._lost_of(shard, section, status))
+            max(status.lost_updates, self._lost.get((shard, section), 0) - status.regained)
             for shard, sections in self._statuses.items()
             for section, status in enumerate(sections)
         )

@@ -93,6 +93,11 @@ def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> No
             f"computing the loss changes the buffer {changed[0]}, so the loss is no function of the parameters alone",
             hint="let the function that builds the model call .eval() on the layer",
         )
+    if [id(each) for each, _ in found] != [id(each) for each, _ in second[1]]:
+        raise ConfigurationError(
+            "the loss of the same examples depends on other parameters from call to call",
+            hint="remove what is random from the model, such as layers that are left out by chance",
+        )
     pairs = [(loss, second[0]), *((one, other) for (_, one), (_, other) in zip(found, second[1], strict=True))]
     if not all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
         difference = max(float((one - other).abs().max()) for one, other in pairs)

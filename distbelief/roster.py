@@ -133,6 +133,12 @@ def silent_replicas(replicas: Sequence[ReplicaRecord], now: float, least: float)
             yield index, record.incarnation, limit
 
 
+def offers_seconds(replicas: Sequence[ReplicaRecord]) -> float:
+    """How long another replica may take to offer what it has, in the midst of a mini-batch; 0 for one alone."""
+    slowest = [record.slowest_seconds for record in replicas if record.alive and not record.left]
+    return 1.0 + 2 * max(slowest) if len(slowest) > 1 else 0.0
+
+
 def shard_silence_seconds(silence_seconds: float, spans: Sequence[Span], dtype: torch.dtype) -> float:
     """How long a shard may say nothing, and those that wait for it."""
     return silence_seconds + max(map(len, spans)) * dtype.itemsize / SHARD_BYTES_PER_SECOND

@@ -21,9 +21,11 @@ from distbelief.shard_file import PushRecord, ShardFile, ShardState
 from distbelief.update_rule import UpdateRule
 
 LEASES_REMEMBERED = 64
-OFFERS_SECONDS, FIRST_OFFER_SECONDS = 0.1, 3.0
-"""So long a section that came back from a checkpoint waits for newer parameters than that has: after the first offer,
-and after a replica said that it has none."""
+OFFERS_SECONDS = 0.25
+"""After the first offer, so long a section that came back from a checkpoint waits for newer ones: twice what a call
+waits before it is made again, and more."""
+SQUARES = ("sum", "z", "z_max")
+"""Vectors of Adagrad and AdaptiveRevision that grow by the square of each gradient."""
 
 
 class Stamp(msgspec.Struct, array_like=True, frozen=True):
@@ -43,6 +45,8 @@ class Stamp(msgspec.Struct, array_like=True, frozen=True):
     """Mini-batches accrued in the gradient."""
     partition: int = 0
     """Which partition of the replica computed it."""
+    again: bool = False
+    """Whether it was sent before, to a shard that did not answer and may have applied it."""
 
 
 class Offer(msgspec.Struct, array_like=True, frozen=True):
@@ -79,7 +83,7 @@ class SectionStatus(msgspec.Struct, array_like=True, frozen=True):
     lost_updates: int
     staleness: dict[int, int]
     regained: int = 0
-    """Updates since the checkpoint that this life has had back from replicas, but for those that it left out since."""
+    """Updates since the checkpoint that this life has had back from replicas."""
 
 
 class ShardStatus(msgspec.Struct, array_like=True, frozen=True):
@@ -110,11 +114,10 @@ class Section:
         self._restored_version = 0
         self._offers_until: float | None = None
         """While it waits for newer parameters, until when: for ever before the first offer."""
-        self._regained = 0
-        self._offered_version = -1
-        """Of the parameters that it took."""
-        self._heard: set[int] = set()
-        """Replicas that have pushed since it took them."""
+        self._patience = 0.0
+        """How long it waits for another one when a replica has nothing to offer."""
+        self._regained = self._uncounted = 0
+        """Updates taken in this life, and those of them whose squares are not in the rule's sums."""
 
     def _check_ready(self) -> None:
         if not self.ready:
@@ -159,17 +162,29 @@ class Section:
         self._check_fence(offer.replica, offer.incarnation)
         if self._offers_until is None:
             return
-        seconds = FIRST_OFFER_SECONDS if offer.version < 0 else OFFERS_SECONDS
+        seconds = self._patience if offer.version < 0 else OFFERS_SECONDS
         self._offers_until = min(self._offers_until, self._home.now() + seconds)
         state = self._state
         if (newer := offer.version - state.version) > 0:
             self._home.end_loans(self._parameters)
             self._parameters.copy_(parameters)
-            state.version = self._offered_version = offer.version
+            state.version = state.taken = offer.version
             state.examples += newer * offer.examples
             state.mini_batches += newer * offer.mini_batches
-            self._regained += newer
-            self._heard.clear()
+            state.regained, state.heard = state.regained + newer, []
+            self._regained, self._uncounted = self._regained + newer, self._uncounted + newer
+
+    def _count_squares(self, gradient: torch.Tensor) -> None:
+        """Add the squares of the updates taken to Adagrad's sums, as if all had been of this gradient.
+
+        With the sums of the checkpoint, perhaps zeros, the next steps would be those of the beginning.
+        """
+        vectors = {name: vector.clone() for name, vector in self._rule.vectors().items()}
+        if grown := [vectors[name] for name in SQUARES if name in vectors]:
+            for vector in grown:
+                vector.addcmul_(gradient, gradient, value=self._uncounted)
+            self._rule.load(vectors, self._rule.scalars())
+        self._uncounted = 0
 
     def push(self, stamp: Stamp, gradient: torch.Tensor) -> Applied:
         """Apply a gradient of shape (len(span),) once, however often it is sent. Raises Fenced, NotReady, Behind."""
@@ -183,14 +198,17 @@ class Section:
             record = state.replicas[stamp.replica] = PushRecord(stamp.incarnation, 0)
         if stamp.sequence <= record.sequence:
             return self._answers.get(stamp.replica, Applied(state.version, 0))
-        if self._restored and (self._offered_version < 0 or stamp.replica in self._heard):
+        if self._restored:
             # Sequences run without gaps, so a gap is what the restart from an older checkpoint lost of this replica.
             state.lost_updates += stamp.sequence - record.sequence - 1
-        self._heard.add(stamp.replica)
-        if stamp.base_version < self._offered_version:
-            # It was computed before the parameters were fetched that were taken, so it may be in them: once, at most.
+        if state.taken >= 0 and stamp.replica not in state.heard:
+            state.heard.append(stamp.replica)
+            left_out = stamp.again
+        else:
+            left_out = False
+        if left_out:
+            # An earlier life may have applied it, and then it may be in the parameters that were taken.
             state.lost_updates += 1
-            self._regained -= 1
             answer = Applied(state.version, 0)
         else:
             answer = self._apply(stamp, gradient)
@@ -205,6 +223,8 @@ class Section:
     def _apply(self, stamp: Stamp, gradient: torch.Tensor) -> Applied:
         state = self._state
         answer = Applied(state.version + 1, max(0, state.version - stamp.base_version))
+        if self._uncounted:
+            self._count_squares(gradient)
         self._home.end_loans(self._parameters)
         self._rule.apply(
             gradient, version=state.version, base_version=stamp.base_version, examples=state.examples,
@@ -255,9 +275,8 @@ class Section:
     def status(self) -> SectionStatus:
         """Counters, for the coordinator."""
         state = self._state
-        return SectionStatus(
-            self.ready, state.version, state.mini_batches, state.lost_updates, dict(state.staleness), self._regained
-        )
+        lost = max(0, state.lost_updates - state.regained)
+        return SectionStatus(self.ready, state.version, state.mini_batches, lost, dict(state.staleness), self._regained)
 
     def write(self, file: AnyPath, slots: Sequence[int], durable: bool) -> Callable[[], list[ShardFile]]:
         """Write everything to a file, at one version; what is returned seals it, and may run beside the shard.
@@ -275,28 +294,28 @@ class Section:
         for replica, incarnation in replaced.items():
             self._fenced[replica] = max(incarnation + 1, self._fenced.get(replica, 0))
 
-    def restore(self, folder: str, files: list[ShardFile], *, own: bool, offers: bool) -> int:
+    def restore(self, folder: str, files: list[ShardFile], *, own: bool, offers: float) -> int:
         """Take the span from a checkpoint's files, cut anyhow, unless this section has its parameters already.
 
-        From those of another algorithm only the parameters are taken. With `offers`, calls of replicas raise Behind
-        until one of them has offered what it has. Answers the version of the checkpoint. Raises CheckpointError.
+        From those of another algorithm only the parameters are taken. Unless `offers` is negative, calls of replicas
+        raise Behind until one of them has offered what it has, or, so many seconds before, had nothing. Answers the
+        version of the checkpoint. Raises CheckpointError.
         """
         if self.ready:
             return self._restored_version
         vectors, states = shard_file.read_shard(path_of(folder), files, self.span, own=own)
         self._parameters.copy_(vectors.pop("parameters"))
-        if not own:
-            self.ready = True
-            return self._state.version
-        newest = max(states, key=lambda state: state.version)
-        self._rule.load(vectors, newest.scalars)
-        same_cut = (newest.start, newest.stop) == (self.span.start, self.span.stop)
-        self._state = ShardState(
-            start=self.span.start, stop=self.span.stop, version=newest.version, examples=newest.examples,
-            mini_batches=newest.mini_batches, lost_updates=newest.lost_updates,
-            replicas=newest.replicas if same_cut else {}, staleness=newest.staleness,
-        )  # fmt: skip
-        self._restored = self.ready = True
-        self._restored_version = newest.version
-        self._offers_until = math.inf if offers else None
-        return newest.version
+        if own:
+            newest = max(states, key=lambda state: state.version)
+            self._rule.load(vectors, newest.scalars)
+            same_cut = (newest.start, newest.stop) == (self.span.start, self.span.stop)
+            self._state = ShardState(
+                start=self.span.start, stop=self.span.stop, version=newest.version, examples=newest.examples,
+                mini_batches=newest.mini_batches, lost_updates=newest.lost_updates, regained=newest.regained,
+                replicas=newest.replicas if same_cut else {}, staleness=newest.staleness,
+                taken=newest.taken if same_cut else -1, heard=newest.heard if same_cut else [],
+            )  # fmt: skip
+        self.ready, self._restored = True, own or offers >= 0
+        self._restored_version, self._patience = self._state.version, offers
+        self._offers_until = math.inf if offers >= 0 else None
+        return self._restored_version

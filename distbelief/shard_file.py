@@ -48,6 +48,12 @@ class ShardState(msgspec.Struct, kw_only=True):
     scalars: dict[str, float] = {}
     """The update rule's numbers, such as Adam's step."""
     replicas: dict[int, PushRecord] = {}
+    taken: int = -1
+    """The version of the parameters that replicas had fetched and that were taken after a death; -1 for none."""
+    heard: list[int] = []
+    """Replicas that have pushed since."""
+    regained: int = 0
+    """Updates that were taken, of those that `lost_updates` counts."""
     staleness: dict[int, int] = {}
     """Staleness -> pushes applied at it."""
 

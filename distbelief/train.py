@@ -36,7 +36,6 @@ from distbelief.export import write_template
 from distbelief.job import Facts, Job, prepare
 from distbelief.launch import Launch, of_main
 from distbelief.model_replica import check_device
-from distbelief.own_code import changes
 from distbelief.parameters import Span, cut
 from distbelief.recut import recut
 from distbelief.report.files import EventFile, read_events, write_summary
@@ -98,8 +97,6 @@ def train(
     with contextlib.ExitStack() as alone, contextlib.closing(engine):
         alone.enter_context(_random_numbers_kept())
         facts = engine.load(prepare, job, attempt=attempt)
-        for change in changes(job.functions, facts.code):
-            warnings.warn(change, RuntimeWarning, stacklevel=2)
         spans = _spans(job, facts)
         model = Uncut(job, facts)
         run = _open_run(job, resume)

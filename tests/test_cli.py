@@ -385,6 +385,34 @@ def test_a_function_that_makes_no_job_is_refused_by_what_it_is(
     assert said in refused(run, capsys, "train", "rules_script.py")
 
 
+DECORATED = """
+import functools, inspect
+from tests import problems
+
+def deeper(make):
+    @functools.wraps(make)
+    def job(width: int = 3, depth: int = 1):
+        assert (width, depth) == (3, 2)
+        return make(width)
+    job.__signature__ = inspect.Signature([
+        *inspect.signature(make).parameters.values(),
+        inspect.Parameter("depth", inspect.Parameter.KEYWORD_ONLY, default=1, annotation=int),
+    ])
+    job.__annotations__ = {"width": int, "depth": int}
+    return job
+
+@deeper
+def job(width: int = 3):
+    return problems.job(epochs=1)
+"""
+
+
+def test_a_decorator_may_add_an_option(run: Callable[..., None]) -> None:
+    Path("rules_script.py").write_text(DECORATED)
+    run("train", "rules_script.py", "--run", "a", "--depth", "2")
+    assert Path("a/summary.json").exists()
+
+
 def test_the_type_of_the_result_need_not_be_there(run: Callable[..., None]) -> None:
     Path("rules_script.py").write_text(PLAIN.replace("):", ") -> 'Missing':", 1))
     run("train", "rules_script.py", "--run", "a")

@@ -154,9 +154,18 @@ class Named(dict[str, Any]):
         return self[name]  # a KeyError for what is not there, as careless classes raise
 
 
+class Titled(dict[str, Any]):
+    """Made of something else than its items."""
+
+    def __init__(self, title: str = "a title", **items: Any) -> None:
+        super().__init__(**items)
+        self.title = title
+
+
 def test_a_dict_of_ones_own_kind_stays_one_on_the_way_to_a_device() -> None:
     moved = to_device(Named(x=INPUTS, count=3), torch.device("meta"))
     assert (moved.x.device.type, moved.count) == ("meta", 3)
+    assert to_device(Titled(x=INPUTS), torch.device("cpu")).title == "a title"
     counted = to_device(defaultdict(list, x=INPUTS), torch.device("meta"))
     assert (counted["x"].device.type, counted["y"]) == ("meta", [])
 

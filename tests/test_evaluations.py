@@ -81,6 +81,21 @@ def test_without_an_evaluator_nothing_is_awaited() -> None:
     assert evaluations.next(0) == (None, True)
 
 
+def test_one_at_the_beginning_leaves_the_others_where_they_were() -> None:
+    for begun in (0, 250):
+        evaluations = Evaluations(100, wanted=True)
+        evaluations.begin(begun, at_once=True)
+        seen = []
+        for examples in range(begun, begun + 400):
+            at, _ = evaluations.next(examples)
+            if at is not None and examples % 7 == 0:  # an evaluation takes a few examples
+                evaluations.finished(at, 0.5, {}, 1.0, examples)
+                seen.append(at)
+        assert seen[:2] == [begun, begun + 100]
+        assert [at % 100 for at in seen[2:]] == [0] * len(seen[2:])
+        assert len(seen) >= 4
+
+
 def test_what_is_not_finite_is_told_as_not_known() -> None:
     told = Evaluations(100, wanted=True).finished(7, math.inf, {"accuracy": math.nan, "top5": 0.5}, 1.0, 7)
     assert told.loss is None

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -53,6 +54,19 @@ class Detaching(nn.Linear):
 
 def detaching() -> nn.Module:
     return Detaching(3, 2)
+
+
+class Shadowed(nn.Module):
+    """A frozen copy of a layer in the memory of the trained one, and two buffers in one place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online = nn.Linear(3, 2)
+        self.target = nn.Linear(3, 2).requires_grad_(False)
+        self.target.weight = nn.Parameter(self.online.weight.data, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.online(x)
 
 
 def plain() -> nn.Module:
@@ -106,6 +120,13 @@ def test_the_exported_file_is_the_state_dict_of_the_trained_module_however_it_wa
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
         assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
+
+
+def test_a_frozen_parameter_in_the_memory_of_a_trained_one_does_not_take_its_place(tmp_path: Path) -> None:
+    write_template(tmp_path, Shadowed())
+    entries = msgspec.json.decode((tmp_path / STATE).read_bytes())
+    assert entries["online.weight"]["source"] == "parameters"
+    assert entries["target.weight"] == {**entries["online.weight"], "source": "initial", "name": "target.weight"}
 
 
 def test_a_fresh_module_takes_the_export_strictly_and_computes_the_same(tmp_path: Path) -> None:

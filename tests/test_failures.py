@@ -115,10 +115,35 @@ def test_a_dead_shard_comes_back_with_what_replicas_have_fetched_and_loses_a_few
     result, heard = trained(job, tmp_path, faults=db.Faults(kill=((0.8, "shard/1"),)), costs=SLOW)
     (restored,) = of(ShardRestored, heard)
     assert (restored.shard, restored.version) == (1, 0)
-    # Of each of the four replicas the push that was under way, and what nobody had fetched yet.
-    assert 1 <= result.summary.lost_updates <= 8
+    # Of each of the four replicas the push that was under way, and what nobody had fetched yet; of some 70 before it.
+    assert result.summary.lost_updates <= 8
     assert result.summary.examples.missing == 0
     assert (result.test["accuracy"] or 0) > 0.8
+
+
+@pytest.mark.parametrize("before_the_end", [0.3, 0.25, 0.2, 0.15, 0.1, 0.05])
+def test_whenever_a_shard_dies_the_test_is_of_the_model_that_is_returned(before_the_end: float, tmp_path: Path) -> None:
+    undisturbed, _ = trained(simulated(), tmp_path, costs=SLOW)
+    moment = undisturbed.summary.wall_seconds - before_the_end
+    result, _ = trained(simulated(), tmp_path, faults=db.Faults(kill=((moment, "shard/1"),)), costs=SLOW)
+    inputs, targets = problems.points(200, 1).tensors
+    with torch.no_grad():
+        assert result.test["accuracy"] == pytest.approx(
+            float(problems.accuracy(result.model(inputs), targets)), abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_death_of_the_only_replica_at_work_keeps_the_statistics_of_batch_norm(
+    replicas: int, tmp_path: Path
+) -> None:
+    cluster = db.Cluster(replicas=replicas, shards=2, engine="simulated")
+    algorithm = db.Downpour(warmstart=10_000)  # the others have nothing to do
+    job = problems.job(model=problems.normalised_classifier, cluster=cluster, algorithm=algorithm, epochs=6)
+    kill = ((5.0, "replica/0"),)
+    result, heard = trained(job, tmp_path, faults=db.Faults(kill=kill), costs=SLOW)
+    assert len(of(RoleLost, heard)) == 1
+    assert int(result.model[1].num_batches_tracked) > 0.9 * 6 * 640 / 16  # type: ignore[index]
 
 
 def test_where_nothing_that_was_fetched_can_be_used_the_updates_since_the_checkpoint_are_lost(tmp_path: Path) -> None:
@@ -640,9 +665,9 @@ def test_ctrl_c_while_the_replicas_of_a_finished_job_leave_does_not_call_it_stop
 ) -> None:
     wind_down = Coordinator.wind_down
 
-    def interrupted(self: Coordinator) -> None:
+    def interrupted(self: Coordinator, **options: Any) -> None:
         signal.raise_signal(signal.SIGINT)
-        wind_down(self)
+        wind_down(self, **options)
 
     monkeypatch.setattr(Coordinator, "wind_down", interrupted)
     result, heard = trained(simulated(algorithm=algorithm, epochs=1), tmp_path)

@@ -129,7 +129,7 @@ class Servers:
         written = [shard.snapshot(str(folder / f"shard-{i}"), (), True, 0) for i, shard in enumerate(self.shards)]
         return [file for answer in written for file in answer.result()]
 
-    def restore(self, folder: Path, files: list[ShardFile], *, offers: bool = False) -> None:
+    def restore(self, folder: Path, files: list[ShardFile], *, offers: float = -1.0) -> None:
         for shard in self.shards:
             shard.restore(str(folder), files, {}, True, offers)
 
@@ -376,7 +376,7 @@ class Puller:
     """A replica that pushes one-hot gradients under plain SGD, so that each coordinate counts one push of somebody."""
 
     number: int
-    version: int = 0
+    version: int = -1
     fetched: Tensor = field(default_factory=lambda: torch.zeros(LENGTH))
     sequence: int = 0
     unanswered: tuple[Stamp, Tensor] | None = None
@@ -385,67 +385,127 @@ class Puller:
         into = torch.empty(LENGTH)
         self.version, self.fetched = shard.fetch(self.number, 0, into), into
 
-    def send(self, coordinate: int) -> tuple[Stamp, Tensor]:
+    def begin(self, coordinate: int) -> tuple[Stamp, Tensor]:
         self.sequence += 1
         one = torch.zeros(LENGTH)
         one[coordinate] = 1.0
-        return Stamp(self.number, 0, self.sequence, self.version, 32, ()), one
+        self.unanswered = Stamp(self.number, 0, self.sequence, self.version, 32, ()), one
+        return self.unanswered
+
+    def repeat(self) -> tuple[Stamp, Tensor]:
+        assert self.unanswered is not None
+        self.unanswered = msgspec.structs.replace(self.unanswered[0], again=True), self.unanswered[1]
+        return self.unanswered
 
     def offer(self) -> tuple[Offer, Tensor]:
         return Offer(self.number, 0, self.version, 32, 1), self.fetched
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_a_shard_that_came_back_takes_what_was_fetched_and_no_push_counts_twice(seed: int, tmp_path: Path) -> None:
-    draw, coordinates = random.Random(seed), itertools.count()
-    old, new = (Servers(rules.sgd(1.0), 1, ready=False) for _ in range(2))
-    (shard,), (again,) = old.shards, new.shards
-    shard.initialise(0, torch.zeros(LENGTH))
-    pullers = [Puller(number) for number in range(3)]
-    folder, files, kept = tmp_path, old.snapshot(tmp_path), 0
-    for step in range(draw.randrange(20)):
+def live(shard: ParameterServerShard, pullers: list[Puller], steps: int, draw: random.Random, numbers: Any) -> set[int]:
+    """Replicas fetch and push, each push before its next one; answers may be lost. Which pushes are new."""
+    new: set[int] = set()
+    for _ in range(steps):
         puller = draw.choice(pullers)
-        if draw.random() < 0.5:
+        if puller.unanswered is not None:
+            shard.push(*puller.repeat())
+            puller.unanswered = None
+        if puller.version < 0 or draw.random() < 0.5:
             puller.fetch(shard)
-        shard.push(*puller.send(next(coordinates)))
-        if draw.random() < 0.1:
-            folder = tmp_path / f"{step}"
-            folder.mkdir()
-            files, kept = old.snapshot(folder), shard.status().sections[0].version
-    for puller in draw.sample(pullers, 3):  # what is under way when the shard dies was applied there, or not
-        if draw.random() < 0.7:
-            puller.unanswered = puller.send(next(coordinates))
-            if draw.random() < 0.5:
-                shard.push(*puller.unanswered)
-        if draw.random() < 0.5 and puller.unanswered is None:
+        shard.push(*puller.begin(coordinate := next(numbers)))
+        new.add(coordinate)
+        if draw.random() < 0.8:
+            puller.unanswered = None
+    return new
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_shard_that_came_back_takes_what_was_fetched_and_no_push_counts_twice(seed: int, tmp_path: Path) -> None:
+    draw, numbers, counters = random.Random(seed), itertools.count(), Counters()
+    pullers, servers = [Puller(number) for number in range(3)], Servers(rules.sgd(1.0), 1, ready=False)
+    servers.shards[0].initialise(0, torch.zeros(LENGTH))
+    folder, files, kept = tmp_path, servers.snapshot(tmp_path), 0
+    last: set[int] = set()
+    deaths, told = draw.randint(1, 3), True
+    for life in range(1, deaths + 1):
+        (shard,) = servers.shards
+        for part in range(2):
+            last = live(shard, pullers, draw.randrange(10), draw, numbers)
+            if part == 0 and draw.random() < 0.4:
+                folder = tmp_path / str(life)
+                folder.mkdir()
+                files, kept = servers.snapshot(folder), shard.status().sections[0].version
+        for puller in pullers:  # what is under way when the shard dies was applied there, or not, or never arrived
+            if puller.unanswered is None and puller.version >= 0 and draw.random() < 0.5:
+                puller.begin(next(numbers))
+        if draw.random() < 0.9:
+            counters.update([shard.status()])
+        else:
+            told = False  # the coordinator does not know what this life had
+        servers = Servers(rules.sgd(1.0), 1, ready=False)
+        servers.home.incarnation = life
+        servers.restore(folder, files, offers=2.0)
+        counters.restored(0, [kept])
+        (shard,) = servers.shards
+        with pytest.raises(Behind, match=rf"incarnation {life} came back from a checkpoint at version {kept}"):
+            pullers[0].fetch(shard)
+        offered = draw.sample(pullers, draw.randint(1, 3))
+        for puller in offered:
+            shard.offer(*puller.offer())
+        servers.home.clock += 0.3 if any(puller.version >= 0 for puller in offered) else 3.0
+        assert shard.status().sections[0].version == max(kept, *(puller.version for puller in offered))
+        for puller in draw.sample(pullers, draw.randrange(3)):
             puller.fetch(shard)
-    counters = Counters()
-    counters.update([shard.status()])
-    new.home.incarnation = 1
-    new.restore(folder, files, offers=True)
-    counters.restored(0, [kept])
-    with pytest.raises(Behind, match=rf"incarnation 1 came back from a checkpoint at version {kept}"):
-        pullers[0].fetch(again)
-    offered = draw.sample(pullers, draw.randint(1, 3))
-    for puller in offered:
-        again.offer(*puller.offer())
-    new.home.clock += 1.0
-    assert again.status().sections[0].version == max(kept, *(puller.version for puller in offered))
-    later = []
-    for puller in draw.sample(pullers, 3):
-        for _ in range(draw.randint(1, 2) if puller.unanswered is not None else 0):
-            assert puller.unanswered is not None
-            again.push(*puller.unanswered)
-        again.offer(*puller.offer())  # too late
-        puller.fetch(again)
-        later.append(next(coordinates))
-        again.push(*puller.send(later[-1]))
-    counts = -new.read()[1][: next(coordinates)]
+            shard.offer(*puller.offer())  # too late
+    last = live(shard, pullers, 10, draw, numbers)
+    for puller in pullers:
+        if puller.unanswered is not None:
+            shard.push(*puller.repeat())
+    counts = -servers.read()[1][: next(numbers)]
     assert set(counts.tolist()) <= {0.0, 1.0}
-    assert all(counts[coordinate] == 1.0 for coordinate in later)
-    counters.update([again.status()])
-    missing = int((counts == 0).sum())
-    assert missing <= counters.lost_updates <= missing + 3
+    assert all(counts[coordinate] == 1.0 for coordinate in last)
+    counters.update([shard.status()])
+    missing, unsure = int((counts == 0).sum()), 3 * deaths  # of each replica a push, at each death
+    if told:
+        assert missing - unsure <= counters.lost_updates <= missing + unsure
+
+
+def test_what_was_taken_has_its_squares_in_the_sums_of_adagrad(tmp_path: Path) -> None:
+    """Else the steps after it would be as large as the first ones, which have nothing behind them."""
+    before = Servers(rules.adagrad(0.1), 1)
+    files = before.snapshot(tmp_path)
+    for number in range(40):
+        before.push(0, number + 1, [number], gradient(number))
+    versions, fetched = before.fetch(0)
+    after = Servers(rules.adagrad(0.1), 1, ready=False)
+    after.restore(tmp_path, files, offers=2.0)
+    after.shards[0].offer(Offer(0, 0, versions[0], 32, 1), fetched)
+    after.home.clock += 0.3
+    for servers in (before, after):
+        servers.push(0, 41, versions, gradient(40))
+    undisturbed, disturbed = ((servers.read()[1] - fetched).abs().mean() for servers in (before, after))
+    assert float(disturbed) < 2 * float(undisturbed) < 0.1 / 2
+
+
+def test_the_next_life_knows_that_what_it_restores_may_hold_a_push_without_a_record(tmp_path: Path) -> None:
+    first = Servers(rules.sgd(1.0), 1, ready=False)
+    first.shards[0].initialise(0, torch.zeros(LENGTH))
+    files = first.snapshot(tmp_path)
+    one, two = Puller(0), Puller(1)
+    two.fetch(first.shards[0])
+    first.shards[0].push(*two.begin(7))  # applied; the answer is lost
+    one.fetch(first.shards[0])
+    second = Servers(rules.sgd(1.0), 1, ready=False)
+    second.restore(tmp_path, files, offers=2.0)
+    second.shards[0].offer(*one.offer())
+    second.home.clock += 0.3
+    (tmp_path / "again").mkdir()
+    again = second.snapshot(tmp_path / "again")  # before the second replica is heard of
+    third = Servers(rules.sgd(1.0), 1, ready=False)
+    third.restore(tmp_path / "again", again, offers=2.0)
+    third.shards[0].offer(*Puller(2).offer())
+    third.home.clock += 3.0
+    third.shards[0].push(*two.repeat())
+    assert float(third.read()[1][7]) == -1.0
 
 
 def test_a_restore_that_cannot_give_the_whole_span_or_is_of_another_rule_says_so(tmp_path: Path) -> None:

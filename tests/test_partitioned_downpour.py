@@ -222,6 +222,11 @@ def fussy(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output, target)
 
 
+def test_a_test_set_may_be_smaller_than_a_mini_batch(tmp_path: Path) -> None:
+    result = trained(tmp_path, 2, test=functools.partial(in_double, 10, 1))
+    assert result.test.keys() == {"loss", "accuracy"}
+
+
 def test_a_loss_that_cannot_be_tried_without_the_model_is_used_all_the_same(tmp_path: Path) -> None:
     assert trained(tmp_path, 2, loss=fussy).summary.examples.seen == 320
 

@@ -88,6 +88,19 @@ class Framed(dict[str, Tensor]):
     iloc = None
 
 
+class Skipping(nn.Module):
+    """Leaves a layer out by chance, as stochastic depth does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(FEATURES, CLASSES), nn.Linear(CLASSES, CLASSES)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.first(x) if self.calls % 2 else self.second(self.first(x))
+
+
 def with_buffer(make: Any) -> nn.Module:
     return WithBuffer(make)
 
@@ -172,6 +185,11 @@ def test_an_evaluation_that_returns_no_metrics_ends_the_job_soon_with_what_it_re
     with pytest.raises(db.DistbeliefError, match=r"Job\(evaluate=\.\.\.\) returned a float\nhint: return metrics"):
         db.train(job, view=False, listeners=[heard.append], costs=db.Costs(example_seconds=1e-3))
     assert not [one for one in heard if isinstance(one.event, EpochFinished)]
+
+
+def test_a_model_that_leaves_layers_out_by_chance_has_no_minimum(tmp_path: Path) -> None:
+    with pytest.raises(db.ConfigurationError, match="depends on other parameters from call to call\nhint: remove what"):
+        db.train(problems.job(model=Skipping, algorithm=db.Sandblaster(), run=tmp_path / "run"), view=False)
 
 
 def test_what_is_no_job_is_not_trained() -> None:

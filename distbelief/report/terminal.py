@@ -151,6 +151,8 @@ class Terminal:
         self._last_line: float | None = None
         self._told: dict[type, float] = {}
         """When a line of these events was last printed."""
+        self._untold: Observation | None = None
+        """The last test, where its line has not been printed."""
         self._unprinted: Progress | BatchProgress | None = None
 
     def __enter__(self) -> Self:
@@ -201,8 +203,10 @@ class Terminal:
             return
         if isinstance(event, EpochFinished | Evaluated):  # of a small job there are many a second
             if self._heard - self._told.get(type(event), -math.inf) < self._pause():
+                self._untold = observation if isinstance(event, Evaluated) else self._untold
                 return
             self._told[type(event)] = self._heard
+            self._untold = None if isinstance(event, Evaluated) else self._untold
         words = sentence(event)
         if isinstance(event, PushRefused):
             # a model that has diverged refuses every push: the 1st, 2nd, 4th, 8th ... are printed
@@ -212,6 +216,8 @@ class Terminal:
             return
         if isinstance(event, JobFinished):
             self._print_progress()
+            if self._untold is not None:
+                self._write(_stamped(self._untold.seconds, sentence(self._untold.event) or ""))
         self._write(_stamped(observation.seconds, words))
 
     def _pause(self) -> float:
