@@ -213,9 +213,9 @@ class Solver:
         if state.search is None:
             if finite:
                 return self._accept(asked.t, loss, sealed)
-            overlapping = self.options.search == "overlapping"
-            what = "not finite in a batch" if overlapping else "not the same when computed twice"
-            return self._stop(f"the loss is {what}") if overlapping else self._drop(f"the loss is {what}")
+            if self.options.search == "overlapping":
+                return self._stop("the loss of a batch is not finite")
+            return self._drop("the loss is not the same when computed twice")
         measure = sealed.slope if self.options.search == "wolfe" else sealed.decrease
         outcome = state.search.next(compared if finite else math.nan, measure)
         if outcome == "accept":

@@ -201,12 +201,10 @@ class Section:
         if self._restored:
             # Sequences run without gaps, so a gap is what the restart from an older checkpoint lost of this replica.
             state.lost_updates += stamp.sequence - record.sequence - 1
-        if state.taken >= 0 and stamp.replica not in state.heard:
+        unheard = state.taken >= 0 and stamp.replica not in state.heard
+        if unheard:
             state.heard.append(stamp.replica)
-            left_out = stamp.again
-        else:
-            left_out = False
-        if left_out:
+        if unheard and stamp.again:
             # An earlier life may have applied it, and then it may be in the parameters that were taken.
             state.lost_updates += 1
             answer = Applied(state.version, 0)
@@ -245,7 +243,6 @@ class Section:
     def fetch(self, replica: int, parameters: torch.Tensor) -> int:
         """`read` for a replica, whose next push will be of a gradient at these parameters."""
         self._check_length(parameters)
-        self._check_ready()
         self._check_offers()
         version = self.read(parameters)
         self._rule.fetched(replica, version)
