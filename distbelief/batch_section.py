@@ -25,7 +25,7 @@ from distbelief.lbfgs import Evaluate, Step
 from distbelief.parameters import Layout, Segment, Span
 from distbelief.penalty import Penalty
 from distbelief.sealed import Sealed
-from distbelief.section import SectionStatus
+from distbelief.section import Awaited, SectionStatus
 from distbelief.shard_file import ShardFile, ShardState
 
 
@@ -202,10 +202,10 @@ class BatchSection:
 
         return lambda: [shard_file.seal(draft, state, partial=partial, durable=durable) for draft, partial in drafts]
 
-    def restore(self, folder: str, files: list[ShardFile], *, own: bool, offers: float) -> int:
+    def restore(self, folder: str, files: list[ShardFile], *, own: bool, offers: Awaited | None) -> int:
         """Take the span from a checkpoint's files, cut anyhow; from those of another algorithm only the parameters.
 
-        Nobody has a newer point, so there are no `offers`. Answers the version. Raises CheckpointError.
+        Nobody has a newer point, so no `offers` are awaited. Answers the version. Raises CheckpointError.
         """
         vectors, states = shard_file.read_shard(path_of(folder), files, self.span, own=own)
         self._parameters.copy_(vectors.pop("parameters"))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The coordinator: starts roles, watches them, replaces the lost, takes checkpoints, has the model evaluated.
 
-It lives in the user's process and knows no algorithm: what replicas work on, and what their loss means, is the affair
-of downpour_coordinator.py and sandblaster_coordinator.py, which are this class with those answers filled in. Everything
-happens in one thread. Exported methods answer at once and only note what is to be done; `run` does it.
+It lives in the user's process, in one thread, and knows no algorithm: downpour_coordinator.py and
+sandblaster_coordinator.py are this class with what replicas work on, and what their loss means, filled in. Exported
+methods answer at once and only note what is to be done; `run` does it.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from distbelief.incarnations import Incarnations
 from distbelief.parameter_server import ParameterServer, ParameterServerShard
 from distbelief.parameters import Span
 from distbelief.progress import Counters
-from distbelief.roster import PATIENCE, ReplicaRecord, RoleSpec, Settings, mean_buffers, offers_seconds, silent_replicas
+from distbelief.roster import PATIENCE, ReplicaRecord, RoleSpec, Settings, awaited_offers, mean_buffers, silent_replicas
 from distbelief.section import ShardStatus
 from distbelief.shard_file import ShardFile
 
@@ -182,7 +182,7 @@ class Coordinator(ABC):
     @final
     def restore(self, folder: AnyPath, manifest: Manifest) -> None:
         """Give every shard this checkpoint."""
-        given = str(folder), manifest.shards, dict[int, int](), self.is_own(manifest), -1.0
+        given = str(folder), manifest.shards, dict[int, int](), self.is_own(manifest), None
         self.wait(self.ask_shards(ParameterServerShard.restore, *given))
 
     @final
@@ -197,8 +197,7 @@ class Coordinator(ABC):
         now = self.engine.now()
         self._bury_the_dead()
         self._end_the_silent(now)
-        # An errand that leads to another appends it to this very list, so it has its turn too.
-        self._errands = [errand for errand in self._errands if not errand()]
+        self._errands = [errand for errand in self._errands if not errand()]  # one that another one appends, too
         if self.failure is not None:
             raise self.failure
         if self.interrupted and not self.stopping:
@@ -243,8 +242,9 @@ class Coordinator(ABC):
                     if not record.left:
                         self.incarnations.end(self.settings.leaders[index], record.incarnation, "did not leave in time")
                 until = math.inf
-        if keep:
-            self.checkpoint()
+        while keep and not self.checkpoint():
+            self.tick()
+            keep = bool(self.restoring)  # once more where a shard was lost, not where the disk is full
         self._evaluations.begin_last(self.examples)
         while self._evaluations.awaited(self.engine.now()):
             self.tick()
@@ -313,7 +313,7 @@ class Coordinator(ABC):
 
             def restore() -> Future[list[int]]:
                 replaced, own = self.incarnations.replaced(self.settings.leaders), self.is_own(manifest)
-                wait = offers_seconds(self.replicas) if offers else -1.0
+                wait = awaited_offers(self.replicas[: self.at_work]) if offers else None
                 return shard.call(ParameterServerShard.restore, str(place), manifest.shards, replaced, own, wait)
 
             def restored(versions: list[int]) -> None:
@@ -378,6 +378,8 @@ class Coordinator(ABC):
     @final
     def checkpoint(self) -> bool:
         """Write a checkpoint; when that fails, report it and keep the previous one. Returns whether it was written."""
+        while self.restoring:
+            self.tick()
         writing = self.begin_checkpoint()
         if writing is None or self.complete_checkpoint(writing) is None:
             return False

@@ -90,7 +90,7 @@ class DownpourCoordinator(Coordinator):
         """Watch over the job until every example is settled."""
         while not (self.leases.finished or self.stopping):
             self.tick()
-            if self.engine.now() >= self.writer.due and not self.restoring:
+            if self.engine.now() >= self.writer.due:
                 self.checkpoint()
         self.wind_down(keep=True)
         self.progress(0.0)

@@ -38,7 +38,7 @@ from distbelief.files import path_of
 from distbelief.lbfgs import Evaluate, Step
 from distbelief.parameters import Layout, Span
 from distbelief.sealed import Sealed
-from distbelief.section import Applied, Offer, Section, ShardStatus, Stamp
+from distbelief.section import Applied, Awaited, Offer, Section, ShardStatus, Stamp
 from distbelief.shard_file import ShardFile
 from distbelief.update_rule import UpdateRule
 
@@ -124,7 +124,7 @@ class ParameterServerShard:
 
     @exported
     def restore(
-        self, folder: str, files: list[ShardFile], replaced: dict[int, int], own: bool, offers: float
+        self, folder: str, files: list[ShardFile], replaced: dict[int, int], own: bool, offers: Awaited | None
     ) -> list[int]:  # fmt: skip
         """Take the span from a checkpoint's files, cut anyhow; a Downpour section that has its parameters keeps them.
 

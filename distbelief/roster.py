@@ -11,6 +11,7 @@ import torch
 
 from distbelief.leases import Lease
 from distbelief.parameters import Span
+from distbelief.section import Awaited
 
 EVALUATOR = "evaluator"
 PATIENCE = 20.0
@@ -133,10 +134,10 @@ def silent_replicas(replicas: Sequence[ReplicaRecord], now: float, least: float)
             yield index, record.incarnation, limit
 
 
-def offers_seconds(replicas: Sequence[ReplicaRecord]) -> float:
-    """How long another replica may take to offer what it has, in the midst of a mini-batch; 0 for one alone."""
+def awaited_offers(replicas: Sequence[ReplicaRecord]) -> Awaited:
+    """What a shard that comes back may expect of these replicas, which may be in the midst of a mini-batch."""
     slowest = [record.slowest_seconds for record in replicas if record.alive and not record.left]
-    return 1.0 + 2 * max(slowest) if len(slowest) > 1 else 0.0
+    return Awaited(len(slowest), 1.0 + 2 * max(slowest, default=0.0))
 
 
 def shard_silence_seconds(silence_seconds: float, spans: Sequence[Span], dtype: torch.dtype) -> float:

@@ -22,8 +22,8 @@ from distbelief.update_rule import UpdateRule
 
 LEASES_REMEMBERED = 64
 OFFERS_SECONDS = 0.25
-"""After the first offer, so long a section that came back from a checkpoint waits for newer ones: twice what a call
-waits before it is made again, and more."""
+"""After the first offer, so long a section that came back from a checkpoint waits for those of other replicas: twice
+the longest pause before a call is made again, and more."""
 SQUARES = ("sum", "z", "z_max")
 """Vectors of Adagrad and AdaptiveRevision that grow by the square of each gradient."""
 
@@ -47,6 +47,15 @@ class Stamp(msgspec.Struct, array_like=True, frozen=True):
     """Which partition of the replica computed it."""
     again: bool = False
     """Whether it was sent before, to a shard that did not answer and may have applied it."""
+
+
+class Awaited(msgspec.Struct, array_like=True, frozen=True):
+    """The offers that a section which comes back from a checkpoint waits for."""
+
+    replicas: int
+    """From how many replicas, at most."""
+    seconds: float
+    """How long another one may take, when a replica has nothing to offer."""
 
 
 class Offer(msgspec.Struct, array_like=True, frozen=True):
@@ -114,8 +123,9 @@ class Section:
         self._restored_version = 0
         self._offers_until: float | None = None
         """While it waits for newer parameters, until when: for ever before the first offer."""
-        self._patience = 0.0
-        """How long it waits for another one when a replica has nothing to offer."""
+        self._awaited = Awaited(0, 0.0)
+        self._offered: set[int] = set()
+        """The replicas that have offered what they have, or said that they have nothing."""
         self._regained = self._uncounted = 0
         """Updates taken in this life, and those of them whose squares are not in the rule's sums."""
 
@@ -162,7 +172,10 @@ class Section:
         self._check_fence(offer.replica, offer.incarnation)
         if self._offers_until is None:
             return
-        seconds = self._patience if offer.version < 0 else OFFERS_SECONDS
+        self._offered.add(offer.replica)
+        seconds = OFFERS_SECONDS if offer.version >= 0 else self._awaited.seconds
+        if len(self._offered) >= self._awaited.replicas:
+            seconds = 0.0
         self._offers_until = min(self._offers_until, self._home.now() + seconds)
         state = self._state
         if (newer := offer.version - state.version) > 0:
@@ -291,12 +304,12 @@ class Section:
         for replica, incarnation in replaced.items():
             self._fenced[replica] = max(incarnation + 1, self._fenced.get(replica, 0))
 
-    def restore(self, folder: str, files: list[ShardFile], *, own: bool, offers: float) -> int:
+    def restore(self, folder: str, files: list[ShardFile], *, own: bool, offers: Awaited | None) -> int:
         """Take the span from a checkpoint's files, cut anyhow, unless this section has its parameters already.
 
-        From those of another algorithm only the parameters are taken. Unless `offers` is negative, calls of replicas
-        raise Behind until one of them has offered what it has, or, so many seconds before, had nothing. Answers the
-        version of the checkpoint. Raises CheckpointError.
+        From those of another algorithm only the parameters are taken. Where `offers` are awaited, calls of replicas
+        raise Behind until these have come, or one of them a while ago. Answers the version of the checkpoint. Raises
+        CheckpointError.
         """
         if self.ready:
             return self._restored_version
@@ -312,7 +325,8 @@ class Section:
                 replicas=newest.replicas if same_cut else {}, staleness=newest.staleness,
                 taken=newest.taken if same_cut else -1, heard=newest.heard if same_cut else [],
             )  # fmt: skip
-        self.ready, self._restored = True, own or offers >= 0
-        self._restored_version, self._patience = self._state.version, offers
-        self._offers_until = math.inf if offers >= 0 else None
+        self.ready, self._restored = True, own or offers is not None
+        self._restored_version = self._state.version
+        if offers is not None:
+            self._awaited, self._offers_until = offers, math.inf
         return self._restored_version

@@ -121,7 +121,7 @@ def test_a_dead_shard_comes_back_with_what_replicas_have_fetched_and_loses_a_few
     assert (result.test["accuracy"] or 0) > 0.8
 
 
-@pytest.mark.parametrize("before_the_end", [0.3, 0.25, 0.2, 0.15, 0.1, 0.05])
+@pytest.mark.parametrize("before_the_end", [0.3, 0.25, 0.22, 0.2, 0.18, 0.15, 0.1, 0.05])
 def test_whenever_a_shard_dies_the_test_is_of_the_model_that_is_returned(before_the_end: float, tmp_path: Path) -> None:
     undisturbed, _ = trained(simulated(), tmp_path, costs=SLOW)
     moment = undisturbed.summary.wall_seconds - before_the_end

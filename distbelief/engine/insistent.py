@@ -10,7 +10,8 @@ from distbelief.errors import ChannelError, DeadlineExceeded, NotReady, PeerLost
 
 T = TypeVar("T")
 
-RETRY_SECONDS = 0.1
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.02, 0.1
+"""Before a call is made again; each pause is twice as long as the one before it."""
 
 
 @final
@@ -25,7 +26,7 @@ class Insistent(Generic[T]):
         self, home: Home, make: Callable[[], Future[T]], lost: Callable[[ChannelError], object] = lambda error: None
     ) -> None:  # fmt: skip
         self._home, self._make, self._lost = home, make, lost
-        self._again = 0.0
+        self._again, self._pause = 0.0, FIRST_PAUSE_SECONDS
         self._future: Future[T] | None = make()
         self._value: T
         self._error: Exception | None = None
@@ -65,7 +66,8 @@ class Insistent(Generic[T]):
             self._value = self._future.result()
             self._settled = True
         except (PeerLost, DeadlineExceeded, NotReady) as error:
-            self._future, self._again = None, self._home.now() + RETRY_SECONDS
+            self._future, self._again = None, self._home.now() + self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
             self._lost(error)
         except Exception as error:
             self._error, self._settled = error, True
