@@ -209,7 +209,7 @@ class CheckpointRejected(Event, frozen=True):
 
 
 class JobStopping(Event, frozen=True):
-    """The job was asked to stop early, by Ctrl-C or SIGTERM."""
+    """The job was asked to stop early, by Ctrl-C, SIGTERM or SIGHUP."""
 
     reason: str
 

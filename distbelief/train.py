@@ -331,17 +331,19 @@ def _write_summary(run: Path, summary: Summary) -> None:
 
 @contextlib.contextmanager
 def _stopping_on_signals(coordinator: Coordinator) -> Iterator[None]:
-    """Ctrl-C or SIGTERM once: checkpoint and stop cleanly. Ctrl-C again: stop at once."""
+    """Ctrl-C, SIGTERM or a terminal that closes: checkpoint and stop cleanly. Ctrl-C or SIGTERM again: stop at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if coordinator.interrupted is not None:
+        if coordinator.interrupted is None:
+            coordinator.interrupted = f"stopped by {signal.Signals(number).name}"
+        elif number != signal.SIGHUP:  # which the kernel and the shell both send when a terminal closes
             raise KeyboardInterrupt
-        coordinator.interrupted = f"stopped by {signal.Signals(number).name}"
 
-    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     previous: dict[int, Any] = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield

@@ -689,17 +689,24 @@ def test_a_signal_that_whoever_began_the_process_lets_it_ignore_is_ignored(tmp_p
 
 
 @pytest.mark.slow
-def test_ctrl_c_once_takes_a_checkpoint_and_stops_cleanly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", ["the coordinator", "every process"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_stop_takes_a_checkpoint_and_stops_cleanly(number: int, told: str, tmp_path: Path) -> None:
+    """Service managers send SIGTERM to each process of a job, a terminal SIGINT."""
     process, run = started(tmp_path)
     roles = descendants(process.pid)
-    process.send_signal(signal.SIGINT)
+    if told == "every process" and number != signal.SIGHUP:  # which goes to the session of the terminal alone
+        for pid in roles:
+            os.kill(pid, number)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0, output
-    assert "stopped by SIGINT" in output
+    assert f"stopped by {signal.Signals(number).name}" in output
     assert not alive(roles)
     _, manifest = checkpoint.newest(run, lambda path, reason: None)
     summary = read_summary(run / "summary.json")
-    assert summary.reason == "stopped by SIGINT"
+    assert summary.reason == f"stopped by {signal.Signals(number).name}"
+    assert (summary.faults, summary.lost_updates) == ((), 0)
     # A clean stop settles everything that was pushed: what is on disk is what was seen, and nothing will repeat.
     assert manifest.examples == summary.examples.seen
     assert summary.examples.repeated == 0

@@ -8,6 +8,8 @@ insistent  calls that are made again until they are answered
 pickles    how the job reaches a zygote
 script     deaths and silences by script
 zygote     the process from which the roles of one host are forked
+forks      what its forks do first
+trial      one mini-batch before any role is forked
 nursery    a zygote and its roles, as their owner sees them
 local      processes of this machine
 hosts      processes of several hosts, each with a keeper

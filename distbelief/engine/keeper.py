@@ -10,9 +10,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from distbelief.engine.forks import die_with_parent
 from distbelief.engine.host import Host, Invitation
 from distbelief.engine.nursery import program
-from distbelief.engine.zygote import Forked, die_with_parent
+from distbelief.engine.zygote import Forked
 
 PROGRAM = program("distbelief.engine.keeper")
 

@@ -15,6 +15,7 @@ from typing import Any, final
 from distbelief.channel.endpoint import Endpoint
 from distbelief.engine import zygote
 from distbelief.engine.base import Death
+from distbelief.engine.forks import end_group
 from distbelief.engine.zygote import Forked
 from distbelief.errors import DistbeliefError, TrainingFailed
 
@@ -182,6 +183,8 @@ class Nursery:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        for number in self.processes.values():  # if it was killed, the kernel has ended the roles, and nothing else
+            end_group(number)
         self.processes.clear()
 
     def close(self) -> None:

@@ -12,8 +12,6 @@ descriptors attached. Only these, and the job on its way to the hosts of a clust
 
 import array
 import contextlib
-import ctypes
-import fcntl
 import gc
 import mmap
 import os
@@ -21,26 +19,34 @@ import pickle
 import selectors
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, final
 
+from distbelief.engine.forks import (
+    begin_role,
+    die_with_parent,
+    end_group,
+    flush,
+    heed_no_terminations,
+    name_process,
+    open_files_anew,
+)
 from distbelief.engine.pickles import Unpickler, places
+from distbelief.engine.trial import OwnerGone, refuse_cuda, refuse_threads, try_apart
 from distbelief.errors import ChannelError, ConfigurationError, DistbeliefError, UserCodeError
 
 LENGTH = struct.Struct("<Q")
-_PR_SET_PDEATHSIG = 1
 LOST = b"\0"
 """Begins a role's last words when they are no traceback but the reason of a death."""
 OVER = b"\1"
 """The last word of a role whose work is over."""
+FORK_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 0.0)
+"""After each try to fork a role that failed for lack of processes or descriptors, in seconds."""
 
 
 def send(control: socket.socket, message: Any, descriptors: tuple[int, ...] = ()) -> None:
@@ -69,42 +75,6 @@ def receive(control: socket.socket) -> tuple[Any, list[int]]:
     return pickle.loads(text), descriptors
 
 
-def die_with_parent(number: int) -> None:
-    """Get this signal from the kernel when the thread that started this process ends; 0 for none."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-
-
-def name_process(role: str) -> None:
-    """Let `ps -o comm` and `top` name this process after what it is, of which they show 15 characters."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/comm").write_text(f"db:{role}")
-
-
-def open_files_anew() -> None:
-    """Give this fork a place of its own in each file that is open for reading.
-
-    A fork shares it with its parent and with all others: of data sets that keep a file open, one would move the place
-    at which another one reads. Files that are written stay shared, so that nobody writes over what others have written.
-    """
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # it was that of the folder, or may not be opened any more
-            descriptor = int(name)
-            only_read = fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR) == 0
-            if descriptor > 2 and only_read and stat.S_ISREG(os.fstat(descriptor).st_mode):
-                place = os.lseek(descriptor, 0, os.SEEK_CUR)
-                own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
-                os.lseek(own, place, os.SEEK_SET)
-                os.dup2(own, descriptor, inheritable=os.get_inheritable(descriptor))
-                os.close(own)
-
-
-def flush() -> None:
-    """Write out what was printed, which forks would print again; there may be nothing to print to."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-
-
 def run_role(build: Callable[[], Callable[[], None]], report: int) -> None:
     """Run one role in a fresh fork; a traceback goes to the descriptor `report`. Does not return."""
     code = 0
@@ -124,66 +94,6 @@ def run_role(build: Callable[[], Callable[[], None]], report: int) -> None:
             os.write(report, text.encode()[-60_000:])
     flush()
     os._exit(code)
-
-
-def _refuse_cuda() -> None:
-    """Raise ConfigurationError when this process uses CUDA, which no fork of it could then use."""
-    import torch
-
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        raise ConfigurationError(
-            "the script, or the function that builds the data or the model, has used CUDA before the job began",
-            hint="build them on the CPU, replicas move what they need; torch.random.fork_rng() uses CUDA, too, without "
-            "devices=[]",
-        )
-
-
-def _refuse_threads() -> None:
-    """Raise ConfigurationError when a pool of threads has been started here: forks would wait for it, and have none."""
-    gc.collect()  # a pool that nobody holds any more ends its threads
-    until = time.monotonic() + 1.0
-    for thread in (started := [each for each in threading.enumerate()[1:] if not each.daemon]):
-        thread.join(max(0.0, until - time.monotonic()))
-    if left := [thread.name for thread in started if thread.is_alive()]:
-        raise ConfigurationError(
-            f"the script, or a function that builds the data or the model, has started threads: {', '.join(left[:3])}",
-            hint="start them when the data set is first asked in a process: roles are forked, and have no threads then",
-        )
-
-
-def try_apart(attempt: Callable[[], object]) -> None:
-    """Do it in a fork that ends with it, and raise what it raised.
-
-    A backward pass on a machine with accelerators starts threads, after which no fork could make another.
-    """
-    read_end, write_end = os.pipe()
-    flush()
-    pid = os.fork()
-    if pid == 0:
-        die_with_parent(signal.SIGKILL)
-        error: DistbeliefError | None = None
-        try:
-            open_files_anew()
-            attempt()
-        except DistbeliefError as raised:
-            error = raised
-        except BaseException as raised:
-            error = UserCodeError("".join(traceback.format_exception(raised)))
-        with os.fdopen(write_end, "wb") as told:
-            told.write(pickle.dumps(error))
-        flush()
-        os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end, "rb") as heard:
-        text = heard.read()
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code:
-        ended = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        raise UserCodeError(f"the process that tried one mini-batch was {ended}, before anything was trained")
-    failure: DistbeliefError | None = pickle.loads(text)
-    if failure is not None:
-        raise failure
 
 
 class Zygote:
@@ -217,7 +127,9 @@ class Zygote:
             for _, _, pid, _ in self._children.values():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+                    end_group(pid)
                     os.waitpid(pid, 0)
+            end_group(os.getpid())
 
     def _tell(self, *message: Any) -> None:
         text = pickle.dumps(message)
@@ -234,7 +146,7 @@ class Zygote:
         if tag == "load":
             self._load(message[1], message[2], descriptors)
         elif tag == "start":
-            self._fork(message[1], message[2], message[3], descriptors)
+            self._start(message[1], message[2], message[3], descriptors)
         elif tag == "signal":
             for role, _, pid, _ in self._children.values():
                 if role == message[1]:
@@ -266,13 +178,15 @@ class Zygote:
                     "shared folder, one image, or the working_dir of a Ray job; and install the same packages",
                 ) from error
             self._shared, description = prepare(*arguments)
-            _refuse_cuda()
-            _refuse_threads()
+            refuse_cuda()
+            refuse_threads()
             if attempt is not None:
-                try_apart(lambda: attempt(self._shared))
+                try_apart(lambda: attempt(self._shared), self._control)
             gc.collect()
             gc.freeze()
             answer: tuple[str, bytes, DistbeliefError | None] = ("loaded", pickle.dumps(description), None)
+        except OwnerGone:
+            raise EOFError from None
         except DistbeliefError as error:
             answer = ("loaded", b"", error)
         except BaseException as error:
@@ -282,15 +196,36 @@ class Zygote:
         die_with_parent(0)
         send(self._control, answer)
 
+    def _start(self, role: str, incarnation: int, payload: bytes, descriptors: list[int]) -> None:
+        """Fork a role. Where the machine has no process or descriptor to spare, that may pass; else it is a death."""
+        problem = ""
+        for pause in FORK_PAUSES:
+            try:
+                self._fork(role, incarnation, payload, descriptors)
+                break
+            except OSError as error:
+                problem = str(error)
+                time.sleep(pause)
+        else:
+            self._tell("ended", role, incarnation, 1, f"{LOST.decode()}could not be started: {problem}")
+        for descriptor in descriptors:
+            os.close(descriptor)
+
     def _fork(self, role: str, incarnation: int, payload: bytes, descriptors: list[int]) -> None:
         read_end, write_end = os.pipe()
         flush()
         parent = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(read_end)
+            os.close(write_end)
+            raise
         if pid == 0:
             die_with_parent(signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
+            begin_role()
             name_process(role)
             self._control.close()
             self._selector.close()
@@ -298,9 +233,13 @@ class Zygote:
                 os.close(own)
             run_role(lambda: Unpickler.loads(payload, shared=self._shared)(descriptors), write_end)
         os.close(write_end)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        watch = os.pidfd_open(pid)
+        try:
+            watch = os.pidfd_open(pid)
+        except OSError:
+            os.close(read_end)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
         self._children[watch] = (role, incarnation, pid, read_end)
         self._selector.register(watch, selectors.EVENT_READ)
         self._tell("started", role, incarnation, pid)
@@ -309,6 +248,7 @@ class Zygote:
         role, incarnation, pid, read_end = self._children.pop(watch)
         self._selector.unregister(watch)
         os.close(watch)
+        end_group(pid)  # before the number may be another one's
         _, status = os.waitpid(pid, 0)
         os.set_blocking(read_end, False)
         try:
@@ -331,6 +271,8 @@ def serve(control: socket.socket) -> None:
     # A fork copies no threads: nothing here may start any, so that roles can start their own.
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who is started with it ignored cannot wait for a process
+    heed_no_terminations()
     name_process("zygote")
     control.set_inheritable(False)
     Zygote(control).serve()
