@@ -447,12 +447,10 @@ def test_a_buffer_beside_a_parameter_is_no_view_of_it_and_partitions_see_those_t
 
 def of_triples(model: nn.Module, batch: Any) -> Tensor:
     inputs, target, weight = batch
-    output = model(inputs)
-    assert output.requires_grad == model.training, "a test keeps a graph that nobody needs"
-    return (nn.functional.cross_entropy(output, target, reduction="none") * weight).mean()
+    return (nn.functional.cross_entropy(model(inputs), target, reduction="none") * weight).mean()
 
 
-def test_metrics_beside_a_step_are_of_the_first_two_of_a_mini_batch_and_tests_keep_no_graph(tmp_path: Path) -> None:
+def test_metrics_beside_a_step_are_of_the_first_two_of_a_mini_batch(tmp_path: Path) -> None:
     job = problems.job(data=weighted, test=weighted, loss=None, step=of_triples, run=tmp_path / "run")
     assert {"loss", "accuracy"} <= db.train(job, view=False).test.keys()
 
@@ -464,9 +462,19 @@ def by_its_input(model: nn.Module, batch: Any) -> Tensor:
     return (slope - 1.0).square().mean()
 
 
+def by_its_parameters(model: nn.Module, batch: Any) -> Tensor:
+    inputs, target = batch
+    loss = nn.functional.cross_entropy(model(inputs), target)
+    slopes = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    return loss + 0.01 * torch.stack([slope.square().sum() for slope in slopes]).sum()
+
+
+@pytest.mark.parametrize("step", [by_its_input, by_its_parameters])
 @pytest.mark.parametrize("algorithm", [db.Downpour(update_rule=db.adagrad(0.05)), db.Sandblaster(max_iterations=9)])
-def test_a_step_may_differentiate_by_its_input_in_training_and_in_tests(algorithm: Any, tmp_path: Path) -> None:
-    job = problems.job(loss=None, step=by_its_input, metrics={}, algorithm=algorithm, run=tmp_path / "run")
+def test_a_step_may_differentiate_by_anything_in_training_and_in_tests(
+    step: Any, algorithm: Any, tmp_path: Path
+) -> None:
+    job = problems.job(loss=None, step=step, metrics={}, algorithm=algorithm, run=tmp_path / "run")
     summary = db.train(job, view=False).summary
     assert summary.test["loss"] < 0.5
 
