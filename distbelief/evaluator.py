@@ -39,7 +39,7 @@ class Measures:
     step: Callable[[nn.Module, Any], torch.Tensor] | None
     metrics: Mapping[str, Metric]
     evaluate: Callable[[nn.Module, Any], Mapping[str, float]] | None
-    batch_size: int = EVALUATION_BATCH
+    batch_size: int
 
     def measure(self, module: nn.Module, dataset: Any, device: torch.device) -> tuple[float | None, dict[str, float]]:
         """(mean loss, metrics) over the data set, weighted by examples; the module is in eval mode meanwhile."""

@@ -17,7 +17,7 @@ from distbelief.cluster import Cluster
 from distbelief.data_shard import Collated, collect, kind, to_device
 from distbelief.downpour import Downpour
 from distbelief.errors import ConfigurationError
-from distbelief.evaluator import Measures, Metric
+from distbelief.evaluator import EVALUATION_BATCH, Measures, Metric
 from distbelief.model_partition import CutModel, cut_model
 from distbelief.model_replica import Objective, Step, build
 from distbelief.parameters import Groups, Layout, trainable
@@ -50,7 +50,9 @@ class Job:
     step: Step | None = None
     """(model, mini-batch) -> mean loss, instead of `loss`, for mini-batches of any other kind."""
     test: Any = None
-    """Held-out data, like `data`; None for no evaluation."""
+    """Held-out data, like `data`; None for no evaluation. Its loss and metrics are means over mini-batches in the data
+    set's own order: of `batch_size` under Downpour with `step` or `collate`, where they may depend on the mini-batch,
+    else of 1024."""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     """Name -> (output, target) -> mean over the mini-batch."""
     evaluate: Callable[[nn.Module, Any], Mapping[str, float]] | None = None
@@ -163,7 +165,9 @@ class Job:
     @property
     def measures(self) -> Measures:
         """What to measure on the test set."""
-        return Measures(self.loss, self.step, dict(self.metrics), self.evaluate)
+        own = isinstance(self.algorithm, Downpour) and (self.step or self.collate)  # full batches are cut anyhow
+        size = self.batch_size if own else EVALUATION_BATCH
+        return Measures(self.loss, self.step, dict(self.metrics), self.evaluate, size)
 
     @property
     def grouping(self) -> Groups | None:
