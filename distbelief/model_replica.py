@@ -62,6 +62,10 @@ def scalar(
     """The loss of one mini-batch, or what else is to be one number. Raises ConfigurationError."""
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        if hasattr(value, "loss"):
+            hint = "return its loss alone: output.loss"
+        elif isinstance(value, Mapping) and "loss" in value:
+            hint = 'return its loss alone: output["loss"]'
         raise ConfigurationError(f"{subject} {shape}, not a scalar", hint=hint)
     return value
 

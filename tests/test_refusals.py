@@ -197,6 +197,10 @@ def test_what_is_no_job_is_not_trained() -> None:
         db.train(problems.classifier)  # type: ignore[arg-type]
 
 
+def splits() -> dict[str, Any]:
+    return {"test": problems.points(8), "train": problems.points(64)}
+
+
 def without_gradient(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output.detach(), target)
 
@@ -250,6 +254,10 @@ def chained() -> Dataset[Any]:
         ),
         ({"data": loader}, "Job(data=...) is a DataLoader; replicas make mini-batches themselves"),
         ({"data": Framed}, "Job(data=...) is a Framed, which is no data set"),
+        (
+            {"data": splits},
+            "Job(data=...) is a dict of data sets\nhint: give one of its splits, such as data['train']",
+        ),
         ({"data": Counted}, "Job(data=...) is a Counted, which has no length or cannot be indexed"),
         ({"data": chained}, "Job(data=...) is a ChainDataset, which has no length or cannot be indexed"),
     ],
