@@ -12,6 +12,7 @@ from distbelief.checkpoint import try_store
 from distbelief.data_shard import Collated, collect, first
 from distbelief.errors import ConfigurationError
 from distbelief.files import path_of
+from distbelief.frozen import Frozen
 from distbelief.job import Job, Prepared, input_of, sample_of, trial
 from distbelief.mean_loss import AS_A_MEAN, DISTANCES, check_mean, check_scale, divided, doubled, moved
 from distbelief.model_partition import CutModel
@@ -65,7 +66,7 @@ def _attempt_store(store: str) -> None:
 def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> None:
     """Compute a loss as replicas do, up to the backward pass. Raises ConfigurationError, and what user code raises."""
     before = {name: (parameter, parameter._version) for name, parameter in trainable(module)}
-    buffers = whole(module).buffers
+    buffers, frozen = whole(module).buffers, Frozen(module)
     if not objective(module, sample).requires_grad:
         raise ConfigurationError(
             "the loss of a mini-batch does not lead back to the parameters, so it has no gradient",
@@ -79,6 +80,7 @@ def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> N
                 "it, and their next answer would undo the change",
                 hint="compute with a changed copy in forward, or add a penalty to the loss",
             )
+    frozen.check(closely=True)
 
 
 def _attempt_loss(job: Job, cut: CutModel, data: Any, x: torch.Tensor, target: Any) -> None:

@@ -295,6 +295,8 @@ class DownpourReplica:
 
     def flush(self) -> None:
         """Push the remainder, wait for every acknowledgement, and report."""
+        if self.pushing is not None or self.model.accrued or self.carried:  # while the job waits for what they settle
+            self.model.frozen.check(closely=True)
         if self.pushing is not None:
             self.settle(self.pushing)
         if self.model.accrued:
@@ -314,6 +316,7 @@ class DownpourReplica:
         if now - self.report.sent < seconds or (seconds and self.reporting and not self.reporting.done()):
             return
         self.hear()
+        self.model.frozen.check(closely=False)
         message = self.report.take(self.index, self.home.incarnation, now)
         if self.group.leads:
             self.reporting = self.coordinator.call(DownpourCoordinator.report, message)

@@ -6,8 +6,7 @@ replicas' buffers. Where replicas span several processes, the evaluator does: no
 partitions asks, measures and tells; when it calls the model, the others compute their parts.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -40,7 +39,7 @@ class Measures:
     step: Callable[[nn.Module, Any], torch.Tensor] | None
     metrics: Mapping[str, Metric]
     evaluate: Callable[[nn.Module, Any], Mapping[str, float]] | None
-    batch_size: int = EVALUATION_BATCH
+    batch_size: int
 
     def measure(self, module: nn.Module, dataset: Any, device: torch.device) -> tuple[float | None, dict[str, float]]:
         """(mean loss, metrics) over the data set, weighted by examples; the module is in eval mode meanwhile."""
@@ -54,7 +53,7 @@ class Measures:
                 indices = torch.arange(start, min(start + self.batch_size, len(dataset)))
                 batch = to_device(collect(dataset, indices), device)
                 if self.step is not None:
-                    with _constant(module), torch.enable_grad():
+                    with torch.enable_grad():  # a step may differentiate, by its input or by parameters
                         loss_sum += float(scalar(self.step(module, batch)).detach()) * len(indices)
                 if self.step is None or self.metrics:
                     inputs, target = pair(batch) if self.step is None else pair(batch, "metrics", INSTEAD, more=True)
@@ -64,19 +63,6 @@ class Measures:
                     for name, metric in self.metrics.items():
                         sums[name] += _number(name, metric(output, target)) * len(indices)
             return loss_sum / len(dataset), {name: value / len(dataset) for name, value in sums.items()}
-
-
-@contextmanager
-def _constant(module: nn.Module) -> Iterator[None]:
-    """Parameters as constants: a step may differentiate by its input, and by nothing else is anything kept for it."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _numbers(found: Any) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from distbelief.checkpoint import lay_out_buffers
 from distbelief.checks import check_number, check_whole
@@ -17,7 +17,7 @@ from distbelief.cluster import Cluster
 from distbelief.data_shard import Collated, collect, kind, to_device
 from distbelief.downpour import Downpour
 from distbelief.errors import ConfigurationError
-from distbelief.evaluator import Measures, Metric
+from distbelief.evaluator import EVALUATION_BATCH, Measures, Metric
 from distbelief.model_partition import CutModel, cut_model
 from distbelief.model_replica import Objective, Step, build
 from distbelief.parameters import Groups, Layout, trainable
@@ -50,7 +50,9 @@ class Job:
     step: Step | None = None
     """(model, mini-batch) -> mean loss, instead of `loss`, for mini-batches of any other kind."""
     test: Any = None
-    """Held-out data, like `data`; None for no evaluation."""
+    """Held-out data, like `data`; None for no evaluation. Its loss and metrics are means over mini-batches in the data
+    set's own order: of `batch_size` under Downpour with `step` or `collate`, where they may depend on the mini-batch,
+    else of 1024."""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     """Name -> (output, target) -> mean over the mini-batch."""
     evaluate: Callable[[nn.Module, Any], Mapping[str, float]] | None = None
@@ -163,7 +165,9 @@ class Job:
     @property
     def measures(self) -> Measures:
         """What to measure on the test set."""
-        return Measures(self.loss, self.step, dict(self.metrics), self.evaluate)
+        own = isinstance(self.algorithm, Downpour) and (self.step or self.collate)  # full batches are cut anyhow
+        size = self.batch_size if own else EVALUATION_BATCH
+        return Measures(self.loss, self.step, dict(self.metrics), self.evaluate, size)
 
     @property
     def grouping(self) -> Groups | None:
@@ -297,6 +301,12 @@ def _check_is_data(data: Any, name: str) -> None:
     lengths = {len(part) if getattr(part, "shape", ()) else 0 for part in parts}
     tensors = len(lengths) == 1 and min(lengths) > len(parts)
     table = hasattr(data, "iloc")  # of pandas, whose items are columns
+    splits = list(data) if isinstance(data, Mapping) and 0 not in data else []
+    if splits and all(isinstance(each, Dataset) or hasattr(each, "__getitems__") for each in data.values()):
+        raise ConfigurationError(
+            f"Job({name}=...) is a {type(data).__name__} of data sets",
+            hint=f"give one of its splits, such as data[{('train' if 'train' in splits else splits[0])!r}]",
+        )
     if tensors or table or isinstance(data, str | bytes) or (isinstance(data, Mapping) and 0 not in data):
         what = f"{type(data).__name__} of {len(parts)} tensors" if tensors else type(data).__name__
         raise ConfigurationError(

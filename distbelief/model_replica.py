@@ -22,6 +22,7 @@ from distbelief.buffers import Registered, flat_buffers
 from distbelief.data_shard import pair, to_device
 from distbelief.errors import ConfigurationError
 from distbelief.freed import freed_at_once
+from distbelief.frozen import Frozen
 from distbelief.gradient_place import write_in_place
 from distbelief.parameters import Groups, Layout, check_same, lay_out, trainable
 from distbelief.partition.group import Group
@@ -61,6 +62,10 @@ def scalar(
     """The loss of one mini-batch, or what else is to be one number. Raises ConfigurationError."""
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        if hasattr(value, "loss"):
+            hint = "return its loss alone: output.loss"
+        elif isinstance(value, Mapping) and "loss" in value:
+            hint = 'return its loss alone: output["loss"]'
         raise ConfigurationError(f"{subject} {shape}, not a scalar", hint=hint)
     return value
 
@@ -142,6 +147,7 @@ class ModelReplica:
             buffer.data = buffer.data.to(device)
         part.module.to(device)
         self.part, self.group, self._differentiate, self._device = part, group, differentiate, device
+        self.frozen = Frozen(part.module)
         self._host = [allocate(layout.length, layout.dtype) for _ in range(4)]
         on_cpu = device.type == "cpu"
         if not on_cpu:

@@ -290,6 +290,7 @@ class SandblasterReplica:
 
     def contribute(self, task: Task, loss_sum: float, seconds: float) -> None:
         """Start sending the bundle's gradient, once the one before is with every shard."""
+        self.model.frozen.check(closely=False)
         self.settle()
         assert task.bundle is not None
         gradient = self.model.take_gradient(mean=False, clip_norm=None)

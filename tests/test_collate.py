@@ -139,6 +139,24 @@ def test_sandblaster_computes_the_mean_of_collated_mini_batches(tmp_path: Path) 
     assert whole < 0.55
 
 
+def examples_at_once(output: torch.Tensor, target: torch.Tensor) -> float:
+    return float(len(target))
+
+
+@pytest.mark.parametrize(
+    ("fields", "mean"),
+    [
+        ({}, (1088 * 16 + 12 * 12) / 1100),
+        ({"algorithm": db.Sandblaster(max_iterations=1)}, (1024 * 1024 + 76 * 76) / 1100),
+    ],
+)
+def test_mini_batches_that_the_user_makes_are_as_large_in_tests_as_in_training_unless_data_are_cut_anyhow(
+    fields: Any, mean: float, tmp_path: Path
+) -> None:
+    result = db.train(job(metrics={"size": examples_at_once}, epochs=1, run=tmp_path / "run", **fields), view=False)
+    assert result.test["size"] == pytest.approx(mean)
+
+
 def summed(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(output, target, reduction="sum")
 

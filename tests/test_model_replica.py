@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -431,3 +432,13 @@ def test_a_loss_that_is_no_scalar_is_refused_with_its_shape(value: Any, said: st
     with pytest.raises(ConfigurationError, match=f"the loss is {said}, not a scalar") as caught:
         Objective(lambda output, target: value)(perceptron(), batches(1)[0])
     assert str(caught.value).splitlines()[-1].startswith("hint: return the mean")
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [({"loss": torch.zeros(())}, 'output["loss"]'), (SimpleNamespace(loss=torch.zeros(())), "output.loss")],
+)
+def test_what_holds_a_loss_is_refused_with_the_hint_to_return_that(value: Any, hint: str) -> None:
+    with pytest.raises(ConfigurationError, match="not a scalar") as caught:
+        Objective(None, lambda model, batch: value)(perceptron(), batches(1)[0])
+    assert str(caught.value).endswith(f"hint: return its loss alone: {hint}")

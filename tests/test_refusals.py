@@ -197,6 +197,10 @@ def test_what_is_no_job_is_not_trained() -> None:
         db.train(problems.classifier)  # type: ignore[arg-type]
 
 
+def splits() -> dict[str, Any]:
+    return {"test": problems.points(8), "train": problems.points(64)}
+
+
 def without_gradient(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output.detach(), target)
 
@@ -250,6 +254,10 @@ def chained() -> Dataset[Any]:
         ),
         ({"data": loader}, "Job(data=...) is a DataLoader; replicas make mini-batches themselves"),
         ({"data": Framed}, "Job(data=...) is a Framed, which is no data set"),
+        (
+            {"data": splits},
+            "Job(data=...) is a dict of data sets\nhint: give one of its splits, such as data['train']",
+        ),
         ({"data": Counted}, "Job(data=...) is a Counted, which has no length or cannot be indexed"),
         ({"data": chained}, "Job(data=...) is a ChainDataset, which has no length or cannot be indexed"),
     ],
@@ -447,12 +455,10 @@ def test_a_buffer_beside_a_parameter_is_no_view_of_it_and_partitions_see_those_t
 
 def of_triples(model: nn.Module, batch: Any) -> Tensor:
     inputs, target, weight = batch
-    output = model(inputs)
-    assert output.requires_grad == model.training, "a test keeps a graph that nobody needs"
-    return (nn.functional.cross_entropy(output, target, reduction="none") * weight).mean()
+    return (nn.functional.cross_entropy(model(inputs), target, reduction="none") * weight).mean()
 
 
-def test_metrics_beside_a_step_are_of_the_first_two_of_a_mini_batch_and_tests_keep_no_graph(tmp_path: Path) -> None:
+def test_metrics_beside_a_step_are_of_the_first_two_of_a_mini_batch(tmp_path: Path) -> None:
     job = problems.job(data=weighted, test=weighted, loss=None, step=of_triples, run=tmp_path / "run")
     assert {"loss", "accuracy"} <= db.train(job, view=False).test.keys()
 
@@ -464,9 +470,19 @@ def by_its_input(model: nn.Module, batch: Any) -> Tensor:
     return (slope - 1.0).square().mean()
 
 
+def by_its_parameters(model: nn.Module, batch: Any) -> Tensor:
+    inputs, target = batch
+    loss = nn.functional.cross_entropy(model(inputs), target)
+    slopes = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    return loss + 0.01 * torch.stack([slope.square().sum() for slope in slopes]).sum()
+
+
+@pytest.mark.parametrize("step", [by_its_input, by_its_parameters])
 @pytest.mark.parametrize("algorithm", [db.Downpour(update_rule=db.adagrad(0.05)), db.Sandblaster(max_iterations=9)])
-def test_a_step_may_differentiate_by_its_input_in_training_and_in_tests(algorithm: Any, tmp_path: Path) -> None:
-    job = problems.job(loss=None, step=by_its_input, metrics={}, algorithm=algorithm, run=tmp_path / "run")
+def test_a_step_may_differentiate_by_anything_in_training_and_in_tests(
+    step: Any, algorithm: Any, tmp_path: Path
+) -> None:
+    job = problems.job(loss=None, step=step, metrics={}, algorithm=algorithm, run=tmp_path / "run")
     summary = db.train(job, view=False).summary
     assert summary.test["loss"] < 0.5
 

@@ -52,6 +52,16 @@ class NeedsClosure(Descent):
         closure()
 
 
+class ScheduleFree(Descent):
+    """Its parameters are others in training than in tests."""
+
+    def train(self) -> None:
+        pass
+
+    def eval(self) -> None:
+        pass
+
+
 class KeepsNorms(Descent):
     """Elementwise steps, but state that is neither a number nor one number per parameter."""
 
@@ -92,6 +102,9 @@ def test_schedules_pass_through_their_corners_and_travel_by_pickle() -> None:
         (rules.optimizer(CentresRows), "for a matrix"),
         (rules.optimizer(NeedsClosure), "closure"),
         (rules.optimizer(KeepsNorms), "keeps ends"),
+        (rules.optimizer(ScheduleFree), r"wants more than step\(\)"),
+        (rules.optimizer(optim.Adam, lr=torch.tensor(0.1)), "rate of Adam is a tensor"),
+        (rules.sgd(cast(Any, torch.tensor(0.1))), "rate of sgd is a tensor\nhint: give a float"),
         (rules.optimizer(cast(Any, nn.Linear)), "no subclass"),
         (rules.adaptive_revision(0.0), "rate=0.0"),
         (rules.adaptive_revision(0.1, c=0.0), "c=0.0"),

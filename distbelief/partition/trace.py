@@ -156,9 +156,9 @@ def _symbolic(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Grap
     name = type(model).__name__
     try:
         return graph_of(lambda: _Tracer(is_leaf), model, name)
-    except (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+    except (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError, LookupError) as error:
         raise ConfigurationError(
-            f"the forward pass of {name} cannot be followed by units: {error}",
+            f"the forward pass of {name} cannot be followed by units: {type(error).__name__}: {error}",
             hint="let it depend on no values of its input, or cut the model by layers with Plan.stages",
         ) from error
 

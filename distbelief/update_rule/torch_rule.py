@@ -129,6 +129,14 @@ class TorchRule:
                 f"{self.name}.step needs a closure that computes the loss, but a shard has no model",
                 hint="use an optimizer whose step works on gradients alone",
             )
+        if callable(getattr(self.optimizer, "train", None)) and callable(getattr(self.optimizer, "eval", None)):
+            raise ConfigurationError(
+                f"{self.name} wants more than step(): train() and eval() change the parameters between training and "
+                "tests, as schedule-free optimizers do, and a shard calls neither",
+                hint="use an optimizer of which step() is all, such as adamw with schedule=cosine_decay(...)",
+            )
+        if isinstance(dict(self.options).get("lr"), Tensor):
+            raise ConfigurationError(f"the rate of {self.name} is a tensor", hint="give a float, such as 0.01")
 
     def _try(self, override: Mapping[str, float]) -> trial.Trial:
         def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

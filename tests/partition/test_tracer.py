@@ -197,6 +197,22 @@ class Centred(Three):
         return self.centre(torch.tanh(self.first(x)))  # type: ignore[no-any-return]
 
 
+class ByType(nn.Module):
+    """Looks up what to do with a tensor, as layers of einops look up its framework."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return {Tensor: torch.tanh}[type(x)](x)
+
+
+class LookedUp(Three):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_type = ByType()
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.by_type(self.first(x))  # type: ignore[no-any-return]
+
+
 def patched() -> nn.Module:
     model = Three()
 
@@ -227,7 +243,9 @@ def in_two_stages(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "model", [Three, FrozenBelow, Masked, Straight, OfASlice, Unused, Centred, patched], ids=lambda each: each.__name__
+    "model",
+    [Three, FrozenBelow, Masked, Straight, OfASlice, Unused, Centred, LookedUp, patched],
+    ids=lambda each: each.__name__,
 )
 def test_stages_compute_the_gradients_and_buffers_of_the_uncut_model(model: Callable[[], nn.Module]) -> None:
     found, expected = in_two_stages(model()), gradients(model())
@@ -264,6 +282,7 @@ UNITS = {
         "use the result of the call, or compute out",
     ),
     "an unused result": (Unused, "uses a value that relu_ has overwritten in place", "compute out of place"),
+    "a look-up": (LookedUp, "cannot be followed by units: KeyError", "Plan.stages"),
     "a replaced forward": (patched, "module middle has a forward of its own", "Plan.stages"),
 }
 STAGES = {**NEITHER, "a table": (Table, "uses a value that mul_ has overwritten in place", "compute out of place")}
