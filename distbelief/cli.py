@@ -121,6 +121,7 @@ def _resume(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         raise ConfigurationError("distbelief resume needs a run folder", hint="distbelief resume RUN [options]")
     run = Path(arguments[0])
+    opened = run.absolute()
     before = launch.read(run)
     if before.script is None:
         raise ConfigurationError(
@@ -138,7 +139,9 @@ def _resume(arguments: list[str]) -> None:
             f"{run} was started with the file {before.script}, which is not there any more",
             hint=f"put it back, or call distbelief.train(job, resume={str(run)!r})",
         )
-    _start(launch.job_of(Path(before.script)), before, arguments[1:], f"distbelief resume {run}", run)
+    make_job = launch.job_of(Path(before.script))
+    same = run.absolute() == opened  # unless the file changes the working folder
+    _start(make_job, before, arguments[1:], f"distbelief resume {run}", run if same else opened)
 
 
 def _export(arguments: list[str]) -> None:
@@ -181,7 +184,8 @@ def _start(
     job, launched, _ = parse(make_job, before, arguments, program)
     result = train(job, resume=run, launch=launched)
     if result.summary.checkpoints.last_failed:
+        run = result.summary.run
         raise TrainingFailed(
-            f"the last checkpoint of {result.run} could not be written: what was trained since the one before is lost\n"
-            f"hint: make room, and train it again with distbelief resume {result.run}"
+            f"the last checkpoint of {run} could not be written: what was trained since the one before is lost\n"
+            f"hint: make room, and train it again with distbelief resume {run}"
         )

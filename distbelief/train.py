@@ -51,7 +51,7 @@ class Result:
 
     summary: Summary
     run: Path
-    """The run folder: checkpoints, events.jsonl, summary.json, TensorBoard files."""
+    """The run folder, absolute: checkpoints, events.jsonl, summary.json, TensorBoard files."""
     _model: Callable[[], nn.Module]
 
     @cached_property
@@ -99,7 +99,7 @@ def train(
         facts = engine.load(prepare, job, attempt=attempt)
         spans = _spans(job, facts)
         model = Uncut(job, facts)
-        run = _open_run(job, resume)
+        run, shown = _open_run(job, resume)
         refused = alone.enter_context(contextlib.ExitStack())
         if resume is None:
             refused.callback(shutil.rmtree, run, ignore_errors=True)
@@ -131,8 +131,8 @@ def train(
             reason = "failed"
             with _stopping_on_signals(coordinator):
                 try:
-                    commands = _commands(run, launched, coordinator)
-                    emit(started(job, facts, run, spans, coordinator.examples, *commands))
+                    commands = _commands(shown, launched, coordinator)
+                    emit(started(job, facts, shown, spans, coordinator.examples, *commands))
                     coordinator.start(restore)
                     reason = coordinator.run()
                     model.load(engine, coordinator, spans)
@@ -142,7 +142,7 @@ def train(
                     reason = f"failed: {type(error).__name__}" + (f": {said}" if said else "")
                     raise
                 finally:
-                    commands = _commands(run, launched, coordinator) if _is_kept(run) else ("", "")
+                    commands = _commands(shown, launched, coordinator) if _is_kept(run) else ("", "")
                     emit(coordinator.finished(reason, *commands))
                     _write_summary(run, record.summary())
     return Result(record.summary(), run, partial(model.trained, run))
@@ -158,21 +158,26 @@ def _spans(job: Job, facts: Facts) -> list[Span]:
     return cut(length, job.cluster.shards)
 
 
-def _open_run(job: Job, resume: Path | str | None) -> Path:
-    """The run folder: the one to resume, or a new one. Raises ConfigurationError, CheckpointError."""
+def _open_run(job: Job, resume: Path | str | None) -> tuple[Path, Path]:
+    """(the run folder: the one to resume, or a new one; how it was given). Raises ConfigurationError, CheckpointError.
+
+    The user's code may change the working folder while the job runs.
+    """
     if resume is not None:
-        run = Path(resume)
+        shown = Path(resume)
+        run = shown.absolute()
         if not run.is_dir():
-            raise CheckpointError(f"{run} is no run folder\nhint: give the folder that an earlier run printed")
-        return run
+            raise CheckpointError(f"{shown} is no run folder\nhint: give the folder that an earlier run printed")
+        return run, shown
     name = getattr(job.model, "__name__", getattr(getattr(job.model, "func", None), "__name__", "model")).lower()
-    run = Path(job.run) if job.run is not None else Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    shown = Path(job.run) if job.run is not None else Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run = shown.absolute()
     if run.exists():
         raise ConfigurationError(
-            f"the run folder {run} exists",
-            hint=f"choose another run folder, remove it, or go on from it with `distbelief resume {run}`",
+            f"the run folder {shown} exists",
+            hint=f"choose another run folder, remove it, or go on from it with `distbelief resume {shown}`",
         )
-    with _run_folder(run):
+    with _run_folder(shown):
         run.mkdir(parents=True)
         probe = run / "probe"
         try:
@@ -183,7 +188,7 @@ def _open_run(job: Job, resume: Path | str | None) -> Path:
             raise
     if job.checkpoints is not None:
         _keep_elsewhere(run, job)
-    return run
+    return run, shown
 
 
 @contextlib.contextmanager

@@ -369,6 +369,23 @@ def test_a_disk_that_fills_up_keeps_the_job_and_the_previous_checkpoint(tmp_path
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
+def test_a_change_of_the_working_folder_does_not_split_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def wander(observation: Observation) -> None:
+        if isinstance(observation.event, EpochFinished):
+            os.chdir(other)
+
+    result = db.train(dataclasses.replace(simulated(), run=Path("run")), view=False, listeners=[wander])
+    assert list(other.iterdir()) == []
+    assert result.run == tmp_path / "run"
+    assert checkpoint.newest(result.run, lambda *damaged: None)[1].examples == result.summary.examples.planned
+    assert read_summary(result.run / "summary.json") == result.summary
+    assert result.summary.resume_command.endswith("resume='run')")
+
+
 def frozen_table() -> nn.Module:
     """A classifier beside two megabytes that are not trained."""
     module = problems.classifier()
