@@ -184,8 +184,9 @@ def _start(
     job, launched, _ = parse(make_job, before, arguments, program)
     result = train(job, resume=run, launch=launched)
     if result.summary.checkpoints.last_failed:
-        run = result.summary.run
+        again = result.summary.resume_command
         raise TrainingFailed(
-            f"the last checkpoint of {run} could not be written: what was trained since the one before is lost\n"
-            f"hint: make room, and train it again with distbelief resume {run}"
+            f"the last checkpoint of {result.summary.run} could not be written: what was trained since the one before "
+            "is lost\nhint: "
+            + (f"make room, and train it again with {again}" if again else "let the run folder stay where it is")
         )

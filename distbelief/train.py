@@ -32,9 +32,9 @@ from distbelief.engine.virtual import Costs
 from distbelief.engines import engine_of
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.events import AnyEvent, Listener, Observation
-from distbelief.export import write_template
+from distbelief.export import STATE, write_template
 from distbelief.job import Facts, Job, prepare
-from distbelief.launch import Launch, of_main
+from distbelief.launch import LAUNCH, Launch, of_main
 from distbelief.model_replica import check_device
 from distbelief.parameters import Span, cut
 from distbelief.recut import recut
@@ -268,6 +268,8 @@ def _commands(run: Path, launched: Launch, coordinator: Coordinator) -> tuple[st
 
 def _is_kept(run: Path) -> bool:
     """Whether there is a checkpoint; a store that is out of reach now may be there again when it is wanted."""
+    if not ((run / LAUNCH).exists() and (run / STATE).exists()):
+        return False  # somebody has emptied it
     try:
         return bool(checkpoint.complete(run))
     except OSError:

@@ -386,6 +386,30 @@ def test_a_change_of_the_working_folder_does_not_split_the_run(tmp_path: Path, m
     assert result.summary.resume_command.endswith("resume='run')")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, if it is there
+def test_a_run_folder_that_is_moved_meanwhile_is_not_made_anew(tmp_path: Path) -> None:
+    def move(observation: Observation) -> None:
+        if isinstance(observation.event, EpochFinished) and (tmp_path / "run0").exists():
+            (tmp_path / "run0").rename(tmp_path / "moved")
+
+    with pytest.warns(RuntimeWarning, match="summary.json was not written"):
+        result, heard = trained(simulated(), tmp_path, [move])
+    assert "run0 is gone: it was removed or renamed" in of(CheckpointFailed, heard)[-1].reason
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+    assert result.summary.checkpoints.last_failed
+    assert (result.summary.export_command, result.summary.resume_command) == ("", "")
+
+
+def test_a_run_folder_that_was_emptied_offers_no_command_that_would_fail(tmp_path: Path) -> None:
+    def empty(observation: Observation) -> None:
+        if isinstance(observation.event, EpochFinished):
+            for path in (tmp_path / "run0").glob("*.json"):
+                path.unlink()
+
+    result, _ = trained(simulated(), tmp_path, [empty])
+    assert (result.summary.export_command, result.summary.resume_command) == ("", "")
+
+
 def frozen_table() -> nn.Module:
     """A classifier beside two megabytes that are not trained."""
     module = problems.classifier()
