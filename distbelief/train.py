@@ -229,6 +229,18 @@ def _alone(run: Path, *, resume: bool) -> Iterator[None]:
                 fcntl.flock(held, fcntl.LOCK_UN)  # for processes, too, that a listener may have forked
 
 
+def is_held(run: Path) -> bool:
+    """Whether somebody is training the run, where the file system has locks."""
+    with (run / "events.jsonl").open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+    return False
+
+
 def _keep_elsewhere(run: Path, job: Job) -> None:
     store = job.checkpoints or ""
     try:
