@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import children_of
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -335,6 +336,29 @@ def test_the_traceback_of_a_data_set_comes_first_though_another_thread_met_it(tm
     assert ", in __getitems__\n" in text
     assert "the user's own mistake, met by distbelief-background" in text
     assert "replica/" in text
+
+
+@pytest.mark.slow
+def test_when_all_stand_still_for_longer_than_a_replica_may_be_silent_nobody_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "PATIENCE", 1.0)
+    stopped: list[int] = []
+
+    def stop_all(observation: Observation) -> None:
+        if isinstance(observation.event, EpochFinished) and observation.event.epoch == 5 and not stopped:
+            stopped.extend(children_of(os.getpid()))
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(1.5)
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+
+    cluster = db.Cluster(replicas=4, threads_per_replica=1, silence_seconds=1.0)
+    job = problems.job(cluster=cluster, epochs=10, algorithm=db.Downpour(warmstart=0))
+    _, heard = trained(job, tmp_path, [stop_all])
+    assert stopped
+    assert of(RoleLost, heard) == []
 
 
 def test_a_disk_that_fills_up_keeps_the_job_and_the_previous_checkpoint(tmp_path: Path) -> None:
