@@ -196,13 +196,21 @@ def _folders(home: AnyPath) -> list[AnyPath]:
 
 
 def next_folder(home: AnyPath, spare: AnyPath | None = None) -> AnyPath:
-    """A new folder after all checkpoints that exist there, perhaps made of a `spare` one. Raises OSError."""
+    """A new folder after all checkpoints that exist there, perhaps made of a `spare` one. Raises OSError.
+
+    A run folder that somebody has moved is not made anew: it would hold checkpoints that nothing can be done with.
+    """
     existing = _folders(home)
     folder = home / f"{int(existing[0].name) + 1 if existing else 0:08d}"
     if isinstance(spare, Path) and isinstance(folder, Path):
         with contextlib.suppress(OSError):  # somebody may have removed it
             return spare.rename(folder)
-    folder.mkdir(parents=True)
+    if isinstance(home, Path):
+        try:
+            home.mkdir(exist_ok=True)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"the folder {home.parent} is gone: it was removed or renamed") from error
+    folder.mkdir()
     return folder
 
 

@@ -3,12 +3,13 @@
 
 import gc
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
+from msgspec.structs import replace
 
 from distbelief import launch
 from distbelief.errors import ConfigurationError, DistbeliefError, TrainingFailed
@@ -22,8 +23,8 @@ from distbelief.report.files import read_events, read_summary
 from distbelief.report.plan import plan_text
 from distbelief.report.plan_picture import plan_picture
 from distbelief.report.plots import write_plots
-from distbelief.report.summary import summarize, text
-from distbelief.train import train
+from distbelief.report.summary import RUNNING, moved, summarize, text
+from distbelief.train import is_held, train
 
 USAGE = """\
 distbelief train FILE.py [--epochs 3] [--cluster.replicas 4] [--algorithm.rate 0.02]    train the job of a file
@@ -121,6 +122,7 @@ def _resume(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         raise ConfigurationError("distbelief resume needs a run folder", hint="distbelief resume RUN [options]")
     run = Path(arguments[0])
+    opened = run.absolute()
     before = launch.read(run)
     if before.script is None:
         raise ConfigurationError(
@@ -138,14 +140,16 @@ def _resume(arguments: list[str]) -> None:
             f"{run} was started with the file {before.script}, which is not there any more",
             hint=f"put it back, or call distbelief.train(job, resume={str(run)!r})",
         )
-    _start(launch.job_of(Path(before.script)), before, arguments[1:], f"distbelief resume {run}", run)
+    make_job = launch.job_of(Path(before.script))
+    same = run.absolute() == opened  # unless the file changes the working folder
+    _start(make_job, before, arguments[1:], f"distbelief resume {run}", run if same else opened)
 
 
 def _export(arguments: list[str]) -> None:
     if len(arguments) != 2 or any(path.startswith("-") for path in arguments):
         raise ConfigurationError("distbelief export takes two paths", hint="distbelief export RUN model.safetensors")
     numbers = export(Path(arguments[0]), Path(arguments[1]), _passed_over)
-    print(f"{arguments[1]}: {numbers:,} numbers; load it with model.load_state_dict(safetensors.torch.load_file(...))")
+    _say(f"{arguments[1]}: {numbers:,} numbers; load it with model.load_state_dict(safetensors.torch.load_file(...))")
 
 
 def _passed_over(path: object, reason: str) -> None:
@@ -160,7 +164,10 @@ def _show(arguments: list[str]) -> None:
     # A run that was killed has no summary, or that of an earlier start.
     ended = isinstance(observations[-1].event, JobFinished) if observations else True
     whole = ended and (run / "summary.json").exists()
-    _say(text(read_summary(run / "summary.json") if whole else summarize(observations)))
+    summary = read_summary(run / "summary.json") if whole else summarize(observations)
+    if not ended and is_held(run):
+        summary = replace(summary, reason=RUNNING)
+    _say(text(moved(summary, str(run))))
     try:
         for path in write_plots(observations, run / "plots"):
             _say(f"plot          {path}")
@@ -169,9 +176,16 @@ def _show(arguments: list[str]) -> None:
 
 
 def _say(words: str) -> None:
-    """Print what was asked for; a reader who goes away early, such as `head`, ends the command and nothing more."""
+    """Print what was asked for; a reader who goes away early, such as `head`, is no error."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    Console().out(words.encode(encoding, "replace").decode(encoding), highlight=False)
+    try:
+        print(words.encode(encoding, "replace").decode(encoding), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python will try once more as it ends
+        if not isinstance(error, BrokenPipeError):
+            raise ConfigurationError(
+                f"the answer cannot be written: {error.strerror}", hint="write it where there is room"
+            ) from error
 
 
 def _start(
@@ -181,7 +195,9 @@ def _start(
     job, launched, _ = parse(make_job, before, arguments, program)
     result = train(job, resume=run, launch=launched)
     if result.summary.checkpoints.last_failed:
+        again = result.summary.resume_command
         raise TrainingFailed(
-            f"the last checkpoint of {result.run} could not be written: what was trained since the one before is lost\n"
-            f"hint: make room, and train it again with distbelief resume {result.run}"
+            f"the last checkpoint of {result.summary.run} could not be written: what was trained since the one before "
+            "is lost\nhint: "
+            + (f"make room, and train it again with {again}" if again else "let the run folder stay where it is")
         )

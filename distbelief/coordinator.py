@@ -333,15 +333,15 @@ class Coordinator(ABC):
     def _end_the_silent(self, now: float) -> None:
         """Give up roles that hang: a shard first, since replicas that wait for it are silent too."""
         limit, elapsed, self._looked_at = self.settings.shard_silence_seconds, now - self._looked_at, now
+        self._asked_at += elapsed if elapsed > self.settings.silence_seconds / 2 else 0.0  # all may have stood still
         silent = now - self._asked_at if self._asked is not None and not self._asked.done() else 0.0
-        if self.restoring or silent > self.settings.silence_seconds / 2:
+        if self.restoring or max(silent, elapsed) > self.settings.silence_seconds / 2:
             self._held_up_seconds += elapsed
             for record in self.replicas:
                 record.heard += elapsed
         if silent > limit and self._asked is not None:
             self._asked_at = now
-            for index in self._asked.outstanding():
-                name = self.settings.shards[index].name
+            for name in [self.settings.shards[index].name for index in self._asked.outstanding()]:
                 self.incarnations.end(name, self.incarnations.of(name), f"not heard of for {limit:.0f} s")
         for index, incarnation, limit in silent_replicas(self.replicas, now, self.settings.silence_seconds):
             self.incarnations.end(self.settings.leaders[index], incarnation, f"not heard of for {limit:.0f} s")

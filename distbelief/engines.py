@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine that a job asks for, and what its roles ask of a cluster."""
 
+import os
+import resource
 import sys
 from pathlib import Path
 
@@ -26,6 +28,7 @@ def engine_of(job: Job, faults: Faults | None, costs: Costs | None) -> Engine:
     if cluster.engine == "simulated":
         return SimulatedEngine(job.seed, costs=costs, faults=faults)
     if cluster.engine == "local":
+        _allow_files(cluster, evaluates=job.test is not None)
         return LocalEngine(shards, transport=cluster.transport, faults=faults)
     try:
         from distbelief.engine.ray import RayKeepers
@@ -42,6 +45,29 @@ def engine_of(job: Job, faults: Faults | None, costs: Costs | None) -> Engine:
     wire = Wire(dtype=cluster.wire, certificate=new_certificate() if cluster.tls else None)
     keepers = RayKeepers(cluster.address, groups(cluster, evaluates=job.test is not None))
     return HostsEngine(shards, keepers, faults=faults, wire=wire, lost_seconds=cluster.lost_seconds)
+
+
+def _allow_files(cluster: Cluster, *, evaluates: bool) -> None:
+    """Raise this process's limit of open files, which roles inherit, where the job needs more. ConfigurationError.
+
+    Measured, and rounded up: a shard has a socket and memory of each process that computes, the coordinator sockets of
+    all, beside what the user has open.
+    """
+    partitions, shards = cluster.plan.partitions, cluster.shards
+    computing = (cluster.replicas + evaluates) * partitions
+    of_shard = 20 + 2 * shards + (4 if partitions == 1 else 8) * computing
+    of_coordinator = len(os.listdir("/proc/self/fd")) + 20 + 4 * shards + 2 * computing
+    needed = max(of_shard, of_coordinator)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigurationError(
+            f"Cluster(replicas={cluster.replicas}, partitions={partitions}, shards={shards}) may need {needed:,} open "
+            f"files in one process, and {hard:,} are allowed",
+            hint="use fewer, or allow more: ulimit -n, LimitNOFILE= of systemd, or --ulimit nofile= of docker",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def groups(cluster: Cluster, *, evaluates: bool) -> list[Group]:

@@ -32,9 +32,9 @@ from distbelief.engine.virtual import Costs
 from distbelief.engines import engine_of
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.events import AnyEvent, Listener, Observation
-from distbelief.export import write_template
+from distbelief.export import STATE, write_template
 from distbelief.job import Facts, Job, prepare
-from distbelief.launch import Launch, of_main
+from distbelief.launch import LAUNCH, Launch, of_main
 from distbelief.model_replica import check_device
 from distbelief.parameters import Span, cut
 from distbelief.recut import recut
@@ -51,7 +51,7 @@ class Result:
 
     summary: Summary
     run: Path
-    """The run folder: checkpoints, events.jsonl, summary.json, TensorBoard files."""
+    """The run folder, absolute: checkpoints, events.jsonl, summary.json, TensorBoard files."""
     _model: Callable[[], nn.Module]
 
     @cached_property
@@ -99,7 +99,7 @@ def train(
         facts = engine.load(prepare, job, attempt=attempt)
         spans = _spans(job, facts)
         model = Uncut(job, facts)
-        run = _open_run(job, resume)
+        run, shown = _open_run(job, resume)
         refused = alone.enter_context(contextlib.ExitStack())
         if resume is None:
             refused.callback(shutil.rmtree, run, ignore_errors=True)
@@ -131,8 +131,8 @@ def train(
             reason = "failed"
             with _stopping_on_signals(coordinator):
                 try:
-                    commands = _commands(run, launched, coordinator)
-                    emit(started(job, facts, run, spans, coordinator.examples, *commands))
+                    commands = _commands(shown, launched, coordinator)
+                    emit(started(job, facts, shown, spans, coordinator.examples, *commands))
                     coordinator.start(restore)
                     reason = coordinator.run()
                     model.load(engine, coordinator, spans)
@@ -142,7 +142,7 @@ def train(
                     reason = f"failed: {type(error).__name__}" + (f": {said}" if said else "")
                     raise
                 finally:
-                    commands = _commands(run, launched, coordinator) if _is_kept(run) else ("", "")
+                    commands = _commands(shown, launched, coordinator) if _is_kept(run) else ("", "")
                     emit(coordinator.finished(reason, *commands))
                     _write_summary(run, record.summary())
     return Result(record.summary(), run, partial(model.trained, run))
@@ -158,21 +158,26 @@ def _spans(job: Job, facts: Facts) -> list[Span]:
     return cut(length, job.cluster.shards)
 
 
-def _open_run(job: Job, resume: Path | str | None) -> Path:
-    """The run folder: the one to resume, or a new one. Raises ConfigurationError, CheckpointError."""
+def _open_run(job: Job, resume: Path | str | None) -> tuple[Path, Path]:
+    """(the run folder: the one to resume, or a new one; how it was given). Raises ConfigurationError, CheckpointError.
+
+    The user's code may change the working folder while the job runs.
+    """
     if resume is not None:
-        run = Path(resume)
+        shown = Path(resume)
+        run = shown.absolute()
         if not run.is_dir():
-            raise CheckpointError(f"{run} is no run folder\nhint: give the folder that an earlier run printed")
-        return run
+            raise CheckpointError(f"{shown} is no run folder\nhint: give the folder that an earlier run printed")
+        return run, shown
     name = getattr(job.model, "__name__", getattr(getattr(job.model, "func", None), "__name__", "model")).lower()
-    run = Path(job.run) if job.run is not None else Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    shown = Path(job.run) if job.run is not None else Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run = shown.absolute()
     if run.exists():
         raise ConfigurationError(
-            f"the run folder {run} exists",
-            hint=f"choose another run folder, remove it, or go on from it with `distbelief resume {run}`",
+            f"the run folder {shown} exists",
+            hint=f"choose another run folder, remove it, or go on from it with `distbelief resume {shown}`",
         )
-    with _run_folder(run):
+    with _run_folder(shown):
         run.mkdir(parents=True)
         probe = run / "probe"
         try:
@@ -183,7 +188,7 @@ def _open_run(job: Job, resume: Path | str | None) -> Path:
             raise
     if job.checkpoints is not None:
         _keep_elsewhere(run, job)
-    return run
+    return run, shown
 
 
 @contextlib.contextmanager
@@ -222,6 +227,18 @@ def _alone(run: Path, *, resume: bool) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 fcntl.flock(held, fcntl.LOCK_UN)  # for processes, too, that a listener may have forked
+
+
+def is_held(run: Path) -> bool:
+    """Whether somebody is training the run, where the file system has locks."""
+    with (run / "events.jsonl").open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+    return False
 
 
 def _keep_elsewhere(run: Path, job: Job) -> None:
@@ -263,6 +280,8 @@ def _commands(run: Path, launched: Launch, coordinator: Coordinator) -> tuple[st
 
 def _is_kept(run: Path) -> bool:
     """Whether there is a checkpoint; a store that is out of reach now may be there again when it is wanted."""
+    if not ((run / LAUNCH).exists() and (run / STATE).exists()):
+        return False  # somebody has emptied it
     try:
         return bool(checkpoint.complete(run))
     except OSError:

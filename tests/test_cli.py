@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the command line: what is given there replaces what the file says, and is kept for resuming."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -303,6 +304,52 @@ def test_what_is_shown_of_a_resumed_run_that_was_killed_is_all_of_it_and_not_its
     events.write_text("".join(lines[: first + 1]))
     run("show", "a")
     assert "all epochs finished" in capsys.readouterr().out
+
+
+def test_what_is_shown_of_a_run_that_is_being_trained_says_so_and_offers_no_resume(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train", "rules_script.py", "--run", "a", "--epochs", "1")
+    events = Path("a/events.jsonl")
+    events.write_text("".join(events.read_text().splitlines(keepends=True)[:-1]))
+    with events.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        capsys.readouterr()
+        run("show", "a")
+        said = capsys.readouterr().out
+        assert "so far        still running" in said
+        assert "resume" not in said
+        assert "killed" not in said
+    run("show", "a")
+    assert "resume with   distbelief resume a\n" in capsys.readouterr().out
+
+
+def test_what_is_shown_of_a_run_that_was_moved_names_the_folder_where_it_is(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train", "rules_script.py", "--run", "a", "--epochs", "1")
+    Path("a").rename("now here")
+    capsys.readouterr()
+    run("show", "now here")
+    said = capsys.readouterr().out
+    assert "run           now here\n" in said
+    assert "distbelief resume 'now here' --epochs 2\n" in said
+    assert "distbelief export 'now here' model.safetensors\n" in said
+
+
+@pytest.mark.parametrize(("output", "code", "said"), [("| true", 0, ""), (">/dev/full", 1, "No space left on device")])
+def test_what_is_shown_to_nobody_leaves_no_traceback(
+    output: str, code: int, said: str, run: Callable[..., None]
+) -> None:
+    run("train", "rules_script.py", "--run", "a", "--epochs", "1")
+    shown = f"{sys.executable} -m distbelief show a"
+    told = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {shown} {output}"], stderr=subprocess.PIPE, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert told.returncode == code
+    assert "Traceback" not in told.stderr
+    assert said in told.stderr
 
 
 @pytest.mark.parametrize("words", ["plan small.py --cluster.partitions 2", "train small.py --help"])

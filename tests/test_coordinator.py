@@ -75,6 +75,7 @@ def test_a_restored_shard_refuses_the_incarnations_that_it_has_forgotten_were_re
         # The checkpoint that the shard comes back from is older than the death of the replica.
         faults = Faults(kill=((0.7, replica_name(0)), (1.5, shard_name(0))))
         with closing(SimulatedEngine(seed, faults=faults)) as engine:
+            (tmp_path / f"run{seed}").mkdir()
             center = coordinator(engine, tmp_path / f"run{seed}", outcomes, heard)
             engine.answer(center)
             engine.at(3.0, lambda center=center: setattr(center, "interrupted", "enough"))  # type: ignore[misc]

@@ -3,6 +3,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,6 +282,23 @@ def test_a_program_that_other_processes_cannot_import_is_refused_with_the_way_ou
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert told.returncode == 1
+    assert re.search(said, told.stderr), told.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["folder", "folder.zip"])
+def test_what_the_main_file_of_a_folder_or_archive_defines_is_refused_with_the_way_out(
+    program: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "__main__.py").write_text(UNREACHABLE)
+    shutil.make_archive(str(tmp_path / "folder"), "zip", tmp_path / "folder")
+    told = subprocess.run(
+        [sys.executable, program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert told.returncode == 1
+    said = r"model is defined in .*__main__.py, which other .*\nhint: define it in a module beside __main__.py"
     assert re.search(said, told.stderr), told.stderr
 
 

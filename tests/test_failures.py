@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import children_of
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -337,6 +338,29 @@ def test_the_traceback_of_a_data_set_comes_first_though_another_thread_met_it(tm
     assert "replica/" in text
 
 
+@pytest.mark.slow
+def test_when_all_stand_still_for_longer_than_a_replica_may_be_silent_nobody_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "PATIENCE", 1.0)
+    stopped: list[int] = []
+
+    def stop_all(observation: Observation) -> None:
+        if isinstance(observation.event, EpochFinished) and observation.event.epoch == 5 and not stopped:
+            stopped.extend(children_of(os.getpid()))
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(1.5)
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+
+    cluster = db.Cluster(replicas=4, threads_per_replica=1, silence_seconds=1.0)
+    job = problems.job(cluster=cluster, epochs=10, algorithm=db.Downpour(warmstart=0))
+    _, heard = trained(job, tmp_path, [stop_all])
+    assert stopped
+    assert of(RoleLost, heard) == []
+
+
 def test_a_disk_that_fills_up_keeps_the_job_and_the_previous_checkpoint(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
@@ -367,6 +391,47 @@ def test_a_disk_that_fills_up_keeps_the_job_and_the_previous_checkpoint(tmp_path
         assert result.summary.checkpoints.failed == len(failed)
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_a_change_of_the_working_folder_does_not_split_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def wander(observation: Observation) -> None:
+        if isinstance(observation.event, EpochFinished):
+            os.chdir(other)
+
+    result = db.train(dataclasses.replace(simulated(), run=Path("run")), view=False, listeners=[wander])
+    assert list(other.iterdir()) == []
+    assert result.run == tmp_path / "run"
+    assert checkpoint.newest(result.run, lambda *damaged: None)[1].examples == result.summary.examples.planned
+    assert read_summary(result.run / "summary.json") == result.summary
+    assert result.summary.resume_command.endswith("resume='run')")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, if it is there
+def test_a_run_folder_that_is_moved_meanwhile_is_not_made_anew(tmp_path: Path) -> None:
+    def move(observation: Observation) -> None:
+        if isinstance(observation.event, EpochFinished) and (tmp_path / "run0").exists():
+            (tmp_path / "run0").rename(tmp_path / "moved")
+
+    with pytest.warns(RuntimeWarning, match="summary.json was not written"):
+        result, heard = trained(simulated(), tmp_path, [move])
+    assert "run0 is gone: it was removed or renamed" in of(CheckpointFailed, heard)[-1].reason
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+    assert result.summary.checkpoints.last_failed
+    assert (result.summary.export_command, result.summary.resume_command) == ("", "")
+
+
+def test_a_run_folder_that_was_emptied_offers_no_command_that_would_fail(tmp_path: Path) -> None:
+    def empty(observation: Observation) -> None:
+        if isinstance(observation.event, EpochFinished):
+            for path in (tmp_path / "run0").glob("*.json"):
+                path.unlink()
+
+    result, _ = trained(simulated(), tmp_path, [empty])
+    assert (result.summary.export_command, result.summary.resume_command) == ("", "")
 
 
 def frozen_table() -> nn.Module:

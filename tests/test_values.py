@@ -3,6 +3,7 @@
 
 import dataclasses
 import pickle
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 import distbelief as db
+from distbelief.engine.local import LocalEngine
+from distbelief.engines import engine_of
 from distbelief.job import Facts, prepare
 from distbelief.launch import job_of
 from distbelief.leases import Release
@@ -119,14 +122,32 @@ def complex_model() -> nn.Module:
     return nn.Linear(12, 3, dtype=torch.complex64)
 
 
-def test_more_shards_than_a_process_may_have_sockets_are_refused_with_both_reasons(tmp_path: Path) -> None:
+def test_more_shards_than_a_process_may_have_sockets_are_refused_with_both_reasons() -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
     try:
-        message = refused_by_train(tmp_path, cluster=db.Cluster(shards=250))
+        with pytest.raises(db.ConfigurationError) as caught:
+            LocalEngine([f"shard/{index}" for index in range(250)])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert message.startswith("there are no sockets for 250 shards: Too many open files\nhint: use fewer shards")
+    message = "there are no sockets for 250 shards: Too many open files\nhint: use fewer shards"
+    assert str(caught.value).startswith(message)
+
+
+def test_more_processes_than_may_have_files_open_are_refused_and_a_limit_that_may_be_raised_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits, raised = [40, 64], []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, now: raised.append(now))
+    message = refused_by_train(tmp_path, cluster=db.Cluster(replicas=24, shards=2))
+    assert re.match(r"Cluster\(replicas=24, partitions=1, shards=2\) may need 1\d\d open files .*, and 64 are", message)
+    assert raised == []
+    limits[1] = 4096
+    engine_of(job(cluster=db.Cluster(replicas=24, shards=2)), None, None).close()
+    ((soft, hard),) = raised
+    assert 100 < soft < 200
+    assert hard == 4096
 
 
 def test_a_file_whose_name_cannot_be_imported_is_refused_with_one_that_can(tmp_path: Path) -> None:

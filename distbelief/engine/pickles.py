@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import current_process, spawn
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -38,6 +39,16 @@ def _rebuild(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.T
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
 
+def _check_main(value: type | FunctionType) -> None:
+    """Raise ConfigurationError for what is defined in a `__main__.py`, which other processes do not import."""
+    main = sys.modules["__main__"]
+    if str(getattr(getattr(main, "__spec__", None), "name", "")).rpartition(".")[2] == "__main__":
+        raise ConfigurationError(
+            f"{value.__qualname__} is defined in {main.__file__}, which other processes do not import",
+            hint="define it in a module beside __main__.py, and import it from there",
+        )
+
+
 class Pickler(pickle.Pickler):
     """Pickles plain CPU tensors out of band, as protocol 5 does NumPy arrays, and the shared object by name."""
 
@@ -54,6 +65,8 @@ class Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         """Hand a plain tensor's memory to pickle as a buffer."""
+        if isinstance(value, type | FunctionType) and value.__module__ == "__main__":
+            _check_main(value)
         plain = type(value) is torch.Tensor and value.device.type == "cpu" and value.layout is torch.strided
         if not plain or value.requires_grad or value.is_quantized or value.is_conj() or value.is_neg():
             return NotImplemented
@@ -116,6 +129,8 @@ def pack(prepare: Callable[..., Any], arguments: tuple[Any, ...], attempt: Calla
     buffers: list[pickle.PickleBuffer] = []
     try:
         text = Pickler.dumps((prepare, arguments, attempt), buffers=buffers)
+    except ConfigurationError:
+        raise
     except Exception as error:
         main_file = getattr(sys.modules["__main__"], "__file__", None) or ""
         raise ConfigurationError(

@@ -7,6 +7,7 @@ pushes is taken as said about the whole job; what was refused is counted from th
 """
 
 import functools
+import shlex
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -35,6 +36,8 @@ from distbelief.report.words import count, duration, number, sentence, values_of
 
 KILLED = "killed: no end was recorded"
 """The reason of a run whose events stop without a JobFinished."""
+RUNNING = "still running"
+"""The reason of one that somebody is training."""
 
 FAULTS = (RoleLost, ShardRestored, EvaluationLost, CheckpointFailed, CheckpointRejected)
 """What went wrong and was survived: listed in the summary, marked in the plots."""
@@ -139,6 +142,18 @@ def summarize(observations: Iterable[Observation]) -> Summary:
     if summary.reason == KILLED and not (summary.checkpoints.written or resumed):
         return replace(summary, export_command="", resume_command="")
     return summary
+
+
+def moved(summary: Summary, run: str) -> Summary:
+    """The summary of a run that is in this folder now; what resumes and exports it names the folder."""
+    here, before = shlex.quote(run), shlex.quote(summary.run)
+    resume = summary.resume_command.replace(f"distbelief resume {before}", f"distbelief resume {here}")
+    return replace(
+        summary,
+        run=run,
+        resume_command=resume.replace(f"resume={summary.run!r}", f"resume={run!r}"),
+        export_command=summary.export_command.replace(f"distbelief export {before} ", f"distbelief export {here} "),
+    )
 
 
 def one_clock(observations: Iterable[Observation]) -> Iterator[Observation]:
@@ -266,7 +281,8 @@ def text(summary: Summary) -> str:
 def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
     checkpoints = summary.checkpoints
     yield "run", summary.run
-    yield "ended", f"{summary.reason} ({duration(summary.wall_seconds)})"
+    running = summary.reason == RUNNING
+    yield "so far" if running else "ended", f"{summary.reason} ({duration(summary.wall_seconds)})"
     epochs = "" if summary.batch is not None else f"{count(summary.epochs, 'epoch')}, "
     yield (
         "job",
@@ -289,7 +305,8 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "", f"and {len(summary.faults) - FAULTS_PRINTED:,} more in summary.json"
     nothing = "not possible: no checkpoint is kept"
     yield "export with", summary.export_command or nothing
-    yield "resume with", summary.resume_command or nothing
+    if not running:
+        yield "resume with", summary.resume_command or nothing
 
 
 def _of_downpour(summary: Summary) -> Iterator[tuple[str, str]]:
@@ -298,7 +315,7 @@ def _of_downpour(summary: Summary) -> Iterator[tuple[str, str]]:
         "examples",
         f"{examples.seen:,} of {examples.planned:,} seen, of which {summary.refused:,} refused; "
         f"{examples.repeated:,} repeated, {examples.missing:,} "
-        + ("still to come" if summary.reason.startswith(("stopped", "killed")) else "missing"),
+        + ("still to come" if summary.reason.startswith(("stopped", KILLED, RUNNING)) else "missing"),
     )
     yield (
         "pushes",
