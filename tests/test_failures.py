@@ -754,13 +754,15 @@ def test_a_signal_that_whoever_began_the_process_lets_it_ignore_is_ignored(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", ["the coordinator", "every process"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(signal.SIGINT, "every process"), (signal.SIGTERM, "every process"), (signal.SIGHUP, "the coordinator")],
+)
 def test_a_signal_to_stop_takes_a_checkpoint_and_stops_cleanly(number: int, told: str, tmp_path: Path) -> None:
-    """Service managers send SIGTERM to each process of a job, a terminal SIGINT."""
+    """Service managers send SIGTERM to each process of a job; SIGHUP goes to the session of the terminal alone."""
     process, run = started(tmp_path)
     roles = descendants(process.pid)
-    if told == "every process" and number != signal.SIGHUP:  # which goes to the session of the terminal alone
+    if told == "every process":
         for pid in roles:
             os.kill(pid, number)
     process.send_signal(number)
