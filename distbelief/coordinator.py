@@ -197,7 +197,7 @@ class Coordinator(ABC):
         now = self.engine.now()
         self._bury_the_dead()
         self._end_the_silent(now)
-        self._errands = [errand for errand in self._errands if not errand()]  # one that another one appends, too
+        self._errands = [errand for errand in self._errands if not errand()]  # also those that one appends
         if self.failure is not None:
             raise self.failure
         if self.interrupted and not self.stopping:
@@ -313,8 +313,8 @@ class Coordinator(ABC):
 
             def restore() -> Future[list[int]]:
                 replaced, own = self.incarnations.replaced(self.settings.leaders), self.is_own(manifest)
-                wait = awaited_offers(self.replicas[: self.at_work]) if offers else None
-                return shard.call(ParameterServerShard.restore, str(place), manifest.shards, replaced, own, wait)
+                awaited = awaited_offers(self.replicas[: self.at_work]) if offers else None
+                return shard.call(ParameterServerShard.restore, str(place), manifest.shards, replaced, own, awaited)
 
             def restored(versions: list[int]) -> None:
                 self.restoring.remove(index)

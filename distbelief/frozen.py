@@ -30,7 +30,7 @@ class Frozen:
 
         Not `closely`, values are read only where torch has noticed a write, which it does not through `.data`.
         """
-        if not (closely or self._known):
+        if not self._known:
             return
         now = dict(self._module.named_parameters())
         for name, parameter in now.items():

@@ -56,9 +56,9 @@ def try_apart(attempt: Callable[[], object], owner: socket.socket) -> None:
 
     A backward pass on a machine with accelerators starts threads, after which no fork could make another.
     """
-    read_end, write_end = os.pipe()
     flush()
     try:
+        read_end, write_end = os.pipe()
         pid = os.fork()
     except OSError as error:
         raise TrainingFailed(f"no process could be started: {error}\nhint: look at ulimit -u and -n") from error
