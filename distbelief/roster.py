@@ -136,8 +136,8 @@ def silent_replicas(replicas: Sequence[ReplicaRecord], now: float, least: float)
 
 def awaited_offers(replicas: Sequence[ReplicaRecord]) -> Awaited:
     """What a shard that comes back may expect of these replicas, which may be in the midst of a mini-batch."""
-    slowest = [record.slowest_seconds for record in replicas if record.alive and not record.left]
-    return Awaited(len(slowest), 1.0 + 2 * max(slowest, default=0.0))
+    awaited = {i: record.slowest_seconds for i, record in enumerate(replicas) if record.alive and not record.left}
+    return Awaited(tuple(awaited), 1.0 + 2 * max(awaited.values(), default=0.0))
 
 
 def shard_silence_seconds(silence_seconds: float, spans: Sequence[Span], dtype: torch.dtype) -> float:

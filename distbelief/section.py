@@ -52,8 +52,8 @@ class Stamp(msgspec.Struct, array_like=True, frozen=True):
 class Awaited(msgspec.Struct, array_like=True, frozen=True):
     """The offers that a section which comes back from a checkpoint waits for."""
 
-    replicas: int
-    """From how many replicas, at most."""
+    replicas: tuple[int, ...]
+    """The replicas that have something to offer, at most."""
     seconds: float
     """How long another one may take, when a replica has nothing to offer."""
 
@@ -123,7 +123,7 @@ class Section:
         self._restored_version = 0
         self._offers_until: float | None = None
         """While it waits for newer parameters, until when: for ever before the first offer."""
-        self._awaited = Awaited(0, 0.0)
+        self._awaited = Awaited((), 0.0)
         self._offered: set[int] = set()
         """The replicas that have offered what they have, or said that they have nothing."""
         self._regained = self._uncounted = 0
@@ -174,7 +174,7 @@ class Section:
             return
         self._offered.add(offer.replica)
         seconds = OFFERS_SECONDS if offer.version >= 0 else self._awaited.seconds
-        if len(self._offered) >= self._awaited.replicas:
+        if self._offered.issuperset(self._awaited.replicas):
             seconds = 0.0
         self._offers_until = min(self._offers_until, self._home.now() + seconds)
         state = self._state
