@@ -3,6 +3,7 @@
 
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,12 +55,15 @@ def of_main(job: Job) -> Launch:
     """The script that is running, if it is a file by itself whose `job` is this very job."""
     main = sys.modules.get("__main__")
     path, found = getattr(main, "__file__", None), getattr(main, "job", None)
-    return Launch(str(Path(path).resolve()) if path and found is job and not in_package() else None)
+    if not path or not os.path.isfile(path) or found is not job or in_package():
+        return Launch()
+    return Launch(str(Path(path).resolve()))
 
 
 def in_package() -> bool:
-    """Whether what is running is a module of a package, which cannot be started again as a file."""
-    return bool(getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "parent", ""))
+    """Whether what is running is a module of a package, or `__main__.py`, and cannot be started again as a file."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return spec is not None and (bool(spec.parent) or spec.name == "__main__")
 
 
 def job_of(path: Path) -> Callable[..., Job]:

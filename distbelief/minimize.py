@@ -105,8 +105,8 @@ def minimize(
     `function(x, portion)` returns the scalar sum over the examples of a portion, in a way that torch can
     differentiate; x has the form of `parameters`, the starting point, which is copied. `data` is a tensor or a tuple of
     tensors with examples along the first dimension, or a map-style data set whose mini-batches are the portions;
-    without data, `function(x)` is the objective. Replicas are other processes: the function stands at the top level of
-    a file, and the call below `if __name__ == "__main__"`.
+    without data, `function(x)` is the objective. Replicas are other processes, which import a script: the call stands
+    below `if __name__ == "__main__"`.
 
     l1, l2, gtol and target of `algorithm` are on the scale of F, and penalties are of every parameter. ftol is relative
     to |F|, or to the number of examples where that is larger; ftol=0.0 leaves the end to gtol. `run` keeps checkpoints

@@ -170,6 +170,7 @@ def _open_run(job: Job, resume: Path | str | None) -> tuple[Path, Path]:
             raise CheckpointError(f"{shown} is no run folder\nhint: give the folder that an earlier run printed")
         return run, shown
     name = getattr(job.model, "__name__", getattr(getattr(job.model, "func", None), "__name__", "model")).lower()
+    name = "model" if name == "<lambda>" else name
     shown = Path(job.run) if job.run is not None else Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     run = shown.absolute()
     if run.exists():

@@ -6,6 +6,7 @@ import pickle
 import re
 import resource
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -303,16 +304,14 @@ class Unpicklable(TensorDataset):
     "fields",
     [
         {"data": Unpicklable(torch.zeros(40, 12), torch.zeros(40, dtype=torch.int64))},
-        {"data": lambda: points(40)},
-        {"model": lambda: classifier()},
-        {"metrics": {"accuracy": lambda output, target: 1.0}},
+        {"model": partial(classifier, threading.Lock())},
+        {"metrics": {"accuracy": partial(cross_entropy, weight=(each for each in "abc"))}},
     ],
 )
 def test_what_cannot_reach_other_processes_is_refused_before_one_starts(fields: dict[str, Any], tmp_path: Path) -> None:
     message = refused_by_train(tmp_path, cluster=db.Cluster(engine="local"), **fields)
     assert "the job cannot be handed to other processes" in message
-    assert "top level of a file" in message
-    assert "give data as a function" in message
+    assert "give data as a function that builds the data set, and leave files, locks and generators out" in message
 
 
 def test_a_run_folder_that_exists_is_refused_and_left_as_it_is(tmp_path: Path) -> None:

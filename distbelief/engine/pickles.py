@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the job reaches the zygote: by reference for code, out of band for the bytes of tensors and arrays.
+"""How the job reaches the zygote: code by reference where it can be, the bytes of tensors and arrays out of band.
 
-Functions and classes of the user travel by name and must be importable; the big buffers of an in-memory data set are
-written once into anonymous memory that all roles then share.
+Functions and classes of the user's files travel by name; what other processes cannot import, as it is: lambdas, inner
+functions, cells of a notebook. The big buffers of an in-memory data set are written once into anonymous memory that all
+roles then share.
 """
 
+import copyreg
+import inspect
 import io
 import itertools
 import os
 import pickle
 import sys
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import current_process, spawn
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
+import cloudpickle
 import torch
 
 from distbelief.errors import ConfigurationError
@@ -39,18 +44,39 @@ def _rebuild(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.T
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
 
-def _check_main(value: type | FunctionType) -> None:
-    """Raise ConfigurationError for what is defined in a `__main__.py`, which other processes do not import."""
-    main = sys.modules["__main__"]
-    if str(getattr(getattr(main, "__spec__", None), "name", "")).rpartition(".")[2] == "__main__":
-        raise ConfigurationError(
-            f"{value.__qualname__} is defined in {main.__file__}, which other processes do not import",
-            hint="define it in a module beside __main__.py, and import it from there",
-        )
+def _main() -> dict[str, Any]:
+    """How other processes import the user's program, as multiprocessing does it, if it is in a file that they can."""
+    main = spawn.get_preparation_data(ZYGOTE)
+    del main["authkey"]  # multiprocessing's own, which it refuses to pickle; our roles do not use it
+    if not os.path.isfile(main.get("init_main_from_path", __file__)):
+        del main["init_main_from_path"]  # it comes from the standard input
+    if main.get("init_main_from_name", "").rpartition(".")[2] == "__main__":
+        del main["init_main_from_name"]
+    return main
 
 
-class Pickler(pickle.Pickler):
+def _is_in_main(value: type | FunctionType) -> bool:
+    """Whether other processes find it in `__main__` when they import that."""
+    if value.__module__ != "__main__" or _main().keys().isdisjoint(("init_main_from_path", "init_main_from_name")):
+        return False
+    found: Any = sys.modules["__main__"]
+    for name in value.__qualname__.split("."):
+        found = getattr(found, name, None)
+    if found is not value:
+        return False
+    functions = [value] if isinstance(value, FunctionType) else vars(value).values()
+    codes = [inspect.unwrap(each).__code__ for each in functions if isinstance(each, FunctionType)]
+    return all(os.path.isfile(code.co_filename) for code in codes)  # else it was typed in behind the file
+
+
+class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles plain CPU tensors out of band, as protocol 5 does NumPy arrays, and the shared object by name."""
+
+    dispatch_table: ClassVar[Any] = ChainMap(
+        # Text files would travel as all their text.
+        {kind: reduce for kind, reduce in cloudpickle.Pickler.dispatch_table.items() if kind is not io.TextIOWrapper},
+        copyreg.dispatch_table,
+    )
 
     @classmethod
     def dumps(cls, value: Any, *, buffers: list[pickle.PickleBuffer] | None = None) -> bytes:
@@ -64,9 +90,9 @@ class Pickler(pickle.Pickler):
         return _SHARED_NAME if value is SHARED else None
 
     def reducer_override(self, value: Any) -> Any:
-        """Hand a plain tensor's memory to pickle as a buffer."""
-        if isinstance(value, type | FunctionType) and value.__module__ == "__main__":
-            _check_main(value)
+        """Hand a plain tensor's memory to pickle as a buffer, and code by reference or as it is."""
+        if isinstance(value, type | FunctionType):
+            return NotImplemented if _is_in_main(value) else super().reducer_override(value)
         plain = type(value) is torch.Tensor and value.device.type == "cpu" and value.layout is torch.strided
         if not plain or value.requires_grad or value.is_quantized or value.is_conj() or value.is_neg():
             return NotImplemented
@@ -138,18 +164,10 @@ def pack(prepare: Callable[..., Any], arguments: tuple[Any, ...], attempt: Calla
             hint="a worker of Ray's does not run your script: put model, loss, metrics, step and data in a module that "
             "it can import, such as a file of the working_dir, and import them from there"
             if os.path.basename(main_file) == RAY_WORKER
-            else "define model, loss, metrics and step at the top level of a file (no lambda, no inner function), "
-            "and give data as a function that builds the data set",
+            else "give data as a function that builds the data set, and leave files, locks and generators out of the "
+            "other fields",
         ) from error
-    main = spawn.get_preparation_data(ZYGOTE)
-    del main["authkey"]  # multiprocessing's own, which it refuses to pickle; our roles do not use it
-    script = main.get("init_main_from_path")
-    if script is not None and not os.path.isfile(script):
-        raise ConfigurationError(
-            f"the program is not in a file ({script}), so other processes cannot import it",
-            hint="save it in a file and run that",
-        )
-    return Luggage(main, [memoryview(text), *(buffer.raw() for buffer in buffers)])
+    return Luggage(_main(), [memoryview(text), *(buffer.raw() for buffer in buffers)])
 
 
 def new_arena(sizes: Sequence[int]) -> int:

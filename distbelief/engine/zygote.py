@@ -169,7 +169,7 @@ class Zygote:
             except AttributeError as error:
                 raise ConfigurationError(
                     f"what the job is made of cannot be found by its name: {error}",
-                    hint="define it in a file, not in a notebook or a session, and not below `if __name__`",
+                    hint="define it above `if __name__`, where other processes find it when they import the file",
                 ) from error
             except ImportError as error:
                 raise ConfigurationError(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.parameters import Options, Segment, Span
-from distbelief.update_rule.schedule import Schedule, check_schedule
+from distbelief.update_rule.schedule import Schedule, check_schedule, name_of
 
 _CHUNK = 131_072
 """Elements worked on at a time, so that the passes over them find them in the processor's cache."""
@@ -51,7 +51,7 @@ class AdaptiveRevision:
         return "adaptive_revision"
 
     def __repr__(self) -> str:
-        schedule = "" if self.schedule is None else f", schedule={self.schedule!r}"
+        schedule = "" if self.schedule is None else f", schedule={name_of(self.schedule)}"
         return f"adaptive_revision({self.rate}, c={self.c}{schedule})"
 
     def check(self, groups: Iterable[Options] = ()) -> None:

@@ -8,7 +8,6 @@ shard:  bound = rule.bind(parameters, segments, span)         once
         bound.vectors(), bound.scalars(); bound.load(...)     checkpoints
 """
 
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -83,11 +82,4 @@ def check(rule: object, groups: Iterable[Options] = ()) -> None:
             f"update_rule={getattr(rule, '__name__', repr(rule))} is no update rule",
             hint="use adagrad(0.05), or optimizer(torch.optim.RMSprop, lr=0.01) for an optimizer class",
         )
-    try:
-        pickle.dumps(rule)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ConfigurationError(
-            f"update_rule={rule!r} cannot be sent to the parameter server shards: {error}",
-            hint="define its functions and classes at the top level of a module; a lambda will not do",
-        ) from error
     rule.check(tuple(groups))

@@ -68,6 +68,11 @@ def warmup(to_examples: int, start: float = 0.1, then: Schedule | None = None) -
     return Warmup(to_examples, start, then)
 
 
+def name_of(schedule: Schedule) -> str:
+    """A schedule in the repr of a rule: a function by its name."""
+    return str(getattr(schedule, "__name__", repr(schedule)))
+
+
 def check_schedule(schedule: Schedule | None) -> None:
     """Raise ConfigurationError when `schedule` does not answer a usable factor for the first push."""
     if schedule is None:

@@ -24,7 +24,7 @@ from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.parameters import Options, Segment, Span
 from distbelief.update_rule import trial
 from distbelief.update_rule.bare import bare
-from distbelief.update_rule.schedule import Schedule, check_schedule
+from distbelief.update_rule.schedule import Schedule, check_schedule, name_of
 
 _BLOCK = 64
 """Elements; a multiple of every vector register and of the unit that the fused kernels deal out to threads."""
@@ -57,7 +57,7 @@ class TorchRule:
         given = dict(self.options)
         shown = [f"{given.pop('lr', known.get('lr'))}"]
         shown += [f"{name}={value}" for name, value in given.items() if name not in known or known[name] != value]
-        shown += [] if self.schedule is None else [f"schedule={self.schedule!r}"]
+        shown += [] if self.schedule is None else [f"schedule={name_of(self.schedule)}"]
         shown += [f"damping={self.damping}"] if self.damping else []
         return f"{self.name}({', '.join(shown)})"
 
