@@ -30,8 +30,6 @@ class Shared:
     """Stands for what `Engine.load` prepared, in the arguments of a role."""
 
 
-RAY_WORKER = "default_worker.py"
-"""The program of a process in which Ray runs tasks and actors."""
 SHARED = Shared()
 _SHARED_NAME = "shared"
 ZYGOTE = "distbelief zygote"
@@ -152,22 +150,18 @@ def pack(prepare: Callable[..., Any], arguments: tuple[Any, ...], attempt: Calla
             "other processes import the program, and importing it starts training again",
             hint='put what trains below `if __name__ == "__main__":`',
         )
-    buffers: list[pickle.PickleBuffer] = []
+    main, buffers = _main(), list[pickle.PickleBuffer]()
     try:
         text = Pickler.dumps((prepare, arguments, attempt), buffers=buffers)
     except ConfigurationError:
         raise
     except Exception as error:
-        main_file = getattr(sys.modules["__main__"], "__file__", None) or ""
         raise ConfigurationError(
             f"the job cannot be handed to other processes: {error}",
-            hint="a worker of Ray's does not run your script: put model, loss, metrics, step and data in a module that "
-            "it can import, such as a file of the working_dir, and import them from there"
-            if os.path.basename(main_file) == RAY_WORKER
-            else "give data as a function that builds the data set, and leave files, locks and generators out of the "
+            hint="give data as a function that builds the data set, and leave files, locks and generators out of the "
             "other fields",
         ) from error
-    return Luggage(_main(), [memoryview(text), *(buffer.raw() for buffer in buffers)])
+    return Luggage(main, [memoryview(text), *(buffer.raw() for buffer in buffers)])
 
 
 def new_arena(sizes: Sequence[int]) -> int:
