@@ -267,6 +267,7 @@ def test_what_other_processes_cannot_import_travels_as_it_is() -> None:
     (built, kind), equal = arrived[0](), arrived[1]()
     assert (kind is arrived[2], equal, isinstance(built, Doubled)) == (True, True, True)
     assert built.rows.tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]
+    assert arrived[1].__code__.co_filename == __file__, "tracebacks name the file"
     assert (arrived[3] is prepare, arrived[4] is Clerk) == (True, True), "of importable files only the names travel"
 
 

@@ -17,7 +17,7 @@ from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import current_process, spawn
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, ClassVar
 
 import cloudpickle
@@ -67,10 +67,17 @@ def _is_in_main(value: type | FunctionType) -> bool:
     return all(os.path.isfile(code.co_filename) for code in codes)  # else it was typed in behind the file
 
 
+def _reduce_code(code: CodeType) -> Any:
+    """As cloudpickle does, whose versions from 3.1.1 on leave out the file, which tracebacks name."""
+    rebuild, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    return rebuild, tuple(code.co_filename if each == "<dynamic-code>" else each for each in arguments)
+
+
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles plain CPU tensors out of band, as protocol 5 does NumPy arrays, and the shared object by name."""
 
     dispatch_table: ClassVar[Any] = ChainMap(
+        {CodeType: _reduce_code},
         # Text files would travel as all their text.
         {kind: reduce for kind, reduce in cloudpickle.Pickler.dispatch_table.items() if kind is not io.TextIOWrapper},
         copyreg.dispatch_table,
