@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the local engine: processes of this machine that share memory and never outlive their coordinator."""
 
+import linecache
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -269,6 +271,20 @@ def test_what_other_processes_cannot_import_travels_as_it_is() -> None:
     assert built.rows.tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]
     assert arrived[1].__code__.co_filename == __file__, "tracebacks name the file"
     assert (arrived[3] is prepare, arrived[4] is Clerk) == (True, True), "of importable files only the names travel"
+
+
+def test_tracebacks_of_a_notebooks_functions_show_their_lines() -> None:
+    name, lines = "/tmp/ipykernel_7/4.py", ["def broken():\n", "    return 1 / 0  # here\n"]
+    cell: dict[str, Any] = {"__name__": "__main__"}
+    linecache.cache[name] = len("".join(lines)), None, lines, name
+    exec(compile("".join(lines), name, "exec"), cell)
+    text = Pickler.dumps(cell["broken"])
+    del linecache.cache[name]
+    arrived = Unpickler.loads(text)
+    with pytest.raises(ZeroDivisionError) as raised:
+        arrived()
+    assert "return 1 / 0  # here" in "".join(traceback.format_exception(raised.value))
+    del linecache.cache[name]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import copyreg
 import inspect
 import io
 import itertools
+import linecache
 import os
 import pickle
 import sys
@@ -42,6 +43,14 @@ def _rebuild(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.T
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
 
+def _rebuild_code(
+    file: str, lines: list[str], rebuild: Callable[..., CodeType], arguments: tuple[Any, ...]
+) -> CodeType:
+    """Code of a notebook's cell, which is a file to nobody but Python: tracebacks show its lines."""
+    linecache.cache[file] = sum(map(len, lines)), None, lines, file
+    return rebuild(*arguments)
+
+
 def _main() -> dict[str, Any]:
     """How other processes import the user's program, as multiprocessing does it, if it is in a file that they can."""
     main = spawn.get_preparation_data(ZYGOTE)
@@ -70,7 +79,9 @@ def _is_in_main(value: type | FunctionType) -> bool:
 def _reduce_code(code: CodeType) -> Any:
     """As cloudpickle does, whose versions from 3.1.1 on leave out the file, which tracebacks name."""
     rebuild, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
-    return rebuild, tuple(code.co_filename if each == "<dynamic-code>" else each for each in arguments)
+    arguments = tuple(code.co_filename if each == "<dynamic-code>" else each for each in arguments)
+    lines = [] if os.path.isfile(code.co_filename) else linecache.getlines(code.co_filename)
+    return (_rebuild_code, (code.co_filename, lines, rebuild, arguments)) if lines else (rebuild, arguments)
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
