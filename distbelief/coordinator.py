@@ -25,8 +25,7 @@ from distbelief.errors import DeadlineExceeded, DistbeliefError, Fenced, PeerLos
 from distbelief.evaluations import Evaluations
 from distbelief.files import AnyPath
 from distbelief.incarnations import Incarnations
-from distbelief.parameter_server import ParameterServer, ParameterServerShard
-from distbelief.parameters import Span
+from distbelief.parameter_server import ParameterServerShard
 from distbelief.progress import Counters
 from distbelief.roster import PATIENCE, ReplicaRecord, RoleSpec, Settings, awaited_offers, mean_buffers, silent_replicas
 from distbelief.section import ShardStatus
@@ -172,8 +171,7 @@ class Coordinator(ABC):
         failed = 0
         while not self.begun:
             self.tick()
-            statuses = self.wait(self.ask_shards(ParameterServerShard.status))
-            if all(section.ready for status in statuses for section in status.sections):
+            if all(section.ready for status in self.ask_statuses() for section in status.sections):
                 self.begun = self.checkpoint()
                 failed += not self.begun
             if failed == FIRST_CHECKPOINT_TRIES:
@@ -190,6 +188,12 @@ class Coordinator(ABC):
         """Start asking every shard; one that dies meanwhile is asked again."""
         engine, shards = self.engine, self.shards
         return All(engine, [Insistent(engine, partial(shard.call, method, *arguments)) for shard in shards])
+
+    @final
+    def ask_statuses(self) -> list[ShardStatus]:
+        """What every shard says of itself; one that died or hangs is found meanwhile, and its next life says it."""
+        self.counters.update(statuses := self.wait(self.ask_shards(ParameterServerShard.status)))
+        return statuses
 
     @final
     def tick(self, until: Future[Any] | None = None) -> None:
@@ -242,20 +246,16 @@ class Coordinator(ABC):
                     if not record.left:
                         self.incarnations.end(self.settings.leaders[index], record.incarnation, "did not leave in time")
                 until = math.inf
+        lives = [status.incarnation for status in self.ask_statuses()]
         while keep and not self.checkpoint():
-            self.tick()
-            keep = bool(self.restoring)  # once more where a shard was lost, not where the disk is full
+            before, lives = lives, [status.incarnation for status in self.ask_statuses()]
+            keep = lives != before  # once more where a shard was lost, not where the disk is full
         self._evaluations.begin_last(self.examples)
         while self._evaluations.awaited(self.engine.now()):
             self.tick()
         self._evaluations.end()
-        self.counters.update(self.wait(self.ask_shards(ParameterServerShard.status)))
+        self.ask_statuses()
         self.counters.refused(COORDINATOR, self.engine.incarnation, self.engine.strangers)
-
-    @final
-    def read(self, into: torch.Tensor, spans: Sequence[Span]) -> None:
-        """The parameters after `run`, shape (n,), of a replica of one process, from shards of these spans."""
-        self.wait(ParameterServer(self.engine, spans, Span(0, len(into))).read(into))
 
     # life and death
 
