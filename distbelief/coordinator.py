@@ -237,6 +237,7 @@ class Coordinator(ABC):
     def wind_down(self, *, keep: bool = False) -> None:
         """Let replicas push what they hold and leave, and evaluate once more; `keep` writes a checkpoint in between."""
         self.stopping = True
+        lives = [status.incarnation for status in self.ask_statuses()]  # their versions tell what is lost later
         slow = max(LEAVE_SECONDS, *(PATIENCE * record.slowest_seconds for record in self.replicas))
         until = self.engine.now() - self._held_up_seconds + slow
         while not all(record.left for record in self.replicas):
@@ -246,7 +247,6 @@ class Coordinator(ABC):
                     if not record.left:
                         self.incarnations.end(self.settings.leaders[index], record.incarnation, "did not leave in time")
                 until = math.inf
-        lives = [status.incarnation for status in self.ask_statuses()]
         while keep and not self.checkpoint():
             before, lives = lives, [status.incarnation for status in self.ask_statuses()]
             keep = lives != before  # once more where a shard was lost, not where the disk is full

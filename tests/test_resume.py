@@ -164,7 +164,7 @@ class Strange:
     ("changes", "said"),
     [
         ({"seed": 3}, "with seed 3"),
-        ({"algorithm": db.Downpour(update_rule=db.adam())}, "resume with the rule of the checkpoint"),
+        ({"algorithm": db.Downpour(update_rule=db.adam())}, "\nhint: resume with the rule of the checkpoint"),
         ({"seed": 3, "cluster": db.Cluster(partitions=2)}, "with seed 3"),
         (
             {"algorithm": db.Downpour(update_rule=Strange())},
