@@ -15,7 +15,7 @@ from typing import Any, TypeVar, final
 
 import torch
 
-from distbelief import checkpoint, events
+from distbelief import events
 from distbelief.channel.base import Future, Out, exported
 from distbelief.checkpoint import Manifest
 from distbelief.checkpoint_writer import CheckpointWriter, Writing
@@ -54,7 +54,7 @@ class Coordinator(ABC):
         """Per partition."""
         self._meetings: dict[str, bytes] = {}
         """What partitions tell each other to form a replica: by their replica, its incarnation, and a key of theirs."""
-        self.begun = False
+        self.begun = self.stopping = False
         """Whether there is a checkpoint that a shard can come back from; no example is handed out before."""
         now = engine.now()
         self.replicas = [ReplicaRecord(settings.incarnation, now) for _ in settings.replicas]
@@ -72,7 +72,6 @@ class Coordinator(ABC):
         self.failure: DistbeliefError | None = None
         """What ends the job at the next tick."""
         self._evaluations = Evaluations(settings.evaluate_examples, wanted=bool(settings.evaluator))
-        self.stopping = False
 
     # what an algorithm answers
 
@@ -300,16 +299,17 @@ class Coordinator(ABC):
             return  # the first replica gives it the initial parameters
         shard = self.shards[index]
         self.restoring.append(index)
-        damaged: list[events.CheckpointRejected] = []
 
-        def reject(folder: AnyPath, reason: str) -> None:
-            if folder != self.writer.folder:
-                damaged.append(events.CheckpointRejected(path=str(folder), reason=reason))
+        def look() -> bool:
+            if self.writer.folder is not None and all(record.left for record in self.replicas):
+                return False  # what the checkpoint under way may hold of the shard, nobody else has any more
+            self.later(self.engine.background(self.writer.look), found)
+            return True
 
-        def found(newest: tuple[AnyPath, Manifest]) -> None:
+        def found(newest: tuple[AnyPath, Manifest, list[events.CheckpointRejected]]) -> None:
+            (place, manifest, damaged), offers = newest, self.settings.offers
             for event in damaged:
                 self.emit(event)
-            (place, manifest), offers = newest, self.settings.offers
 
             def restore() -> Future[list[int]]:
                 replaced, own = self.incarnations.replaced(self.settings.leaders), self.is_own(manifest)
@@ -328,7 +328,7 @@ class Coordinator(ABC):
             # Asking twice undoes nothing: Downpour's sections keep what they have, Sandblaster awaits the last answer.
             self.later(Insistent(self.engine, restore), restored)
 
-        self.later(self.engine.background(partial(checkpoint.newest, self.settings.run, reject)), found)
+        self._errands.append(look)
 
     def _end_the_silent(self, now: float) -> None:
         """Give up roles that hang: a shard first, since replicas that wait for it are silent too."""
@@ -380,11 +380,11 @@ class Coordinator(ABC):
         """Write a checkpoint; when that fails, report it and keep the previous one. Returns whether it was written."""
         while self.restoring:
             self.tick()
-        writing = self.begin_checkpoint()
-        if writing is None or self.complete_checkpoint(writing) is None:
+        if (writing := self.begin_checkpoint()) is None or self.complete_checkpoint(writing) is None:
             return False
-        if not self.restoring:
-            self.writer.keep_newest()
+        while self.restoring:
+            self.tick()
+        self.writer.keep_newest()
         return True
 
     @final

@@ -255,6 +255,35 @@ def test_a_checkpoint_that_a_shard_is_about_to_read_is_not_removed_though_a_newe
     assert len(list((result.run / "checkpoints").iterdir())) == 1
 
 
+def test_a_shard_that_dies_while_the_last_checkpoint_is_written_comes_back_from_it_and_no_more_are_kept_than_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Coordinator.begin_checkpoint
+
+    def disturbed(coordinator: Coordinator, *given: Any, **options: Any) -> Any:
+        writing = begin(coordinator, *given, **options)
+        if coordinator.stopping and not heard_of(coordinator.engine):
+            # One has written its file when it dies; it is found dead, and not restored, when the other has written.
+            now = coordinator.engine.now()
+            coordinator.engine.faults = db.Faults(hang=((now, now + 1.0, "shard/0"),))  # type: ignore[attr-defined]
+            coordinator.engine.at(now + 0.9, lambda: coordinator.engine._die("shard/1"))  # type: ignore[attr-defined]
+        return writing
+
+    def heard_of(engine: Any) -> bool:
+        return bool(engine.faults.hang)
+
+    monkeypatch.setattr(Coordinator, "begin_checkpoint", disturbed)
+    cluster = db.Cluster(replicas=2, shards=2, engine="simulated")
+    job = simulated(cluster=cluster, test=None, checkpoint_seconds=1e6, keep_checkpoints=1)
+    result, heard = trained(job, tmp_path, costs=SLOW)
+    assert [event.role for event in of(RoleLost, heard)] == ["shard/1"]
+    assert len(of(CheckpointWritten, heard)) == 2
+    (restored,) = of(ShardRestored, heard)
+    assert restored.version == result.summary.pushes
+    assert result.summary.lost_updates == 0
+    assert len(list((result.run / "checkpoints").iterdir())) == 1
+
+
 def test_without_failure_no_update_is_lost_and_nothing_repeats(tmp_path: Path) -> None:
     result, heard = trained(simulated(), tmp_path, costs=SLOW)
     assert result.summary.lost_updates == result.summary.examples.repeated == 0
