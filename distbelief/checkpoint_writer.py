@@ -146,6 +146,16 @@ class CheckpointWriter:
         assert not isinstance(found, OSError), "it raises CheckpointError"
         return found
 
+    def look(self) -> tuple[AnyPath, Manifest, list[events.CheckpointRejected]]:
+        """`newest`, and what was damaged, which the one under way is not. Any thread may do it."""
+        damaged: list[events.CheckpointRejected] = []
+
+        def reject(folder: AnyPath, reason: str) -> None:
+            if folder != self.folder:
+                damaged.append(events.CheckpointRejected(path=str(folder), reason=reason))
+
+        return *checkpoint.newest(self._run, reject), damaged
+
     def _beside(self, work: Callable[[], T]) -> T | OSError:
         """What the work answers, or the OSError that it raised: a store may take its time, so a thread asks it.
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, final
 
 import torch
 
-from distbelief import checkpoint, events
+from distbelief import events
 from distbelief.channel.base import Future, Out, exported
 from distbelief.checkpoint import Manifest
 from distbelief.checkpoint_writer import CheckpointWriter, Writing
@@ -25,8 +25,7 @@ from distbelief.errors import DeadlineExceeded, DistbeliefError, Fenced, PeerLos
 from distbelief.evaluations import Evaluations
 from distbelief.files import AnyPath
 from distbelief.incarnations import Incarnations
-from distbelief.parameter_server import ParameterServer, ParameterServerShard
-from distbelief.parameters import Span
+from distbelief.parameter_server import ParameterServerShard
 from distbelief.progress import Counters
 from distbelief.roster import PATIENCE, ReplicaRecord, RoleSpec, Settings, awaited_offers, mean_buffers, silent_replicas
 from distbelief.section import ShardStatus
@@ -55,7 +54,7 @@ class Coordinator(ABC):
         """Per partition."""
         self._meetings: dict[str, bytes] = {}
         """What partitions tell each other to form a replica: by their replica, its incarnation, and a key of theirs."""
-        self.begun = False
+        self.begun = self.stopping = False
         """Whether there is a checkpoint that a shard can come back from; no example is handed out before."""
         now = engine.now()
         self.replicas = [ReplicaRecord(settings.incarnation, now) for _ in settings.replicas]
@@ -73,7 +72,6 @@ class Coordinator(ABC):
         self.failure: DistbeliefError | None = None
         """What ends the job at the next tick."""
         self._evaluations = Evaluations(settings.evaluate_examples, wanted=bool(settings.evaluator))
-        self.stopping = False
 
     # what an algorithm answers
 
@@ -172,8 +170,7 @@ class Coordinator(ABC):
         failed = 0
         while not self.begun:
             self.tick()
-            statuses = self.wait(self.ask_shards(ParameterServerShard.status))
-            if all(section.ready for status in statuses for section in status.sections):
+            if all(section.ready for status in self.ask_statuses() for section in status.sections):
                 self.begun = self.checkpoint()
                 failed += not self.begun
             if failed == FIRST_CHECKPOINT_TRIES:
@@ -190,6 +187,12 @@ class Coordinator(ABC):
         """Start asking every shard; one that dies meanwhile is asked again."""
         engine, shards = self.engine, self.shards
         return All(engine, [Insistent(engine, partial(shard.call, method, *arguments)) for shard in shards])
+
+    @final
+    def ask_statuses(self) -> list[ShardStatus]:
+        """What every shard says of itself; one that died or hangs is found meanwhile, and its next life says it."""
+        self.counters.update(statuses := self.wait(self.ask_shards(ParameterServerShard.status)))
+        return statuses
 
     @final
     def tick(self, until: Future[Any] | None = None) -> None:
@@ -233,6 +236,7 @@ class Coordinator(ABC):
     def wind_down(self, *, keep: bool = False) -> None:
         """Let replicas push what they hold and leave, and evaluate once more; `keep` writes a checkpoint in between."""
         self.stopping = True
+        lives = [status.incarnation for status in self.ask_statuses()]  # their versions tell what is lost later
         slow = max(LEAVE_SECONDS, *(PATIENCE * record.slowest_seconds for record in self.replicas))
         until = self.engine.now() - self._held_up_seconds + slow
         while not all(record.left for record in self.replicas):
@@ -243,19 +247,14 @@ class Coordinator(ABC):
                         self.incarnations.end(self.settings.leaders[index], record.incarnation, "did not leave in time")
                 until = math.inf
         while keep and not self.checkpoint():
-            self.tick()
-            keep = bool(self.restoring)  # once more where a shard was lost, not where the disk is full
+            before, lives = lives, [status.incarnation for status in self.ask_statuses()]
+            keep = lives != before  # once more where a shard was lost, not where the disk is full
         self._evaluations.begin_last(self.examples)
         while self._evaluations.awaited(self.engine.now()):
             self.tick()
         self._evaluations.end()
-        self.counters.update(self.wait(self.ask_shards(ParameterServerShard.status)))
+        self.ask_statuses()
         self.counters.refused(COORDINATOR, self.engine.incarnation, self.engine.strangers)
-
-    @final
-    def read(self, into: torch.Tensor, spans: Sequence[Span]) -> None:
-        """The parameters after `run`, shape (n,), of a replica of one process, from shards of these spans."""
-        self.wait(ParameterServer(self.engine, spans, Span(0, len(into))).read(into))
 
     # life and death
 
@@ -300,16 +299,17 @@ class Coordinator(ABC):
             return  # the first replica gives it the initial parameters
         shard = self.shards[index]
         self.restoring.append(index)
-        damaged: list[events.CheckpointRejected] = []
 
-        def reject(folder: AnyPath, reason: str) -> None:
-            if folder != self.writer.folder:
-                damaged.append(events.CheckpointRejected(path=str(folder), reason=reason))
+        def look() -> bool:
+            if self.writer.folder is not None and all(record.left for record in self.replicas):
+                return False  # what the checkpoint under way may hold of the shard, nobody else has any more
+            self.later(self.engine.background(self.writer.look), found)
+            return True
 
-        def found(newest: tuple[AnyPath, Manifest]) -> None:
+        def found(newest: tuple[AnyPath, Manifest, list[events.CheckpointRejected]]) -> None:
+            (place, manifest, damaged), offers = newest, self.settings.offers
             for event in damaged:
                 self.emit(event)
-            (place, manifest), offers = newest, self.settings.offers
 
             def restore() -> Future[list[int]]:
                 replaced, own = self.incarnations.replaced(self.settings.leaders), self.is_own(manifest)
@@ -328,7 +328,7 @@ class Coordinator(ABC):
             # Asking twice undoes nothing: Downpour's sections keep what they have, Sandblaster awaits the last answer.
             self.later(Insistent(self.engine, restore), restored)
 
-        self.later(self.engine.background(partial(checkpoint.newest, self.settings.run, reject)), found)
+        self._errands.append(look)
 
     def _end_the_silent(self, now: float) -> None:
         """Give up roles that hang: a shard first, since replicas that wait for it are silent too."""
@@ -380,11 +380,11 @@ class Coordinator(ABC):
         """Write a checkpoint; when that fails, report it and keep the previous one. Returns whether it was written."""
         while self.restoring:
             self.tick()
-        writing = self.begin_checkpoint()
-        if writing is None or self.complete_checkpoint(writing) is None:
+        if (writing := self.begin_checkpoint()) is None or self.complete_checkpoint(writing) is None:
             return False
-        if not self.restoring:
-            self.writer.keep_newest()
+        while self.restoring:
+            self.tick()
+        self.writer.keep_newest()
         return True
 
     @final

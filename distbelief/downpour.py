@@ -272,6 +272,8 @@ class DownpourReplica:
             reason = "the gradient is NaN or infinite"
             self.report.refused.append(Refusal(self.report.mini_batches_ever, self.examples, reason))
             self.carried.extend(portions)
+            self.all_settled()  # nothing is under way, so they settle now; told at once, they are counted whoever dies
+            self.send_report(0.0)
         else:
             self.sequence += 1
             self.pushed = self.examples, mini_batches

@@ -17,7 +17,7 @@ from torch import nn
 
 from distbelief import checkpoint, tensor_file
 from distbelief.errors import CheckpointError, ConfigurationError
-from distbelief.files import AnyPath
+from distbelief.files import MALFORMED, AnyPath
 from distbelief.parameters import place_of
 from distbelief.recut import buffer_reader, by_name, check_covered, uncut, vector_reader
 
@@ -37,6 +37,10 @@ class Entry(msgspec.Struct, frozen=True):
     """In the module's named_parameters or named_buffers, where what is tied has one name."""
     shape: tuple[int, ...]
     dtype: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"there is no dtype {self.dtype}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -115,7 +119,7 @@ def export(run: Path, path: Path, rejected: Callable[[AnyPath, str], None] = lam
 def _entries(run: Path) -> dict[str, Entry]:
     try:
         return msgspec.json.decode((run / STATE).read_bytes(), type=dict[str, Entry])
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *MALFORMED) as error:
         raise _unknown(run, error) from error
 
 
@@ -156,4 +160,7 @@ def _initial(run: Path, entry: Entry) -> torch.Tensor:
 
 
 def _unknown(run: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{run} does not say how its model is made: {error}")
+    return CheckpointError(
+        f"{run} does not say how its model is made: {error}\n"
+        "hint: give the folder of a run; going on with it, as `distbelief resume` does, writes that anew"
+    )

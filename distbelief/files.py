@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, final
 
 import fsspec
+import msgspec
 
+MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for what is not as it was written: of no text, or of too many brackets, Python's own errors."""
 _COPY_BYTES = 1 << 24
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 import msgspec
 
 from distbelief.errors import CheckpointError, ConfigurationError
+from distbelief.files import MALFORMED
 from distbelief.job import Job
 
 LAUNCH = "launch.json"
@@ -45,7 +46,7 @@ def read(run: Path) -> Launch:
             f"{run} was started by another version of distbelief, which kept other things: {error}\n"
             f"hint: go on with distbelief.train(job, resume={str(run)!r})"
         ) from error
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *MALFORMED) as error:
         raise CheckpointError(
             f"{run} does not say how it was started: {error}\nhint: give the folder that an earlier run printed"
         ) from error

@@ -363,9 +363,7 @@ class SandblasterCoordinator(Coordinator):
 
     def _sections(self) -> list[SectionStatus]:
         """What the shards say of their sections."""
-        statuses = self.wait(self.ask_shards(ParameterServerShard.status))
-        self.counters.update(statuses)
-        return [section for status in statuses for section in status.sections]
+        return [section for status in self.ask_statuses() for section in status.sections]
 
     def _tell_iteration(self, t: float) -> None:
         solver = self.solver

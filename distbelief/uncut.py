@@ -13,6 +13,7 @@ from distbelief.export import Values, state_dict
 from distbelief.job import Facts, Job
 from distbelief.model_partition import initial_buffers
 from distbelief.model_replica import build, load_parameters
+from distbelief.parameter_server import ParameterServer
 from distbelief.parameters import Span
 from distbelief.partition.materialise import record
 
@@ -37,7 +38,7 @@ class Uncut:
         """Take what was trained into the module, if it is here."""
         if self.values is None:
             flat = engine.allocate(self._facts.layout.length, self._facts.layout.dtype)
-            coordinator.read(flat, spans)
+            coordinator.wait(ParameterServer(engine, spans, Span(0, len(flat))).read(flat))
             load_parameters(dict(self.module.named_parameters()), self._facts.layout, flat)
             load_buffers(dict(self.module.named_buffers()), coordinator.buffers()[0])
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import distbelief as db
-from distbelief import checkpoint, roster, shard_file
+from distbelief import checkpoint, export, roster, shard_file
 from distbelief.channel.door import NO_KEY
 from distbelief.coordinator import Coordinator
 from distbelief.events import (
@@ -223,6 +223,20 @@ def test_a_shard_that_hangs_is_ended_and_restored_while_replicas_wait(tmp_path: 
     assert result.summary.examples.missing == 0
 
 
+def test_a_shard_that_hangs_at_the_end_does_not_cost_the_last_checkpoint(tmp_path: Path) -> None:
+    undisturbed, _ = trained(simulated(test=None), tmp_path, costs=SLOW)
+    moment = undisturbed.summary.wall_seconds - 0.03
+    job = simulated(test=None, checkpoint_seconds=1e6)
+    result, heard = trained(job, tmp_path, faults=db.Faults(hang=((moment, 60.0, "shard/1"),)), costs=SLOW)
+    assert {event.role for event in of(RoleLost, heard)} == {"shard/1"}
+    assert of(ShardRestored, heard)
+    assert result.summary.lost_updates == result.summary.pushes == 640 * 6 / 16  # nobody is left who has what it had
+    _, manifest = checkpoint.newest(result.run, lambda path, reason: None)
+    assert manifest.examples == result.summary.examples.seen == 640 * 6
+    names = [name for name, _ in result.model.named_parameters()]
+    assert all(torch.equal(export.state_dict(result.run)[name], result.model.state_dict()[name]) for name in names)
+
+
 def test_a_checkpoint_that_a_shard_is_about_to_read_is_not_removed_though_a_newer_one_is_complete(
     tmp_path: Path,
 ) -> None:
@@ -238,6 +252,35 @@ def test_a_checkpoint_that_a_shard_is_about_to_read_is_not_removed_though_a_newe
     assert [seconds for seconds in written if 1.15 < seconds < restored.seconds]
     assert of(CheckpointRejected, heard) == []  # a checkpoint under way is not a damaged one
     assert result.summary.examples.missing == 0
+    assert len(list((result.run / "checkpoints").iterdir())) == 1
+
+
+def test_a_shard_that_dies_while_the_last_checkpoint_is_written_comes_back_from_it_and_no_more_are_kept_than_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Coordinator.begin_checkpoint
+
+    def disturbed(coordinator: Coordinator, *given: Any, **options: Any) -> Any:
+        writing = begin(coordinator, *given, **options)
+        if coordinator.stopping and not heard_of(coordinator.engine):
+            # One has written its file when it dies; it is found dead, and not restored, when the other has written.
+            now = coordinator.engine.now()
+            coordinator.engine.faults = db.Faults(hang=((now, now + 1.0, "shard/0"),))  # type: ignore[attr-defined]
+            coordinator.engine.at(now + 0.9, lambda: coordinator.engine._die("shard/1"))  # type: ignore[attr-defined]
+        return writing
+
+    def heard_of(engine: Any) -> bool:
+        return bool(engine.faults.hang)
+
+    monkeypatch.setattr(Coordinator, "begin_checkpoint", disturbed)
+    cluster = db.Cluster(replicas=2, shards=2, engine="simulated")
+    job = simulated(cluster=cluster, test=None, checkpoint_seconds=1e6, keep_checkpoints=1)
+    result, heard = trained(job, tmp_path, costs=SLOW)
+    assert [event.role for event in of(RoleLost, heard)] == ["shard/1"]
+    assert len(of(CheckpointWritten, heard)) == 2
+    (restored,) = of(ShardRestored, heard)
+    assert restored.version == result.summary.pushes
+    assert result.summary.lost_updates == 0
     assert len(list((result.run / "checkpoints").iterdir())) == 1
 
 
@@ -281,6 +324,22 @@ def test_a_gradient_that_is_not_finite_is_refused_and_counted_and_harms_nothing(
     assert result.summary.refused >= 16
     assert result.summary.examples.missing == 0
     assert all(bool(torch.isfinite(value).all()) for value in result.model.state_dict().values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_example_is_applied_or_counted_as_refused_whoever_dies_right_after(seed: int, tmp_path: Path) -> None:
+    draws = random.Random(seed)
+    kills = tuple((draws.uniform(0.3, 1.5), f"replica/{draws.randrange(4)}") for _ in range(6))
+    job = simulated(
+        model=Poisoned, algorithm=db.Downpour(warmstart=0, refusals=1000), seed=seed, test=None,
+        cluster=db.Cluster(replicas=4, shards=1, engine="simulated"),
+    )  # fmt: skip
+    result, heard = trained(job, tmp_path, faults=db.Faults(kill=kills), costs=SLOW)
+    assert of(RoleLost, heard)
+    assert result.summary.examples.missing == result.summary.examples.repeated == 0
+    folder, manifest = checkpoint.newest(result.run, lambda path, reason: None)
+    (file,) = manifest.shards
+    assert shard_file.read_state(folder / file.name).examples + result.summary.refused == 640 * 6
 
 
 def test_too_many_refused_pushes_stop_the_job_naming_replica_and_step(tmp_path: Path) -> None:

@@ -530,7 +530,7 @@ def test_the_next_life_knows_that_what_it_restores_may_hold_a_push_without_a_rec
 
 def test_a_restore_that_cannot_give_the_whole_span_or_is_of_another_rule_says_so(tmp_path: Path) -> None:
     files, servers = Servers(rules.adagrad(0.1), 2).snapshot(tmp_path), Servers(rules.adagrad(0.1), 1, ready=False)
-    with pytest.raises(CheckpointError, match="resume with the rule of the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"\nhint: resume with the rule of the checkpoint"):
         Servers(rules.adam(0.1), 1, ready=False).restore(tmp_path, files)
     for given, message in (([], "lacks 331 of the 331"), (files[:1], "lacks 166 of"), (files, "cannot be read")):
         (tmp_path / files[1].name).write_bytes(b"nothing")

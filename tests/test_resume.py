@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint, resume, re-cut and export, through the public face and the command line."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +165,7 @@ class Strange:
     ("changes", "said"),
     [
         ({"seed": 3}, "with seed 3"),
-        ({"algorithm": db.Downpour(update_rule=db.adam())}, "resume with the rule of the checkpoint"),
+        ({"algorithm": db.Downpour(update_rule=db.adam())}, "\nhint: resume with the rule of the checkpoint"),
         ({"seed": 3, "cluster": db.Cluster(partitions=2)}, "with seed 3"),
         (
             {"algorithm": db.Downpour(update_rule=Strange())},
@@ -300,6 +302,27 @@ def test_a_run_without_a_checkpoint_offers_neither_to_resume_nor_to_export_it(tm
     assert isinstance(last, JobFinished)
     assert (last.resume_command, last.export_command) == ("", "")
     assert text(read_summary(tmp_path / "run" / "summary.json")).count("no checkpoint is kept") == 2
+
+
+def test_whichever_byte_of_a_run_is_damaged_what_is_said_is_of_ours(tmp_path: Path) -> None:
+    run = trained(problems.job(), tmp_path / "run").run
+    folder = checkpoint.complete(run)[0]
+    readers: dict[Path, Callable[[], object]] = {
+        run / "launch.json": lambda: read(run),
+        run / "state.json": lambda: state_dict(run),
+        run / "summary.json": lambda: read_summary(run / "summary.json"),
+        run / "events.jsonl": lambda: read_events(run / "events.jsonl"),
+        folder / "manifest.json": lambda: checkpoint.read_manifest(folder),
+    }
+    for path, reads in readers.items():
+        whole = path.read_bytes()
+        for at in range(0, len(whole), max(1, len(whole) // 40)):
+            for damage in (b"\xff", b"[" * 5000):
+                path.write_bytes(whole[:at] + damage + whole[at + 1 :])
+                with contextlib.suppress(db.DistbeliefError):
+                    reads()
+        path.write_bytes(whole)
+        reads()
 
 
 @pytest.mark.parametrize("name", ["launch.json", "state.json"])

@@ -14,6 +14,7 @@ import msgspec
 
 from distbelief.errors import ConfigurationError
 from distbelief.events import Observation, from_line, to_line
+from distbelief.files import MALFORMED
 from distbelief.report.summary import Summary
 
 
@@ -75,7 +76,7 @@ def read_events(path: Path) -> list[Observation]:
     for position, line in enumerate(lines, start=1):
         try:
             observations.append(from_line(line))
-        except msgspec.MsgspecError as problem:
+        except MALFORMED as problem:
             raise ConfigurationError(
                 f"{path}, line {position} is not an event of this version: {problem}",
                 hint="remove the line, or read the run with the version of distbelief that wrote it",
@@ -111,7 +112,7 @@ def read_summary(path: Path) -> Summary:
     """The inverse of `write_summary`; raises ConfigurationError when there is none or it is not a summary."""
     try:
         return msgspec.json.decode(_read(Path(path)), type=Summary)
-    except msgspec.MsgspecError as problem:
+    except MALFORMED as problem:
         raise ConfigurationError(
             f"{path} is not a summary of this version: {problem}",
             hint="remove it and summarize the events.jsonl beside it",

@@ -163,7 +163,7 @@ class BoundAdaptiveRevision:
         if set(vectors) != set(_NAMES):
             raise CheckpointError(
                 f"the checkpoint holds the update rule's state {sorted(vectors)}, but {self._rule!r} keeps "
-                f"{sorted(_NAMES)}; resume with the rule of the checkpoint"
+                f"{sorted(_NAMES)}\nhint: resume with the rule of the checkpoint"
             )
         for name, vector in self.vectors().items():
             vector.copy_(vectors[name])

@@ -247,7 +247,8 @@ class BoundTorchRule:
         if not fresh and (set(vectors) != set(expected) or not set(numbers) <= set(scalars)):
             raise CheckpointError(
                 f"the checkpoint holds the update rule's state {sorted([*vectors, *scalars])}, "
-                f"but {self._rule!r} keeps {sorted([*expected, *numbers])}; resume with the rule of the checkpoint"
+                f"but {self._rule!r} keeps {sorted([*expected, *numbers])}\n"
+                "hint: resume with the rule of the checkpoint"
             )
         self._homes = {name: vector.to(expected[name], copy=True) for name, vector in vectors.items()}
         for part in self._parts:
