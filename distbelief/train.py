@@ -84,7 +84,8 @@ def train(
     are the simulated engine's times. `listeners` hear every event; `view=False` prints nothing. `launch` is how
     to start the job again, kept for `distbelief resume`; by default the running script.
 
-    Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError.
+    Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError, and what a
+    listener raised.
     """
     if not isinstance(job, Job):
         raise ConfigurationError(
@@ -122,7 +123,14 @@ def train(
         with _reporting(record, run, engine, listeners, view) as emit:
             for event in rejected:
                 emit(event)
-            coordinator = appoint(job, engine, facts, run, spans, model, restore, emit)
+
+            def tell(event: AnyEvent) -> None:
+                try:
+                    emit(event)
+                except Exception as error:  # of a listener: a role that is being answered is not to blame for it
+                    coordinator.failure = coordinator.failure or error
+
+            coordinator = appoint(job, engine, facts, run, spans, model, restore, tell)
             with _run_folder(run):  # only now that all of it is accepted
                 launched.write(run)
                 write_template(run, model.module, model.values)
@@ -135,6 +143,8 @@ def train(
                     emit(started(job, facts, shown, spans, coordinator.examples, *commands))
                     coordinator.start(restore)
                     reason = coordinator.run()
+                    if coordinator.failure is not None:
+                        raise coordinator.failure
                     model.load(engine, coordinator, spans)
                 except BaseException as error:
                     lines = [line for line in str(error).strip().splitlines() if not line.startswith("hint:")]
@@ -143,8 +153,10 @@ def train(
                     raise
                 finally:
                     commands = _commands(shown, launched, coordinator) if _is_kept(run) else ("", "")
-                    emit(coordinator.finished(reason, *commands))
-                    _write_summary(run, record.summary())
+                    try:
+                        emit(coordinator.finished(reason, *commands))
+                    finally:
+                        _write_summary(run, record.summary())
     return Result(record.summary(), run, partial(model.trained, run))
 
 
