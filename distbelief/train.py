@@ -3,7 +3,6 @@
 
 import contextlib
 import fcntl
-import random
 import shlex
 import shutil
 import signal
@@ -17,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy
 import torch
 from rich.console import Console
 from torch import nn
@@ -26,8 +24,10 @@ from distbelief import checkpoint, events
 from distbelief.appoint import appoint, check_resume, started
 from distbelief.attempt import attempt
 from distbelief.coordinator import Coordinator
+from distbelief.draws import draws_kept
 from distbelief.engine.base import Engine, Faults
 from distbelief.engine.hosts import HostsEngine
+from distbelief.engine.simulated import SimulatedEngine
 from distbelief.engine.virtual import Costs
 from distbelief.engines import engine_of
 from distbelief.errors import CheckpointError, ConfigurationError
@@ -96,10 +96,11 @@ def train(
         check_device(job.cluster.device)
     engine = engine_of(job, faults, costs)
     with contextlib.ExitStack() as alone, contextlib.closing(engine):
-        alone.enter_context(_random_numbers_kept())
+        alone.enter_context(_untouched(engine))
         facts = engine.load(prepare, job, attempt=attempt)
         spans = _spans(job, facts)
-        model = Uncut(job, facts)
+        with draws_kept():  # not for the whole job: other threads of the program draw, too
+            model = Uncut(job, facts)
         run, shown = _open_run(job, resume)
         refused = alone.enter_context(contextlib.ExitStack())
         if resume is None:
@@ -204,15 +205,16 @@ def _open_run(job: Job, resume: Path | str | None) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """What is built here, or simulated, begins random numbers anew; those of the user go on as they would have."""
-    of_numpy, of_python = numpy.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            numpy.random.set_state(of_numpy)
-            random.setstate(of_python)
+def _untouched(engine: Engine) -> Iterator[None]:
+    """Compute as torch does by default, whatever is set around the call, and leave the user's random numbers alone."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(engine, SimulatedEngine):  # roles draw in this process
+            stack.enter_context(draws_kept())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 @contextlib.contextmanager
