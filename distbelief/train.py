@@ -9,7 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -52,7 +52,7 @@ class Result:
     summary: Summary
     run: Path
     """The run folder, absolute: checkpoints, events.jsonl, summary.json, TensorBoard files."""
-    _model: Callable[[], nn.Module]
+    _model: Callable[[], nn.Module] = field(repr=False)
 
     @cached_property
     def model(self) -> nn.Module:

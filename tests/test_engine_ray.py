@@ -514,7 +514,7 @@ def test_functions_of_a_script_that_a_worker_of_ray_does_not_run_belong_in_a_mod
     worker.__file__ = "/somewhere/ray/_private/workers/default_worker.py"
     monkeypatch.setitem(sys.modules, "__main__", worker)
     with pytest.raises(ConfigurationError, match=r"\nhint: a worker of Ray's does not run your script: put model"):
-        pack(lambda: None, (), None)
+        pack(lambda: None, (), None, here=False)
 
 
 def test_a_group_is_packed_on_one_host_only_where_one_holds_it() -> None:

@@ -2,11 +2,13 @@
 """How the job reaches the zygote: by reference for code, out of band for the bytes of tensors and arrays.
 
 Functions and classes of the user travel by name and must be importable; the big buffers of an in-memory data set are
-written once into anonymous memory that all roles then share.
+written once into anonymous memory that all roles then share. What is mapped from a file, for reading, is mapped again
+where roles are on the same machine: it may be larger than memory.
 """
 
 import io
 import itertools
+import mmap
 import os
 import pickle
 import sys
@@ -16,6 +18,7 @@ from multiprocessing import current_process, spawn
 from types import FunctionType
 from typing import Any
 
+import numpy
 import torch
 
 from distbelief.errors import ConfigurationError
@@ -39,6 +42,24 @@ def _rebuild(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.T
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
 
+def _map(filename: str, dtype: numpy.dtype[Any], offset: int, shape: tuple[int, ...], order: Any) -> Any:
+    return numpy.memmap(filename, dtype, "r", offset, shape, order)
+
+
+def _mapped_again(value: numpy.memmap[Any, Any]) -> tuple[Any, ...] | None:
+    """How to map the same part of the same file; None where that is not known, or memory may hold something else."""
+    whole: Any = value
+    while isinstance(whole.base, numpy.ndarray):
+        whole = whole.base
+    order = "C" if value.flags.c_contiguous else "F" if value.flags.f_contiguous else None
+    if not (isinstance(whole, numpy.memmap) and isinstance(whole.base, mmap.mmap) and whole.mode == "r"):
+        return None
+    offset, path = whole.offset + value.ctypes.data - whole.ctypes.data, str(whole.filename)
+    if order is None or not value.nbytes or not os.path.isfile(path) or os.path.getsize(path) < offset + value.nbytes:
+        return None
+    return _map, (path, value.dtype, offset, value.shape, order)
+
+
 def _check_main(value: type | FunctionType) -> None:
     """Raise ConfigurationError for what is defined in a `__main__.py`, which other processes do not import."""
     main = sys.modules["__main__"]
@@ -52,11 +73,16 @@ def _check_main(value: type | FunctionType) -> None:
 class Pickler(pickle.Pickler):
     """Pickles plain CPU tensors out of band, as protocol 5 does NumPy arrays, and the shared object by name."""
 
+    here = False
+    """Whether it is unpickled on this machine, which has the same files."""
+
     @classmethod
-    def dumps(cls, value: Any, *, buffers: list[pickle.PickleBuffer] | None = None) -> bytes:
+    def dumps(cls, value: Any, *, buffers: list[pickle.PickleBuffer] | None = None, here: bool = False) -> bytes:
         """Pickle `value`; raises what pickle raises for objects that cannot be."""
         file = io.BytesIO()
-        cls(file, protocol=5, buffer_callback=None if buffers is None else buffers.append).dump(value)
+        pickler = cls(file, protocol=5, buffer_callback=None if buffers is None else buffers.append)
+        pickler.here = here
+        pickler.dump(value)
         return file.getvalue()
 
     def persistent_id(self, value: Any) -> str | None:
@@ -67,6 +93,8 @@ class Pickler(pickle.Pickler):
         """Hand a plain tensor's memory to pickle as a buffer."""
         if isinstance(value, type | FunctionType) and value.__module__ == "__main__":
             _check_main(value)
+        if type(value) is numpy.memmap and self.here:
+            return _mapped_again(value) or NotImplemented
         plain = type(value) is torch.Tensor and value.device.type == "cpu" and value.layout is torch.strided
         if not plain or value.requires_grad or value.is_quantized or value.is_conj() or value.is_neg():
             return NotImplemented
@@ -119,8 +147,10 @@ class Luggage:
         return descriptor
 
 
-def pack(prepare: Callable[..., Any], arguments: tuple[Any, ...], attempt: Callable[[Any], object] | None) -> Luggage:
-    """Pickle what `Engine.load` is given. Raises ConfigurationError for what cannot be."""
+def pack(
+    prepare: Callable[..., Any], arguments: tuple[Any, ...], attempt: Callable[[Any], object] | None, *, here: bool
+) -> Luggage:
+    """Pickle what `Engine.load` is given, to be loaded `here` or on any host. Raises ConfigurationError."""
     if current_process().name == ZYGOTE:
         raise ConfigurationError(
             "other processes import the program, and importing it starts training again",
@@ -128,7 +158,7 @@ def pack(prepare: Callable[..., Any], arguments: tuple[Any, ...], attempt: Calla
         )
     buffers: list[pickle.PickleBuffer] = []
     try:
-        text = Pickler.dumps((prepare, arguments, attempt), buffers=buffers)
+        text = Pickler.dumps((prepare, arguments, attempt), buffers=buffers, here=here)
     except ConfigurationError:
         raise
     except Exception as error:
