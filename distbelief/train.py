@@ -92,6 +92,11 @@ def train(
             f"distbelief.train was given a {type(job).__name__}, not a Job",
             hint="give distbelief.Job(model=..., data=...)",
         )
+    if not isinstance(listeners, Sequence) or not all(map(callable, listeners)):
+        raise ConfigurationError(
+            f"distbelief.train(listeners={listeners!r}) is no list of functions",
+            hint="give a list of what is to be called with each event, such as listeners=[print]",
+        )
     if job.cluster.engine != "ray":  # this process computes nothing, and other hosts have other devices
         check_device(job.cluster.device)
     engine = engine_of(job, faults, costs)
