@@ -21,7 +21,7 @@ from distbelief.checkpoint import Manifest
 from distbelief.checkpoint_writer import CheckpointWriter, Writing
 from distbelief.engine.base import COORDINATOR, Engine
 from distbelief.engine.insistent import All, Insistent
-from distbelief.errors import DeadlineExceeded, DistbeliefError, Fenced, PeerLost, TrainingFailed
+from distbelief.errors import DeadlineExceeded, Fenced, PeerLost, TrainingFailed
 from distbelief.evaluations import Evaluations
 from distbelief.files import AnyPath
 from distbelief.incarnations import Incarnations
@@ -69,7 +69,7 @@ class Coordinator(ABC):
         self._errands: list[Callable[[], bool]] = []
         self.restoring: list[int] = []
         """Shards that are being given a checkpoint, one entry a death; until then none is begun and none is removed."""
-        self.failure: DistbeliefError | None = None
+        self.failure: Exception | None = None
         """What ends the job at the next tick."""
         self._evaluations = Evaluations(settings.evaluate_examples, wanted=bool(settings.evaluator))
 

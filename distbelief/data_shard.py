@@ -65,6 +65,11 @@ def collect(dataset: Any, indices: torch.Tensor) -> Any:
     try:
         return default_collate(found)
     except (RuntimeError, TypeError) as error:
+        if missing := [index for index, each in zip(indices.tolist(), found, strict=False) if each is None]:
+            raise ConfigurationError(
+                f"the data set gives None for example {missing[0]:,}",
+                hint="leave such examples out of the data set, for example with torch.utils.data.Subset",
+            ) from error
         raise ConfigurationError(
             f"{len(found)} examples cannot be put together as a mini-batch: {error}",
             hint="give Job(collate=...), a function of a list of examples, as DataLoader's collate_fn",

@@ -40,7 +40,8 @@ class Job:
     """A model to train, the data to train it on, how, and on how many processes."""
 
     model: Callable[[], nn.Module]
-    """Builds an ordinary module; called once in each process, with torch's random numbers seeded by `seed`."""
+    """Builds an ordinary module; called once in each process, with torch's, NumPy's and Python's random numbers begun
+    by `seed`."""
     data: Any
     """A map-style data set, or a function without arguments that builds one."""
     collate: Callable[[Any], Any] | None = None

@@ -20,6 +20,7 @@ from torch import nn
 
 from distbelief.buffers import Registered, flat_buffers
 from distbelief.data_shard import pair, to_device
+from distbelief.draws import begin_draws
 from distbelief.errors import ConfigurationError
 from distbelief.freed import freed_at_once
 from distbelief.frozen import Frozen
@@ -77,7 +78,7 @@ def build(
 
     Raises ConfigurationError when that is not where they are expected.
     """
-    torch.manual_seed(seed)
+    begin_draws(seed)
     with freed_at_once():  # the replica moves the values to where they are to be, and lets these go
         module = model()
     if not isinstance(module, nn.Module):

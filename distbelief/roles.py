@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a process of a job is built of when it is born: a partition of a replica, or of the evaluator."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy
 import torch
 import torch.distributed as dist
 
 from distbelief.coordinator import Coordinator
 from distbelief.data_shard import DataShard
 from distbelief.downpour import DownpourReplica
+from distbelief.draws import begin_draws
 from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Home
 from distbelief.evaluator import Evaluator
 from distbelief.job import Prepared
@@ -42,7 +41,7 @@ def _seat(
     job, cut = prepared.job, prepared.cut
     if cut is None:
         module, layout = build(job.model, job.seed, job.grouping, prepared.layout)
-        _seed(seed)
+        begin_draws(seed)
         return Seat(whole(module), layout, Span(0, layout.length), Group(None, 0, 1, device=device))
     coordinator = home.find(COORDINATOR, Coordinator, UNTIL_LOST_SECONDS)
     meeting = Meeting(home, coordinator, (Coordinator.keep, Coordinator.look), f"{name}/{home.incarnation}")
@@ -60,15 +59,8 @@ def _seat(
             device=device, own_device=own_device, address=home.address,
         )  # fmt: skip
     part = cut.part(partition, group, seed)
-    _seed(seed)
+    begin_draws(seed)
     return Seat(part, cut.layout.of_partition(partition), cut.layout.partitions[partition], group)
-
-
-def _seed(seed: int) -> None:
-    """Begin the random numbers of torch, NumPy and Python, which roles would share, as forks of one process."""
-    torch.manual_seed(seed)
-    numpy.random.seed(seed % (1 << 32))
-    random.seed(seed)
 
 
 def replica_role(

@@ -3,21 +3,19 @@
 
 import contextlib
 import fcntl
-import random
 import shlex
 import shutil
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy
 import torch
 from rich.console import Console
 from torch import nn
@@ -26,8 +24,10 @@ from distbelief import checkpoint, events
 from distbelief.appoint import appoint, check_resume, started
 from distbelief.attempt import attempt
 from distbelief.coordinator import Coordinator
+from distbelief.draws import draws_kept
 from distbelief.engine.base import Engine, Faults
 from distbelief.engine.hosts import HostsEngine
+from distbelief.engine.simulated import SimulatedEngine
 from distbelief.engine.virtual import Costs
 from distbelief.engines import engine_of
 from distbelief.errors import CheckpointError, ConfigurationError
@@ -52,7 +52,7 @@ class Result:
     summary: Summary
     run: Path
     """The run folder, absolute: checkpoints, events.jsonl, summary.json, TensorBoard files."""
-    _model: Callable[[], nn.Module]
+    _model: Callable[[], nn.Module] = field(repr=False)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -84,21 +84,28 @@ def train(
     are the simulated engine's times. `listeners` hear every event; `view=False` prints nothing. `launch` is how
     to start the job again, kept for `distbelief resume`; by default the running script.
 
-    Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError.
+    Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError, and what a
+    listener raised.
     """
     if not isinstance(job, Job):
         raise ConfigurationError(
             f"distbelief.train was given a {type(job).__name__}, not a Job",
             hint="give distbelief.Job(model=..., data=...)",
         )
+    if not isinstance(listeners, Sequence) or not all(map(callable, listeners)):
+        raise ConfigurationError(
+            f"distbelief.train(listeners={listeners!r}) is no list of functions",
+            hint="give a list of what is to be called with each event, such as listeners=[print]",
+        )
     if job.cluster.engine != "ray":  # this process computes nothing, and other hosts have other devices
         check_device(job.cluster.device)
     engine = engine_of(job, faults, costs)
     with contextlib.ExitStack() as alone, contextlib.closing(engine):
-        alone.enter_context(_random_numbers_kept())
+        alone.enter_context(_untouched(engine))
         facts = engine.load(prepare, job, attempt=attempt)
         spans = _spans(job, facts)
-        model = Uncut(job, facts)
+        with draws_kept():  # not for the whole job: other threads of the program draw, too
+            model = Uncut(job, facts)
         run, shown = _open_run(job, resume)
         refused = alone.enter_context(contextlib.ExitStack())
         if resume is None:
@@ -122,7 +129,14 @@ def train(
         with _reporting(record, run, engine, listeners, view) as emit:
             for event in rejected:
                 emit(event)
-            coordinator = appoint(job, engine, facts, run, spans, model, restore, emit)
+
+            def tell(event: AnyEvent) -> None:
+                try:
+                    emit(event)
+                except Exception as error:  # of a listener: a role that is being answered is not to blame for it
+                    coordinator.failure = coordinator.failure or error
+
+            coordinator = appoint(job, engine, facts, run, spans, model, restore, tell)
             with _run_folder(run):  # only now that all of it is accepted
                 launched.write(run)
                 write_template(run, model.module, model.values)
@@ -135,6 +149,8 @@ def train(
                     emit(started(job, facts, shown, spans, coordinator.examples, *commands))
                     coordinator.start(restore)
                     reason = coordinator.run()
+                    if coordinator.failure is not None:
+                        raise coordinator.failure
                     model.load(engine, coordinator, spans)
                 except BaseException as error:
                     lines = [line for line in str(error).strip().splitlines() if not line.startswith("hint:")]
@@ -143,8 +159,10 @@ def train(
                     raise
                 finally:
                     commands = _commands(shown, launched, coordinator) if _is_kept(run) else ("", "")
-                    emit(coordinator.finished(reason, *commands))
-                    _write_summary(run, record.summary())
+                    try:
+                        emit(coordinator.finished(reason, *commands))
+                    finally:
+                        _write_summary(run, record.summary())
     return Result(record.summary(), run, partial(model.trained, run))
 
 
@@ -193,15 +211,16 @@ def _open_run(job: Job, resume: Path | str | None) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """What is built here, or simulated, begins random numbers anew; those of the user go on as they would have."""
-    of_numpy, of_python = numpy.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            numpy.random.set_state(of_numpy)
-            random.setstate(of_python)
+def _untouched(engine: Engine) -> Iterator[None]:
+    """Compute as torch does by default, whatever is set around the call, and leave the user's random numbers alone."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(engine, SimulatedEngine):  # roles draw in this process
+            stack.enter_context(draws_kept())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from torch import nn
 
 from distbelief.buffers import flat_buffers, load_buffers
 from distbelief.coordinator import Coordinator
+from distbelief.draws import draws_kept
 from distbelief.engine.base import Engine
 from distbelief.export import Values, state_dict
 from distbelief.job import Facts, Job
@@ -46,6 +47,7 @@ class Uncut:
         """The trained module; one that was in parts is put together from the last checkpoint."""
         if self.values is None:
             return self.module
-        module = self._job.model()
+        with draws_kept():
+            module = self._job.model()
         module.load_state_dict(state_dict(run))
         return module

@@ -185,6 +185,13 @@ def test_without_it_the_message_says_what_to_give(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("order", [[7, 4096, 5], [4096, 7]])
+def test_an_example_that_is_none_is_told_by_its_number(order: list[int]) -> None:
+    examples = {index: (torch.zeros(2), index) for index in (5, 7)} | {4096: None}
+    with pytest.raises(db.ConfigurationError, match=r"^the data set gives None for example 4,096\nhint: leave such"):
+        collect(examples, torch.tensor(order))
+
+
 def test_a_function_that_raises_is_shown_by_its_traceback_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(db.UserCodeError, match="in padded"):
         db.train(job(data=TensorDataset(torch.zeros(640)), run=tmp_path / "run"), view=False)

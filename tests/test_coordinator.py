@@ -1,24 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the coordinator, with real shards on the simulated engine and replicas that do what no replica should."""
 
+import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+import distbelief as db
 from distbelief import adagrad, checkpoint
 from distbelief.downpour_coordinator import DownpourCoordinator
 from distbelief.engine.base import COORDINATOR, Faults, Home
 from distbelief.engine.simulated import SimulatedEngine
 from distbelief.errors import ChannelError
-from distbelief.events import AnyEvent, RoleStarted, ShardRestored
+from distbelief.events import (
+    AnyEvent,
+    EpochFinished,
+    Evaluated,
+    JobFinished,
+    Observation,
+    Progress,
+    RoleLost,
+    RoleStarted,
+    ShardRestored,
+)
 from distbelief.leases import Leases, Release
 from distbelief.parameter_server import ParameterServerShard, shard_name
 from distbelief.parameters import Layout, Piece, Span
+from distbelief.report.files import read_events
 from distbelief.roster import RoleSpec, Settings, replica_name
 from distbelief.section import Stamp
+from tests import problems
 
 LENGTH = 70
 LAYOUT = Layout((Piece("all", (LENGTH,), Span(0, LENGTH)),), torch.float32)
@@ -87,3 +102,28 @@ def test_a_restored_shard_refuses_the_incarnations_that_it_has_forgotten_were_re
         late = [outcome for seconds, outcome in outcomes if seconds > replaced]
         assert set(late) - {"PeerLost"} == {"Fenced", "NotReady"}
         assert "Fenced" in {outcome for seconds, outcome in outcomes if seconds > restored}
+
+
+class EnoughError(Exception):
+    """What a user stops a job with."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "after"), [(Evaluated, 1), (Evaluated, 1280), (EpochFinished, 1), (Progress, 1280), (JobFinished, 1280)]
+)
+def test_what_a_listener_raises_ends_the_job_and_no_role_is_blamed(kind: type, after: int, tmp_path: Path) -> None:
+    settled = 0
+
+    def hear(observation: Observation) -> None:
+        nonlocal settled
+        settled = getattr(observation.event, "examples", settled)
+        if isinstance(observation.event, kind) and settled >= after:
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        db.train(problems.job(run=tmp_path / "run"), listeners=[hear], view=False)
+    told = [observation.event for observation in read_events(tmp_path / "run" / "events.jsonl")]
+    assert not [event for event in told if isinstance(event, RoleLost)]
+    assert isinstance(told[-1], JobFinished)
+    assert told[-1].reason == ("all epochs finished" if kind is JobFinished else "failed: EnoughError")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["reason"] == told[-1].reason

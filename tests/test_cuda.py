@@ -193,3 +193,10 @@ def test_what_replicas_push_lies_in_page_locked_memory() -> None:
     assert gradient is not None
     assert gradient.is_pinned()
     assert gradient.device.type == "cpu"
+
+
+def test_random_numbers_of_the_accelerator_go_on_after_a_job_as_they_would_have(tmp_path: Path) -> None:
+    torch.rand((), device="cuda")
+    before = torch.cuda.get_rng_state()
+    trained(tmp_path, "cuda")
+    assert torch.equal(torch.cuda.get_rng_state(), before)

@@ -230,6 +230,45 @@ def test_tensors_and_arrays_of_a_pickled_job_arrive_equal(name: str, out_of_band
         assert bool(buffers) == out_of_band, "the bytes of plain tensors and arrays travel apart from the pickle"
 
 
+PARTS: dict[str, Callable[[Any], Any]] = {
+    "all of it": lambda array: array,
+    "a slice": lambda array: array[3:7],
+    "another shape": lambda array: array.reshape(5, 12),
+    "other numbers": lambda array: array[1:].view(np.int16),
+    "transposed": lambda array: array.T,
+    "a slice of a slice": lambda array: array[2:][1:3],
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("saved", [True, False], ids=["of np.save", "bare"])
+def test_what_is_mapped_from_a_file_is_mapped_again_on_this_machine_and_copied_to_others(
+    name: str, saved: bool, tmp_path: Path
+) -> None:
+    path, numbers = tmp_path / "numbers", np.arange(60.0).reshape(10, 6)
+    with path.open("wb") as file:
+        np.save(file, numbers) if saved else file.write(bytes(8) + numbers.tobytes())
+    mapped = np.load(path, mmap_mode="r") if saved else np.memmap(path, float, "r", 8, (10, 6))
+    part = PARTS[name](mapped)
+    buffers: list[Any] = []
+    arrived = Unpickler.loads(Pickler.dumps(part, buffers=buffers, here=True))
+    assert (buffers, type(arrived), arrived.flags.writeable) == ([], np.memmap, False)
+    assert same(PARTS[name](numbers), arrived)
+    copied = Pickler.dumps(part)
+    path.unlink()
+    assert same(PARTS[name](numbers), Unpickler.loads(copied))
+
+
+@pytest.mark.parametrize("mode", ["c", "r+"])
+def test_what_is_mapped_to_be_written_to_is_copied(mode: Any, tmp_path: Path) -> None:
+    np.save(tmp_path / "numbers.npy", np.zeros(6))
+    mapped = np.load(tmp_path / "numbers.npy", mmap_mode=mode)
+    mapped[2] = 7.0
+    arrived = Unpickler.loads(Pickler.dumps(mapped, here=True))
+    mapped[3] = 8.0
+    assert arrived.tolist() == [0.0, 0.0, 7.0, 0.0, 0.0, 0.0]
+
+
 def test_the_shared_argument_is_named_and_not_copied() -> None:
     job = object()
     text = Pickler.dumps([SHARED, (SHARED, 3)])

@@ -517,7 +517,7 @@ def test_functions_of_a_script_that_a_worker_of_ray_does_not_run_travel_as_they_
     worker.__file__ = __file__
     model.__module__, model.__qualname__ = "__main__", "model"
     monkeypatch.setitem(sys.modules, "__main__", worker)
-    arrived, _, _ = Unpickler.loads(pack(model, (), None).buffers[0])
+    arrived, _, _ = Unpickler.loads(pack(model, (), None, here=False).buffers[0])
     assert arrived() == 7
 
 

@@ -329,6 +329,21 @@ def test_a_run_folder_that_cannot_be_written_is_refused_with_the_systems_reason(
     assert "Not a directory" in message
 
 
+@pytest.mark.parametrize("listeners", [print, [3], {"on_event": print}])
+def test_listeners_that_are_no_list_of_functions_are_refused_before_anything_starts(
+    listeners: Any, tmp_path: Path
+) -> None:
+    said = refused(lambda: db.train(job(run=tmp_path / "run"), listeners=listeners, view=False))
+    assert f"distbelief.train(listeners={listeners!r}) is no list of functions" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_result_shows_what_it_came_to_and_none_of_what_it_keeps(tmp_path: Path) -> None:
+    shown = repr(db.train(job(run=tmp_path / "run", epochs=1), view=False))
+    assert shown.startswith("Result(summary=Summary(")
+    assert shown.endswith(f", run={tmp_path / 'run'!r})")
+
+
 def test_a_resume_without_a_run_says_so(tmp_path: Path) -> None:
     for folder, said in ((tmp_path / "none", "is no run folder"), (tmp_path, "holds no complete checkpoint")):
         with pytest.raises(db.CheckpointError, match=said):

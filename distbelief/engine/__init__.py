@@ -6,6 +6,7 @@ home       a role's process, as the role sees it
 listener   sockets that outlive who answers on them
 insistent  calls that are made again until they are answered
 pickles    how the job reaches a zygote
+user_code  how the user's functions do
 script     deaths and silences by script
 zygote     the process from which the roles of one host are forked
 forks      what its forks do first

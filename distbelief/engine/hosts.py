@@ -202,7 +202,7 @@ class HostsEngine(ProcessHome):
         self, prepare: Callable[..., tuple[Any, T]], *arguments: Any, attempt: Callable[[Any], object] | None = None
     ) -> T:
         """Bring the job to every host and prepare it there."""
-        luggage = pack(prepare, arguments, attempt)
+        luggage = pack(prepare, arguments, attempt, here=False)
         if not self._hosts:
             self.gather()
         loading = {host: self._bring(luggage, self._keeper_peers[host]) for host in self._hosts}

@@ -106,7 +106,7 @@ class LocalEngine(LocalHome):
         self, prepare: Callable[..., tuple[Any, T]], *arguments: Any, attempt: Callable[[Any], object] | None = None
     ) -> T:
         """Pickle the job into a new zygote and prepare it there."""
-        luggage = pack(prepare, arguments, attempt)
+        luggage = pack(prepare, arguments, attempt, here=True)
         self._nursery.load(luggage.main, luggage.sizes, luggage.arena())
         while self._nursery.loaded is None:
             self._endpoint.take_in(1.0)

@@ -3,27 +3,28 @@
 
 Functions and classes of the user's files travel by name; what other processes cannot import, as it is: lambdas, inner
 functions, cells of a notebook. The big buffers of an in-memory data set are written once into anonymous memory that all
-roles then share.
+roles then share. What is mapped from a file, for reading, is mapped again where roles are on the same machine: it may
+be larger than memory.
 """
 
 import copyreg
-import inspect
 import io
 import itertools
-import linecache
+import mmap
 import os
 import pickle
-import sys
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import current_process, spawn
+from multiprocessing import current_process
 from types import CodeType, FunctionType
 from typing import Any, ClassVar
 
 import cloudpickle
+import numpy
 import torch
 
+from distbelief.engine.user_code import ZYGOTE, importing, is_in_main, reduce_code
 from distbelief.errors import ConfigurationError
 
 
@@ -33,8 +34,6 @@ class Shared:
 
 SHARED = Shared()
 _SHARED_NAME = "shared"
-ZYGOTE = "distbelief zygote"
-"""What multiprocessing calls the zygote, from before it imports the user's script; its roles inherit it."""
 
 
 def _rebuild(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -43,62 +42,44 @@ def _rebuild(buffer: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.T
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
 
-def _rebuild_code(
-    file: str, lines: list[str], rebuild: Callable[..., CodeType], arguments: tuple[Any, ...]
-) -> CodeType:
-    """Code of a notebook's cell, which is a file to nobody but Python: tracebacks show its lines."""
-    linecache.cache[file] = sum(map(len, lines)), None, lines, file
-    return rebuild(*arguments)
+def _map(filename: str, dtype: numpy.dtype[Any], offset: int, shape: tuple[int, ...], order: Any) -> Any:
+    return numpy.memmap(filename, dtype, "r", offset, shape, order)
 
 
-def _main() -> dict[str, Any]:
-    """How other processes import the user's program, as multiprocessing does it, if it is in a file that they can."""
-    main = spawn.get_preparation_data(ZYGOTE)
-    del main["authkey"]  # multiprocessing's own, which it refuses to pickle; our roles do not use it
-    if not os.path.isfile(main.get("init_main_from_path", __file__)):
-        del main["init_main_from_path"]  # it comes from the standard input
-    if main.get("init_main_from_name", "").rpartition(".")[2] == "__main__":
-        del main["init_main_from_name"]
-    return main
-
-
-def _is_in_main(value: type | FunctionType) -> bool:
-    """Whether other processes find it in `__main__` when they import that."""
-    if value.__module__ != "__main__" or _main().keys().isdisjoint(("init_main_from_path", "init_main_from_name")):
-        return False
-    found: Any = sys.modules["__main__"]
-    for name in value.__qualname__.split("."):
-        found = getattr(found, name, None)
-    if found is not value:
-        return False
-    functions = [value] if isinstance(value, FunctionType) else vars(value).values()
-    codes = [inspect.unwrap(each).__code__ for each in functions if isinstance(each, FunctionType)]
-    return all(os.path.isfile(code.co_filename) for code in codes)  # else it was typed in behind the file
-
-
-def _reduce_code(code: CodeType) -> Any:
-    """As cloudpickle does, whose versions from 3.1.1 on leave out the file, which tracebacks name."""
-    rebuild, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
-    arguments = tuple(code.co_filename if each == "<dynamic-code>" else each for each in arguments)
-    lines = [] if os.path.isfile(code.co_filename) else linecache.getlines(code.co_filename)
-    return (_rebuild_code, (code.co_filename, lines, rebuild, arguments)) if lines else (rebuild, arguments)
+def _mapped_again(value: numpy.memmap[Any, Any]) -> tuple[Any, ...] | None:
+    """How to map the same part of the same file; None where that is not known, or memory may hold something else."""
+    whole: Any = value
+    while isinstance(whole.base, numpy.ndarray):
+        whole = whole.base
+    order = "C" if value.flags.c_contiguous else "F" if value.flags.f_contiguous else None
+    if not (isinstance(whole, numpy.memmap) and isinstance(whole.base, mmap.mmap) and whole.mode == "r"):
+        return None
+    offset, path = whole.offset + value.ctypes.data - whole.ctypes.data, str(whole.filename)
+    if order is None or not value.nbytes or not os.path.isfile(path) or os.path.getsize(path) < offset + value.nbytes:
+        return None
+    return _map, (path, value.dtype, offset, value.shape, order)
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles plain CPU tensors out of band, as protocol 5 does NumPy arrays, and the shared object by name."""
 
     dispatch_table: ClassVar[Any] = ChainMap(
-        {CodeType: _reduce_code},
+        {CodeType: reduce_code},
         # Text files would travel as all their text.
         {kind: reduce for kind, reduce in cloudpickle.Pickler.dispatch_table.items() if kind is not io.TextIOWrapper},
         copyreg.dispatch_table,
     )
 
+    here = False
+    """Whether it is unpickled on this machine, which has the same files."""
+
     @classmethod
-    def dumps(cls, value: Any, *, buffers: list[pickle.PickleBuffer] | None = None) -> bytes:
+    def dumps(cls, value: Any, *, buffers: list[pickle.PickleBuffer] | None = None, here: bool = False) -> bytes:
         """Pickle `value`; raises what pickle raises for objects that cannot be."""
         file = io.BytesIO()
-        cls(file, protocol=5, buffer_callback=None if buffers is None else buffers.append).dump(value)
+        pickler = cls(file, protocol=5, buffer_callback=None if buffers is None else buffers.append)
+        pickler.here = here
+        pickler.dump(value)
         return file.getvalue()
 
     def persistent_id(self, value: Any) -> str | None:
@@ -108,7 +89,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, value: Any) -> Any:
         """Hand a plain tensor's memory to pickle as a buffer, and code by reference or as it is."""
         if isinstance(value, type | FunctionType):
-            return NotImplemented if _is_in_main(value) else super().reducer_override(value)
+            return NotImplemented if is_in_main(value) else super().reducer_override(value)
+        if type(value) is numpy.memmap and self.here:
+            return _mapped_again(value) or NotImplemented
         plain = type(value) is torch.Tensor and value.device.type == "cpu" and value.layout is torch.strided
         if not plain or value.requires_grad or value.is_quantized or value.is_conj() or value.is_neg():
             return NotImplemented
@@ -161,16 +144,18 @@ class Luggage:
         return descriptor
 
 
-def pack(prepare: Callable[..., Any], arguments: tuple[Any, ...], attempt: Callable[[Any], object] | None) -> Luggage:
-    """Pickle what `Engine.load` is given. Raises ConfigurationError for what cannot be."""
+def pack(
+    prepare: Callable[..., Any], arguments: tuple[Any, ...], attempt: Callable[[Any], object] | None, *, here: bool
+) -> Luggage:
+    """Pickle what `Engine.load` is given, to be loaded `here` or on any host. Raises ConfigurationError."""
     if current_process().name == ZYGOTE:
         raise ConfigurationError(
             "other processes import the program, and importing it starts training again",
             hint='put what trains below `if __name__ == "__main__":`',
         )
-    main, buffers = _main(), list[pickle.PickleBuffer]()
+    main, buffers = importing(), list[pickle.PickleBuffer]()
     try:
-        text = Pickler.dumps((prepare, arguments, attempt), buffers=buffers)
+        text = Pickler.dumps((prepare, arguments, attempt), buffers=buffers, here=here)
     except ConfigurationError:
         raise
     except Exception as error:

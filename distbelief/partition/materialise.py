@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from distbelief.draws import begin_draws, draws_kept
 from distbelief.errors import ConfigurationError
 from distbelief.freed import freed_at_once
 from distbelief.partition.box import Box, inside, whole
@@ -72,8 +73,8 @@ def record(build: Callable[[], nn.Module], seed: int, at_work_bytes: int = AT_WO
     and ConfigurationError when the model keeps tensors where they cannot be found again.
     """
     tape = Tape(at_work_bytes)
-    with torch.random.fork_rng(devices=[]), freed_at_once():
-        torch.manual_seed(seed)
+    with draws_kept(), freed_at_once():
+        begin_draws(seed)
         with Sharing(tape), tape:
             module = build()
     _check_found(module)
