@@ -54,7 +54,7 @@ class Coordinator(ABC):
         """Per partition."""
         self._meetings: dict[str, bytes] = {}
         """What partitions tell each other to form a replica: by their replica, its incarnation, and a key of theirs."""
-        self.begun = self.stopping = False
+        self.begun = False
         """Whether there is a checkpoint that a shard can come back from; no example is handed out before."""
         now = engine.now()
         self.replicas = [ReplicaRecord(settings.incarnation, now) for _ in settings.replicas]
@@ -69,8 +69,8 @@ class Coordinator(ABC):
         self._errands: list[Callable[[], bool]] = []
         self.restoring: list[int] = []
         """Shards that are being given a checkpoint, one entry a death; until then none is begun and none is removed."""
-        self.failure: Exception | None = None
-        """What ends the job at the next tick."""
+        self.stopping = False
+        self.failure: Exception | None = None  # ends the job at the next tick
         self._evaluations = Evaluations(settings.evaluate_examples, wanted=bool(settings.evaluator))
 
     # what an algorithm answers

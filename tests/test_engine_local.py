@@ -326,6 +326,17 @@ def test_tracebacks_of_a_notebooks_functions_show_their_lines() -> None:
     del linecache.cache[name]
 
 
+def test_roles_run_the_copy_of_the_package_that_the_program_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one may be installed, where the program runs in a checkout."""
+    (tmp_path / "distbelief").mkdir()
+    (tmp_path / "distbelief" / "__init__.py").write_text("raise SystemExit('another copy')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with closing(LocalEngine([])) as engine:
+        assert engine.load(prepare, 7) == "int"
+
+
 @pytest.mark.slow
 def test_the_process_that_starts_roles_may_be_ended_by_the_users_code() -> None:
     with closing(LocalEngine([])) as engine, pytest.raises(TrainingFailed, match="exit code 7"):

@@ -23,11 +23,21 @@ STOP_SECONDS = 10.0
 
 
 def program(module: str) -> str:
-    """Python's text of a process that runs the `main` of a module of this package."""
+    """Python's text of a process that runs the `main` of a module of this package, this copy of it if it is there."""
     # What is imported lives on: to look through it for garbage meanwhile is a tenth of the start. With -P no file of
     # the working folder is taken for a module of Python's, and so the package is to be found where it is.
     here = str(Path(__file__).parents[2])
-    return f"import gc, sys; gc.disable(); sys.path.append({here!r}); from {module} import main; gc.enable(); main()"
+    return f"""
+import gc, importlib.machinery, importlib.util, sys
+gc.disable()
+sys.path.append({here!r})
+if found := importlib.machinery.PathFinder.find_spec("distbelief", [{here!r}]):
+    sys.modules["distbelief"] = package = importlib.util.module_from_spec(found)
+    found.loader.exec_module(package)
+from {module} import main
+gc.enable()
+main()
+"""
 
 
 @dataclass(frozen=True)
