@@ -389,6 +389,23 @@ def is_refused(keepers: Subprocesses, message: str) -> None:
         assert time.monotonic() - started < 4.0, "they were waited for and killed"
 
 
+@pytest.mark.slow
+def test_a_host_that_another_one_cannot_call_is_refused_and_both_are_named_unless_it_is_gone() -> None:
+    nobody = Place("host1", "", ("127.0.0.1", 1))
+    with closing(HostsEngine(NAMES, Subprocesses(2), lost_seconds=1.0)) as engine:
+        engine.gather()
+        engine._hosts["host1"] = Introduction("host1", nobody, hosts.versions())
+        message = r"host host0 cannot call host host1: nothing answers at \('127.0.0.1', 1\): .*refused\nhint: let all"
+        with pytest.raises(ConfigurationError, match=message):
+            engine._check_calls()
+        engine._keeper_peers = {"host1": engine._keeper(engine._hosts["host1"])}
+        with pytest.raises(ConfigurationError, match=r"host driver cannot call host host1: nothing answers .*\nhint"):
+            engine._check_calls()
+        engine._keepers.processes["host1"].kill()
+        engine._check_calls()
+        assert engine.hosts == ("host0",)
+
+
 def test_a_host_that_comes_when_the_job_is_over_is_told_so() -> None:
     with closing(Endpoint(b"the key")) as endpoint:
         registry = Registry(endpoint)

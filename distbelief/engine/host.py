@@ -124,6 +124,14 @@ def path_here(theirs: Sequence[str], own: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*folders, *own, *theirs]))
 
 
+def _why_not(answer: Future[None]) -> str:
+    try:
+        answer.result()
+    except ChannelError as error:
+        return str(error)
+    return ""
+
+
 @final
 class Host:
     """The keeper of the host `name`, whose address on the cluster's network is `address`."""
@@ -230,6 +238,27 @@ class Host:
             self._loading = None
 
     # what the coordinator may ask
+
+    @exported
+    def here(self) -> None:
+        """Another host tries whether it can call this one."""
+
+    @exported
+    def reach(self, others: list[Place]) -> Promise[list[str]]:
+        """Call other hosts; the answer is for each why it could not be called, or nothing."""
+        wire, told = self._invitation.wire, Kept[list[str]](self._endpoint)
+        seconds = wire.connect_seconds + self._invitation.lost_seconds
+        peers: list[Peer[Host]] = [Peer(self._endpoint, at(place.nearest(self._name)), seconds) for place in others]
+        answers = [peer.call(Host.here) for peer in peers]
+
+        def errand() -> bool:
+            if not all(answer.done() for answer in answers):
+                return False
+            told.keep([_why_not(answer) for answer in answers])
+            return True
+
+        self._endpoint.attend(errand)
+        return told
 
     @exported
     def announce(self, main: dict[str, Any], sizes: list[int]) -> None:

@@ -158,6 +158,7 @@ class HostsEngine(ProcessHome):
         self._hosts = {host: joined[host] for host in expected}
         self._keeper_peers = {host: self._keeper(introduction) for host, introduction in self._hosts.items()}
         self._check_versions()
+        self._check_calls()
 
     def _keeper(self, introduction: Introduction) -> Peer[Host]:
         return Peer(self._endpoint, at(introduction.place.nearest(self._keepers.host)), UNTIL_LOST_SECONDS)
@@ -171,6 +172,31 @@ class HostsEngine(ProcessHome):
                         f"host {host} has {name} {version}, the coordinator's, {self._keepers.host}, has {own[name]}",
                         hint="install the same versions on all hosts, for example by the same image",
                     )
+
+    def _check_calls(self) -> None:
+        """Raise ConfigurationError where a host cannot be called by another, whose roles would wait for ever."""
+        places = [introduction.place for introduction in self._hosts.values()]
+        answers: dict[str, Future[Any]] = {
+            host: peer.call(Host.reach, places) for host, peer in self._keeper_peers.items()
+        }  # fmt: skip
+        self._await(answers)
+        failed = []
+        for host, answer in answers.items():
+            try:
+                told = answer.result() if answer.done() else []
+                failed += [(host, place.host, why) for place, why in zip(places, told, strict=False) if why]
+            except PeerLost as error:
+                failed.append((self._keepers.host, host, str(error)))
+        until = time.monotonic() + self._invitation.lost_seconds
+        while failed and time.monotonic() < until:  # a host that is gone has no part in the job
+            self._watch_hosts()
+            self.sleep(0.02)
+        for one, other, why in failed:
+            if other in self._hosts and one in (*self._hosts, self._keepers.host):
+                raise ConfigurationError(
+                    f"host {one} cannot call host {other}: {why}",
+                    hint="let all hosts connect to each other on all TCP ports, see docs/clusters.md",
+                )
 
     def check_visible(self, folder: Path) -> None:
         """Raise ConfigurationError unless every host sees what is written to this folder."""
