@@ -126,6 +126,15 @@ def test_shards_are_spread_groups_are_packed_and_resources_decide_where_a_role_l
 
 
 @marked(in_turn)
+def test_a_group_that_no_host_has_room_for_beside_the_rest_of_the_job_is_placed_on_several(
+    told: dict[str, Any],
+) -> None:
+    where = {role: host for role, (host, _) in told["scattered"].items()}
+    together = [where[f"{name}/0"] == where[f"{name}/1"] for name in "abc"]
+    assert together == [True, True, False]
+
+
+@marked(in_turn)
 def test_what_the_cluster_lacks_is_said_at_once_and_nothing_is_left_of_the_run(told: dict[str, Any]) -> None:
     refused = told["refusals"]
     for name, message in (("room", "53 CPU asked, 6 available"), ("gpus", "16 GPU asked, 2 available"),
@@ -347,6 +356,35 @@ def test_a_job_whose_ray_the_user_has_shut_down_asks_nothing_of_it_any_more(monk
 
 
 @marked([ray])
+def test_room_that_is_there_and_is_not_reserved_says_that_a_host_may_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distbelief.engine import ray as engine
+
+    tried, removed, pair = list[str](), list[Any](), Group(("a", "b"), {"CPU": 2.0})
+    never = SimpleNamespace(wait=lambda seconds: False)
+    monkeypatch.setattr(engine, "placement_group", lambda each, strategy: tried.append(strategy) or never)
+    monkeypatch.setattr(engine, "remove_placement_group", removed.append)
+    keepers = engine.RayKeepers.__new__(engine.RayKeepers)
+    keepers._stack = ExitStack()
+    for free, said in (
+        (4.0, r"Ray has reserved no room for a, b .*\nhint: look whether"),
+        (3.0, "has no room for a, b"),
+    ):
+        monkeypatch.setattr(keepers, "_free", lambda free=free: {"10.0.0.1 (node 1)": {"CPU": free}})
+        with pytest.raises(ConfigurationError, match=rf"{said}"):
+            keepers._reserve(pair, [{"CPU": 4.0}])
+    assert tried == ["STRICT_PACK", "PACK"] * 2
+    assert removed == [never] * 4, "a room that comes late would be taken beside another"
+
+
+@marked([ray])
+def test_hosts_are_named_by_their_addresses_which_several_may_have() -> None:
+    from distbelief.engine.ray import _host_name
+
+    nodes = [{"NodeManagerAddress": "10.0.0.1", "NodeID": letter * 56} for letter in "ab"]
+    assert [_host_name(node) for node in nodes] == ["10.0.0.1 (node aaaaaaaa)", "10.0.0.1 (node bbbbbbbb)"]
+
+
+@marked([ray])
 def test_an_environment_that_a_host_cannot_make_is_told_by_what_the_installer_said_last() -> None:
     from ray.exceptions import ActorDiedError, RuntimeEnvSetupError
 
@@ -517,10 +555,14 @@ def test_functions_of_a_script_that_a_worker_of_ray_does_not_run_belong_in_a_mod
         pack(lambda: None, (), None)
 
 
-def test_a_group_is_packed_on_one_host_only_where_one_holds_it() -> None:
-    pair = Group(("a", "b"), {"CPU": 2.0})
-    assert pair.strategy([{"CPU": 3.0}, {"CPU": 4.0}]) == "STRICT_PACK"
-    assert pair.strategy([{"CPU": 3.0}, {"CPU": 3.0}]) == "PACK"
+def test_a_group_is_packed_on_one_host_where_one_holds_it_and_else_on_few() -> None:
+    pair = Group(("a", "b"), {"CPU": 2.0, "GPU": 0.5})
+    assert pair.strategies([{"CPU": 3.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}]) == ["STRICT_PACK", "PACK"]
+    assert pair.strategies([{"CPU": 3.0, "GPU": 1.0}, {"CPU": 9.0, "GPU": 0.5}]) == ["PACK"]
+    assert Group(("a",), {"CPU": 2.0}).strategies([{"CPU": 4.0}]) == ["PACK"]
+    assert Group(("a", "b"), {"CPU": 1.0}, spread=True).strategies([{"CPU": 4.0}]) == ["SPREAD"]
+    assert pair.fitting([{"CPU": 7.9, "GPU": 1.6}, {"CPU": 1.9, "GPU": 8.0}, {"CPU": 8.0}]) == 3
+    assert Group(("a",), {"CPU": 0.1}).fitting([{"CPU": 1.0 - 7 * 0.1}]) == 3
 
 
 def test_a_process_that_no_host_can_hold_is_named_though_all_hosts_together_could() -> None:

@@ -15,7 +15,8 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import ray
@@ -74,12 +75,10 @@ class RayKeepers:
         self._stack = contextlib.ExitStack()
         try:
             self._stack.enter_context(CONNECTION.held(address, total(groups)))
-            self.host = _host_name(ray.get_runtime_context().get_node_id())
-            embedded = len(self._nodes()) == 1 and address is None
-            self.address = LOOPBACK if embedded else ray.util.get_node_ip_address()
-            self._addresses = {
-                name: LOOPBACK if embedded else str(node["NodeManagerAddress"]) for name, node in self._nodes().items()
-            }
+            own = ray.get_runtime_context().get_node_id()
+            self.host = next(_host_name(node) for node in ray.nodes() if node["NodeID"] == own)
+            self._embedded = len(self._nodes()) == 1 and address is None
+            self.address = LOOPBACK if self._embedded else ray.util.get_node_ip_address()
             check_room(groups, [node["Resources"] for node in self._nodes().values()])
         except BaseException:
             self._stack.close()
@@ -91,7 +90,7 @@ class RayKeepers:
         """Host -> the actor, and the future of its keeper's exit code."""
 
     def _nodes(self) -> dict[str, Any]:
-        return {_host_name(node["NodeID"]): node for node in ray.nodes() if node["Alive"]}
+        return {_host_name(node): node for node in ray.nodes() if node["Alive"]}
 
     # room and keepers
 
@@ -100,33 +99,49 @@ class RayKeepers:
         # Ray's own processes need not import this package, which takes seconds: they get its actors by value.
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
         self._check_free()
-        whole = [node["Resources"] for node in self._nodes().values()]
-        reserved = [
-            placement_group([dict(group.each)] * len(group.roles), strategy=group.strategy(whole))
-            for group in self._groups
-        ]
-        for each in reserved:
-            self._stack.callback(_while_connected, remove_placement_group, each)
-        for group, each in zip(self._groups, reserved, strict=True):
-            if not each.wait(ROOM_SECONDS):
-                free = [{name: host.get(name, 0.0) for name in group.each} for host in self._free().values()]
-                raise ConfigurationError(
-                    f"the cluster has no room for {', '.join(group.roles)} beside the rest of the job: each needs "
-                    f"{dict(group.each)} on one host; on its hosts are left {free}",
-                    hint="use fewer replicas or shards, ask less for each, or end other jobs of the cluster",
-                )
-            nodes = placement_group_table(each)["bundles_to_node_id"]
-            self._planned |= {role: _host_name(nodes[number]) for number, role in enumerate(group.roles)}
+        left = defaultdict(Counter, {node["NodeID"]: Counter(node["Resources"]) for node in self._nodes().values()})
+        reserved, planned = [], dict[str, str]()
+        for group in self._groups:
+            room, nodes = self._reserve(group, [*left.values()])
+            reserved.append(room)
+            planned |= dict(zip(group.roles, nodes, strict=True))
+            for node in nodes:
+                left[node].subtract(group.each)
+        known = {node["NodeID"]: node for node in ray.nodes()}  # also those that have come, or gone, meanwhile
+        self._planned = {role: _host_name(known[node]) for role, node in planned.items()}
         self._seat(reserved)
-        hosts = list(dict.fromkeys(self._planned.values()))
+        hosts = {_host_name(known[node]): known[node] for node in planned.values()}
         actor = ray.remote(num_cpus=0, max_restarts=0)(KeeperActor)
-        for host in hosts:
-            where = NodeAffinitySchedulingStrategy(self._nodes()[host]["NodeID"], soft=False)
+        for host, node in hosts.items():
+            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             keeper = actor.options(scheduling_strategy=where).remote()
-            text = pickle.dumps((host, self._addresses[host], invitation))
+            address = LOOPBACK if self._embedded else str(node["NodeManagerAddress"])
+            text = pickle.dumps((host, address, invitation))
             first = os.environ.get("PYTHONPATH", "")
             self._actors[host] = keeper, keeper.run.remote(PROGRAM, first, [*filter(None, sys.path), os.getcwd()], text)
-        return hosts
+        return [*hosts]
+
+    def _reserve(self, group: Group, left: Sequence[Resources]) -> tuple[PlacementGroup, list[str]]:
+        """Room for the group, and by role the id of its node, where the job has `left` so much. ConfigurationError."""
+        for strategy in group.strategies(left):
+            room = placement_group([dict(group.each)] * len(group.roles), strategy=strategy)
+            self._stack.callback(_while_connected, remove_placement_group, room)
+            if room.wait(ROOM_SECONDS):
+                nodes = placement_group_table(room)["bundles_to_node_id"]
+                return room, [nodes[number] for number in range(len(group.roles))]
+            remove_placement_group(room)
+        free = {host: {name: has.get(name, 0.0) for name in group.each} for host, has in self._free().items()}
+        needs = f"each needs {dict(group.each)} on one host; on its hosts are left {free}"
+        if group.fitting(free.values()) < len(group.roles):
+            raise ConfigurationError(
+                f"the cluster has no room for {', '.join(group.roles)} beside the rest of the job: {needs}",
+                hint="use fewer replicas or shards, ask less for each, or end other jobs of the cluster",
+            )
+        raise ConfigurationError(
+            f"Ray has reserved no room for {', '.join(group.roles)} within {ROOM_SECONDS:g} s: {needs}",
+            hint="look whether all of these hosts answer, since Ray may take a minute to notice that one is gone; then "
+            "start the job again",
+        )
 
     def _check_free(self) -> None:
         """Raise ConfigurationError when what is there is taken; what was just given back is not seen at once."""
@@ -200,8 +215,9 @@ class RayKeepers:
             self._stack.close()
 
 
-def _host_name(node: str) -> str:
-    return f"ray-{node[:12]}"
+def _host_name(node: Mapping[str, Any]) -> str:
+    """What people know the host by, and the beginning of Ray's own name: a machine may be several nodes of Ray's."""
+    return f"{node['NodeManagerAddress']} (node {node['NodeID'][:8]})"
 
 
 def _while_connected(action: Callable[..., object], *arguments: Any) -> None:
