@@ -22,6 +22,7 @@ import distbelief as db
 from distbelief.attempt import attempt
 from distbelief.channel.base import Out, Remote, exported
 from distbelief.channel.endpoint import Endpoint
+from distbelief.channel.futures import PendingCall
 from distbelief.channel.place import Place
 from distbelief.engine import hosts
 from distbelief.engine.base import Death, Home
@@ -404,6 +405,22 @@ def test_a_host_that_another_one_cannot_call_is_refused_and_both_are_named_unles
         engine._keepers.processes["host1"].kill()
         engine._check_calls()
         assert engine.hosts == ("host0",)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_interrupted_while_it_says_farewell_ends_its_keepers_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keepers = Subprocesses(2)
+    engine = HostsEngine(NAMES, keepers)
+    engine.gather()
+    processes = [*keepers.processes.values()]
+    with monkeypatch.context() as patched:
+        patched.setattr(PendingCall, "wait", lambda call, seconds: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            engine.close()
+    assert [process.poll() is None for process in processes] == [False, False]
+    assert own_sockets("0A") == []
 
 
 def test_a_host_that_comes_when_the_job_is_over_is_told_so() -> None:

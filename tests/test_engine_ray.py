@@ -356,6 +356,25 @@ def test_a_job_whose_ray_the_user_has_shut_down_asks_nothing_of_it_any_more(monk
 
 
 @marked([ray])
+def test_a_job_that_is_interrupted_while_its_keepers_end_gives_its_room_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray as cluster
+
+    from distbelief.engine.ray import RayKeepers
+
+    def interrupted(*given: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster, "is_initialized", lambda: True)
+    monkeypatch.setattr(cluster, "wait", interrupted)
+    keepers, given_back = RayKeepers.__new__(RayKeepers), list[str]()
+    keepers._actors, keepers._stack = {"ray-1": (object(), object())}, ExitStack()
+    keepers._stack.callback(given_back.append, "room")
+    with pytest.raises(KeyboardInterrupt):
+        keepers.end()
+    assert (given_back, keepers._actors) == (["room"], {})
+
+
+@marked([ray])
 def test_room_that_is_there_and_is_not_reserved_says_that_a_host_may_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     from distbelief.engine import ray as engine
 

@@ -6,6 +6,7 @@ silent for a while counts as lost, and with it all roles that lived there; they 
 Calls travel as everywhere: between roles of one host through shared memory, otherwise over TCP.
 """
 
+import contextlib
 import functools
 import pickle
 import secrets
@@ -367,18 +368,17 @@ class HostsEngine(ProcessHome):
         """End every role, every keeper and close every socket."""
         if self._closed:
             return
-        self._closed = True
-        farewells = [
-            (self._keeper_peers.get(host) or self._keeper(introduction)).call(Host.end)
-            for host, introduction in self._registry.end().items()
-        ]
-        until = time.monotonic() + FAREWELL_SECONDS
-        for farewell in farewells:
-            farewell.wait(until - time.monotonic())
-        self._hosts = {}
-        self._keepers.end()
-        self.leave()
-        self._desk.close()
+        self._closed, self._hosts = True, {}
+        with contextlib.ExitStack() as ending:  # all of it, though Ctrl-C ends the wait
+            for end in (self._desk.close, self.leave, self._keepers.end):
+                ending.callback(end)
+            farewells = [
+                (self._keeper_peers.get(host) or self._keeper(introduction)).call(Host.end)
+                for host, introduction in self._registry.end().items()
+            ]
+            until = time.monotonic() + FAREWELL_SECONDS
+            for farewell in farewells:
+                farewell.wait(until - time.monotonic())
 
 
 def _of_host(host: str, failure: DistbeliefError) -> DistbeliefError:

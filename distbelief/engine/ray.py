@@ -202,11 +202,11 @@ class RayKeepers:
 
     def end(self) -> None:
         """End keepers, give back the room, and leave the cluster or end it."""
-        if self._actors and ray.is_initialized():
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.wait([running for _, running in self._actors.values()], num_returns=len(self._actors),
-                         timeout=STOP_SECONDS)  # fmt: skip
-        try:
+        try:  # whoever is waited for: Ctrl-C in the meantime must not keep the room
+            if self._actors and ray.is_initialized():
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.wait([running for _, running in self._actors.values()], num_returns=len(self._actors),
+                             timeout=STOP_SECONDS)  # fmt: skip
             for actor, _ in self._actors.values():
                 with contextlib.suppress(ray.exceptions.RayError):
                     _while_connected(ray.kill, actor)
