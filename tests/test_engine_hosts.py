@@ -408,6 +408,16 @@ def test_a_host_that_another_one_cannot_call_is_refused_and_both_are_named_unles
 
 
 @pytest.mark.slow
+def test_a_host_has_its_time_to_come_once_its_keepers_process_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "GATHER_SECONDS", 0.1)
+    keepers = Subprocesses(2)
+    monkeypatch.setattr(keepers, "preparing", lambda: keepers.names)
+    with closing(HostsEngine(NAMES, keepers)) as engine:
+        engine.gather()
+        assert engine.hosts == ("host0", "host1")
+
+
+@pytest.mark.slow
 def test_a_job_that_is_interrupted_while_it_says_farewell_ends_its_keepers_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

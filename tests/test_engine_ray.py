@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -372,6 +372,44 @@ def test_a_job_that_is_interrupted_while_its_keepers_end_gives_its_room_back(mon
     with pytest.raises(KeyboardInterrupt):
         keepers.end()
     assert (given_back, keepers._actors) == (["room"], {})
+
+
+@marked([ray])
+def test_hosts_are_being_prepared_until_their_actor_is_up_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray as cluster
+
+    from distbelief.engine.ray import RayKeepers
+
+    up = list[str]()
+    monkeypatch.setattr(cluster, "is_initialized", lambda: True)
+    monkeypatch.setattr(cluster, "wait", lambda asked, timeout: ([each for each in asked if each in up], []))
+    keepers = RayKeepers.__new__(RayKeepers)
+    keepers._preparing, keepers._prepared_by = {"one": "first", "other": "second"}, time.monotonic() + 60.0
+    assert set(keepers.preparing()) == {"one", "other"}
+    up.append("first")
+    assert set(keepers.preparing()) == {"other"}
+    keepers._prepared_by = time.monotonic() - 1.0
+    assert not keepers.preparing()
+
+
+@marked([ray])
+def test_accelerators_that_cannot_be_had_are_told_with_role_and_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray as cluster
+
+    from distbelief.engine import ray as engine
+
+    def failed(asked: object, timeout: float) -> None:
+        raise cluster.exceptions.RuntimeEnvSetupError("ERROR: No matching distribution found for torch==99")
+
+    seat = SimpleNamespace(devices=SimpleNamespace(remote=lambda: "the devices"))
+    monkeypatch.setattr(cluster, "remote", lambda **options: lambda actor: SimpleNamespace(remote=lambda: seat))
+    monkeypatch.setattr(cluster, "get", failed)
+    keepers = engine.RayKeepers.__new__(engine.RayKeepers)
+    keepers._groups, keepers._stack = [Group(("replica/0",), {"GPU": 1.0})], ExitStack()
+    keepers._planned, keepers._devices = {"replica/0": "10.0.0.1 (node 1)"}, {}
+    message = r"host 10.0.0.1 \(node 1\) does not take part: replica/0 got no accelerator: .*torch==99\nhint: start"
+    with pytest.raises(ConfigurationError, match=message):
+        keepers._seat([cast("Any", None)])
 
 
 @marked([ray])

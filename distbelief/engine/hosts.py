@@ -12,7 +12,7 @@ import pickle
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -62,6 +62,9 @@ class Keepers(Protocol):
 
     def begin(self, invitation: Invitation) -> Sequence[str]:
         """Start the keepers; returns at once, with the names of their hosts. Raises ConfigurationError."""
+
+    def preparing(self) -> Collection[str]:
+        """Hosts on which the keeper's process has still to be made."""
 
     def complaints(self) -> dict[str, str]:
         """Host -> why its keeper has ended, for those that have."""
@@ -141,11 +144,12 @@ class HostsEngine(ProcessHome):
     def gather(self) -> None:
         """Start the keepers and wait until they are there. Raises ConfigurationError."""
         expected = self._keepers.begin(self._invitation)
-        until = time.monotonic() + GATHER_SECONDS
+        until = dict.fromkeys(expected, time.monotonic() + GATHER_SECONDS)
         while missing := [host for host in expected if host not in self._registry.joined()]:
+            until |= dict.fromkeys(self._keepers.preparing(), time.monotonic() + GATHER_SECONDS)
             complaints = self._keepers.complaints()
             for host in missing:
-                if host in complaints or time.monotonic() > until:
+                if host in complaints or time.monotonic() > until[host]:
                     registry = ":".join(map(str, self._invitation.registry.address))
                     silence = f"it has not reached the coordinator at {registry} within {GATHER_SECONDS:g} s"
                     raise ConfigurationError(

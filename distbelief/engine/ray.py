@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, final
 
 import ray
@@ -34,11 +34,16 @@ from distbelief.errors import ConfigurationError
 FREE_SECONDS = 5.0
 ROOM_SECONDS = 10.0
 """Ray reserves room that is free within a second or two."""
+PREPARE_SECONDS = 660.0
+"""Ray may take ten minutes to make the environment of a job on a host, and one to notice that a host is gone."""
 STOP_SECONDS = 5.0
 
 
 class KeeperActor:
     """Starts the keeper on its host, in a process that shares nothing with Ray's but its end."""
+
+    def up(self) -> None:
+        """Ray has made what it makes on its host before."""
 
     def run(self, program: str, first: str, folders: Sequence[str], text: bytes) -> int:
         """Be there as long as the keeper is; returns its exit code.
@@ -88,6 +93,9 @@ class RayKeepers:
         self._devices: dict[str, str] = {}
         self._actors: dict[str, tuple[Any, Any]] = {}
         """Host -> the actor, and the future of its keeper's exit code."""
+        self._preparing: dict[str, Any] = {}
+        """Host -> what is done when its actor is up."""
+        self._prepared_by = 0.0
 
     def _nodes(self) -> dict[str, Any]:
         return {_host_name(node): node for node in ray.nodes() if node["Alive"]}
@@ -110,6 +118,7 @@ class RayKeepers:
         known = {node["NodeID"]: node for node in ray.nodes()}  # also those that have come, or gone, meanwhile
         self._planned = {role: _host_name(known[node]) for role, node in planned.items()}
         self._seat(reserved)
+        self._prepared_by = time.monotonic() + PREPARE_SECONDS
         hosts = {_host_name(known[node]): known[node] for node in planned.values()}
         actor = ray.remote(num_cpus=0, max_restarts=0)(KeeperActor)
         for host, node in hosts.items():
@@ -118,6 +127,7 @@ class RayKeepers:
             address = LOOPBACK if self._embedded else str(node["NodeManagerAddress"])
             text = pickle.dumps((host, address, invitation))
             first = os.environ.get("PYTHONPATH", "")
+            self._preparing[host] = keeper.up.remote()
             self._actors[host] = keeper, keeper.run.remote(PROGRAM, first, [*filter(None, sys.path), os.getcwd()], text)
         return [*hosts]
 
@@ -169,7 +179,21 @@ class RayKeepers:
                     seat = ray.remote(num_cpus=0, num_gpus=gpus, scheduling_strategy=where)(SeatActor).remote()
                     self._stack.callback(_while_connected, ray.kill, seat)
                     asked[role] = seat.devices.remote()
-        self._devices = {role: ",".join(found) for role, found in zip(asked, ray.get([*asked.values()]), strict=True)}
+        for role, devices in asked.items():
+            try:
+                self._devices[role] = ",".join(ray.get(devices, timeout=PREPARE_SECONDS))
+            except ray.exceptions.RayError as error:
+                raise ConfigurationError(
+                    f"host {self._planned[role]} does not take part: {role} got no accelerator: {telling(error)}",
+                    hint="start the job again when the host is well, or without it, see docs/clusters.md",
+                ) from error
+
+    def preparing(self) -> Collection[str]:
+        """Hosts on which Ray has not started anything yet; it may be making the job's environment there."""
+        if not ray.is_initialized() or time.monotonic() > self._prepared_by:
+            return ()
+        self._preparing = {host: up for host, up in self._preparing.items() if not ray.wait([up], timeout=0)[0]}
+        return self._preparing
 
     def complaints(self) -> dict[str, str]:
         """Host -> why its keeper has ended, for those that have."""
