@@ -24,6 +24,8 @@ from distbelief.channel.base import Out, Remote, exported
 from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.futures import PendingCall
 from distbelief.channel.place import Place
+from distbelief.channel.secure import Certificate, new_certificate
+from distbelief.channel.wire import Wire
 from distbelief.engine import hosts
 from distbelief.engine.base import Death, Home
 from distbelief.engine.host import path_here
@@ -457,6 +459,28 @@ def test_a_folder_that_a_host_does_not_see_is_refused(
 def test_an_interface_is_found_by_its_address() -> None:
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("192.0.2.1") == ""
+    assert interface_of("2001:db8::1") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not interface_of("::1"), reason="this machine's loopback interface has no address of IPv6")
+@pytest.mark.parametrize("certificate", [None, new_certificate()])
+def test_hosts_may_have_addresses_of_ipv6(certificate: Certificate | None) -> None:
+    keepers = Subprocesses(2, addresses=["::1", "::1"], own="::1")
+    with closing(HostsEngine(NAMES, keepers, wire=Wire(certificate=certificate))) as engine:
+        engine.load(prepare, 21)
+        for name in NAMES[:2]:
+            engine.start(name, 0, Clerk)
+        engine.start(NAMES[3], 0, Writer, NAMES[0])
+        peers = [engine.find(name, Clerk, 20.0) for name in NAMES[:2]]
+        for peer in peers:
+            (address,) = peer.call(Clerk.listens).result()
+            assert address.startswith("0" * 24 + "01000000:")  # ::1
+            assert peer.call(Clerk.interface).result() == "=lo"
+            values, out = torch.randn(1000), torch.empty(1000)
+            peer.call(Clerk.mirror, values, out).result()
+            assert torch.equal(values, out)
+        wait_for(engine, lambda: peers[0].call(Clerk.noted).result())
 
 
 COORDINATOR_SCRIPT = """

@@ -23,7 +23,7 @@ import distbelief as db
 from distbelief.engine import reaper
 from distbelief.engine.pickles import pack
 from distbelief.engine.placement import Group, check_room, next_host
-from distbelief.engines import groups
+from distbelief.engines import engine_of, groups
 from distbelief.errors import ConfigurationError
 from tests import problems
 
@@ -372,6 +372,22 @@ def test_a_job_that_is_interrupted_while_its_keepers_end_gives_its_room_back(mon
     with pytest.raises(KeyboardInterrupt):
         keepers.end()
     assert (given_back, keepers._actors) == (["room"], {})
+
+
+@marked([ray])
+def test_an_address_of_the_cluster_that_is_none_of_this_hosts_is_refused_and_the_cluster_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from distbelief.engine import ray as engine
+
+    left = list[str]()
+    keepers = SimpleNamespace(host="10.0.0.1 (node 1)", address="192.0.2.1", end=lambda: left.append("the cluster"))
+    monkeypatch.setattr(engine, "RayKeepers", lambda address, groups: keepers)
+    with pytest.raises(
+        ConfigurationError, match=r"cannot listen at 192\.0\.2\.1, its address .*\nhint: start Ray .*--node-ip"
+    ):
+        engine_of(problems.job(cluster=db.Cluster(engine="ray")), None, None)
+    assert left == ["the cluster"]
 
 
 @marked([ray])

@@ -29,6 +29,7 @@ from distbelief.channel import frames
 from distbelief.channel.base import Future, Promise, exported
 from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.futures import Kept
+from distbelief.channel.links import family_of
 from distbelief.channel.peer import Peer, at
 from distbelief.channel.place import Place
 from distbelief.channel.wire import Wire
@@ -89,6 +90,7 @@ def birth(
     if wiring.devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = wiring.devices
     os.environ["NCCL_SOCKET_IFNAME"] = f"={interface_of(wiring.address)}"
+    os.environ["NCCL_SOCKET_FAMILY"] = family_of(wiring.address).name
     lease = Lease.attach(descriptors[0])
     listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors[1:]]
     invitation = wiring.invitation

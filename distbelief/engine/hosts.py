@@ -92,9 +92,9 @@ class HostsEngine(ProcessHome):
         key, wire = new_key(), wire or Wire()
 
         def endpoint(role: str) -> tuple[Endpoint, Place]:
-            listeners = [listen(role), listen_over_tcp(keepers.address)]
-            place = Place(keepers.host, *map(name_of, listeners))
-            return Endpoint(key, listeners=listeners, wire=wire), place
+            over_tcp, beside = listen_over_tcp(keepers.address), listen(role)
+            place = Place(keepers.host, name_of(beside), name_of(over_tcp))
+            return Endpoint(key, listeners=[beside, over_tcp], wire=wire), place
 
         own, own_place = endpoint(COORDINATOR)
         self._desk, registry_place = endpoint("registry")
@@ -181,9 +181,7 @@ class HostsEngine(ProcessHome):
     def _check_calls(self) -> None:
         """Raise ConfigurationError where a host cannot be called by another, whose roles would wait for ever."""
         places = [introduction.place for introduction in self._hosts.values()]
-        answers: dict[str, Future[Any]] = {
-            host: peer.call(Host.reach, places) for host, peer in self._keeper_peers.items()
-        }  # fmt: skip
+        answers: dict[str, Any] = {host: peer.call(Host.reach, places) for host, peer in self._keeper_peers.items()}
         self._await(answers)
         failed = []
         for host, answer in answers.items():
