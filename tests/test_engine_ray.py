@@ -259,6 +259,22 @@ def test_an_address_that_leads_to_no_hosts_is_refused_by_what_it_is(address: str
 
 
 @marked([ray])
+def test_a_machine_that_is_no_host_of_the_cluster_is_told_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray as cluster
+
+    from distbelief.engine import ray_connection
+
+    monkeypatch.setattr(ray_connection, "_cluster_at", lambda address: "its identity")
+    monkeypatch.setattr(ray_connection, "find_node_ids", list)
+    monkeypatch.setattr(cluster, "init", lambda *options, **more: pytest.fail("it would try for more than a minute"))
+    message = (
+        r"address='10.0.0.1:6379'\): the cluster is there, but this machine is no host .*\nhint: run `ray start --add"
+    )
+    with ExitStack() as stack, pytest.raises(ConfigurationError, match=message):
+        ray_connection._begin(stack, "10.0.0.1:6379", {})
+
+
+@marked([ray])
 def test_a_ray_that_cannot_be_begun_here_is_a_matter_of_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
