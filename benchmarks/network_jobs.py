@@ -54,6 +54,10 @@ class Keepers:
             self._processes[f"host{number}"] = keeper.begin(f"host{number}", address, invitation, spawn)
         return list(self._processes)
 
+    def preparing(self) -> Sequence[str]:
+        """None: a process is there at once."""
+        return ()
+
     def complaints(self) -> dict[str, str]:
         """Those that ended."""
         codes = {name: process.poll() for name, process in self._processes.items()}

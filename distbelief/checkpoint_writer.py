@@ -22,6 +22,11 @@ from distbelief.shard_file import ShardFile
 
 T = TypeVar("T")
 
+ROOM_HINT = (
+    "hint: look for room and permission there and, where checkpoints go to a store, in the folder for temporary files "
+    "of the host that is named"
+)
+
 
 @dataclass(frozen=True)
 class Writing:

@@ -18,7 +18,7 @@ import torch
 from distbelief import events
 from distbelief.channel.base import Future, Out, exported
 from distbelief.checkpoint import Manifest
-from distbelief.checkpoint_writer import CheckpointWriter, Writing
+from distbelief.checkpoint_writer import ROOM_HINT, CheckpointWriter, Writing
 from distbelief.engine.base import COORDINATOR, Engine
 from distbelief.engine.insistent import All, Insistent
 from distbelief.errors import DeadlineExceeded, Fenced, PeerLost, TrainingFailed
@@ -174,7 +174,7 @@ class Coordinator(ABC):
                 self.begun = self.checkpoint()
                 failed += not self.begun
             if failed == FIRST_CHECKPOINT_TRIES:
-                raise TrainingFailed(f"the first checkpoint could not be written: {self.writer.problem}")
+                raise TrainingFailed(f"the first checkpoint could not be written: {self.writer.problem}\n{ROOM_HINT}")
 
     @final
     def restore(self, folder: AnyPath, manifest: Manifest) -> None:

@@ -44,7 +44,14 @@ def engine_of(job: Job, faults: Faults | None, costs: Costs | None) -> Engine:
         ) from error
     wire = Wire(dtype=cluster.wire, certificate=new_certificate() if cluster.tls else None)
     keepers = RayKeepers(cluster.address, groups(cluster, evaluates=job.test is not None))
-    return HostsEngine(shards, keepers, faults=faults, wire=wire, lost_seconds=cluster.lost_seconds)
+    try:
+        return HostsEngine(shards, keepers, faults=faults, wire=wire, lost_seconds=cluster.lost_seconds)
+    except OSError as error:
+        keepers.end()
+        raise ConfigurationError(
+            f"this host cannot listen at {keepers.address}, its address in the Ray cluster: {error}",
+            hint="start Ray on each host with --node-ip-address= and an address of one of its own network interfaces",
+        ) from error
 
 
 def _allow_files(cluster: Cluster, *, evaluates: bool) -> None:

@@ -22,7 +22,8 @@ Sandblaster (section 4.2) keeps other vectors there, and the coordinator orders 
                                               x += t d;  keep the pair;  next d         <-      step(version, ..., step)
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar, final
 
@@ -114,13 +115,27 @@ class ParameterServerShard:
         """
         if any(section.status().version < version for section in self._sections.values()):
             raise NotReady(f"shard {self._span.start}..{self._span.stop} has not come to step {version}")
-        seals = [
-            section.write(
-                path_of(f"{path}-{partition}.safetensors" if self._cut else f"{path}.safetensors"), slots, durable
-            )
-            for partition, section in self._sections.items()
-        ]
-        return self._home.background(lambda: [file for seal in seals for file in seal()])
+        with self._naming_itself():
+            seals = [
+                section.write(
+                    path_of(f"{path}-{partition}.safetensors" if self._cut else f"{path}.safetensors"), slots, durable
+                )
+                for partition, section in self._sections.items()
+            ]
+
+        def seal_all() -> list[ShardFile]:
+            with self._naming_itself():
+                return [file for seal in seals for file in seal()]
+
+        return self._home.background(seal_all)
+
+    @contextlib.contextmanager
+    def _naming_itself(self) -> Iterator[None]:
+        """A disk that is full may be that of this host alone: what goes to a store is written there first."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"{self._home.name} at {self._home.address}: {error}") from error
 
     @exported
     def restore(

@@ -38,6 +38,10 @@ class Subprocesses:
             self.processes[name] = process
         return self.names
 
+    def preparing(self) -> Sequence[str]:
+        """None: a process is there at once."""
+        return ()
+
     def complaints(self) -> dict[str, str]:
         return {
             name: f"its keeper ended with exit code {process.poll()}"

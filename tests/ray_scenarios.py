@@ -174,6 +174,11 @@ def placement() -> dict[str, Any]:
     )  # fmt: skip
 
 
+def scattered() -> dict[str, Any]:
+    """Three pairs on two hosts of three cores: what is left for the last pair is one core on each."""
+    return placed(*(Group((f"{name}/0", f"{name}/1"), {"CPU": 1.0}) for name in "abc"))
+
+
 def refused(make: Callable[[], Any]) -> dict[str, Any]:
     started = time.monotonic()
     try:
@@ -223,7 +228,7 @@ def lost_host() -> dict[str, Any]:
     }  # fmt: skip
 
 
-SCENARIOS = [downpour, encrypted_and_rounded, partitioned, sandblaster, placement, refusals, lost_host]
+SCENARIOS = [downpour, encrypted_and_rounded, partitioned, sandblaster, placement, scattered, refusals, lost_host]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -22,7 +22,10 @@ import distbelief as db
 from distbelief.attempt import attempt
 from distbelief.channel.base import Out, Remote, exported
 from distbelief.channel.endpoint import Endpoint
+from distbelief.channel.futures import PendingCall
 from distbelief.channel.place import Place
+from distbelief.channel.secure import Certificate, new_certificate
+from distbelief.channel.wire import Wire
 from distbelief.engine import hosts
 from distbelief.engine.base import Death, Home
 from distbelief.engine.host import path_here
@@ -389,6 +392,49 @@ def is_refused(keepers: Subprocesses, message: str) -> None:
         assert time.monotonic() - started < 4.0, "they were waited for and killed"
 
 
+@pytest.mark.slow
+def test_a_host_that_another_one_cannot_call_is_refused_and_both_are_named_unless_it_is_gone() -> None:
+    nobody = Place("host1", "", ("127.0.0.1", 1))
+    with closing(HostsEngine(NAMES, Subprocesses(2), lost_seconds=1.0)) as engine:
+        engine.gather()
+        engine._hosts["host1"] = Introduction("host1", nobody, hosts.versions())
+        message = r"host host0 cannot call host host1: nothing answers at \('127.0.0.1', 1\): .*refused\nhint: let all"
+        with pytest.raises(ConfigurationError, match=message):
+            engine._check_calls()
+        engine._keeper_peers = {"host1": engine._keeper(engine._hosts["host1"])}
+        with pytest.raises(ConfigurationError, match=r"host driver cannot call host host1: nothing answers .*\nhint"):
+            engine._check_calls()
+        engine._keepers.processes["host1"].kill()
+        engine._check_calls()
+        assert engine.hosts == ("host0",)
+
+
+@pytest.mark.slow
+def test_a_host_has_its_time_to_come_once_its_keepers_process_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "GATHER_SECONDS", 0.1)
+    keepers = Subprocesses(2)
+    monkeypatch.setattr(keepers, "preparing", lambda: keepers.names)
+    with closing(HostsEngine(NAMES, keepers)) as engine:
+        engine.gather()
+        assert engine.hosts == ("host0", "host1")
+
+
+@pytest.mark.slow
+def test_a_job_that_is_interrupted_while_it_says_farewell_ends_its_keepers_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keepers = Subprocesses(2)
+    engine = HostsEngine(NAMES, keepers)
+    engine.gather()
+    processes = [*keepers.processes.values()]
+    with monkeypatch.context() as patched:
+        patched.setattr(PendingCall, "wait", lambda call, seconds: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            engine.close()
+    assert [process.poll() is None for process in processes] == [False, False]
+    assert own_sockets("0A") == []
+
+
 def test_a_host_that_comes_when_the_job_is_over_is_told_so() -> None:
     with closing(Endpoint(b"the key")) as endpoint:
         registry = Registry(endpoint)
@@ -413,6 +459,28 @@ def test_a_folder_that_a_host_does_not_see_is_refused(
 def test_an_interface_is_found_by_its_address() -> None:
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("192.0.2.1") == ""
+    assert interface_of("2001:db8::1") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not interface_of("::1"), reason="this machine's loopback interface has no address of IPv6")
+@pytest.mark.parametrize("certificate", [None, new_certificate()])
+def test_hosts_may_have_addresses_of_ipv6(certificate: Certificate | None) -> None:
+    keepers = Subprocesses(2, addresses=["::1", "::1"], own="::1")
+    with closing(HostsEngine(NAMES, keepers, wire=Wire(certificate=certificate))) as engine:
+        engine.load(prepare, 21)
+        for name in NAMES[:2]:
+            engine.start(name, 0, Clerk)
+        engine.start(NAMES[3], 0, Writer, NAMES[0])
+        peers = [engine.find(name, Clerk, 20.0) for name in NAMES[:2]]
+        for peer in peers:
+            (address,) = peer.call(Clerk.listens).result()
+            assert address.startswith("0" * 24 + "01000000:")  # ::1
+            assert peer.call(Clerk.interface).result() == "=lo"
+            values, out = torch.randn(1000), torch.empty(1000)
+            peer.call(Clerk.mirror, values, out).result()
+            assert torch.equal(values, out)
+        wait_for(engine, lambda: peers[0].call(Clerk.noted).result())
 
 
 COORDINATOR_SCRIPT = """

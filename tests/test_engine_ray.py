@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ import distbelief as db
 from distbelief.engine import reaper
 from distbelief.engine.pickles import Unpickler, pack
 from distbelief.engine.placement import Group, check_room, next_host
-from distbelief.engines import groups
+from distbelief.engines import engine_of, groups
 from distbelief.errors import ConfigurationError
 from tests import problems
 
@@ -123,6 +123,15 @@ def test_shards_are_spread_groups_are_packed_and_resources_decide_where_a_role_l
     devices = {role: devices for role, (_, devices) in told["placement"].items()}
     assert {devices["gpu/0"], devices["gpu/1"]} == {"0", "1"}
     assert devices["shard/0"] == ""
+
+
+@marked(in_turn)
+def test_a_group_that_no_host_has_room_for_beside_the_rest_of_the_job_is_placed_on_several(
+    told: dict[str, Any],
+) -> None:
+    where = {role: host for role, (host, _) in told["scattered"].items()}
+    together = [where[f"{name}/0"] == where[f"{name}/1"] for name in "abc"]
+    assert together == [True, True, False]
 
 
 @marked(in_turn)
@@ -250,6 +259,22 @@ def test_an_address_that_leads_to_no_hosts_is_refused_by_what_it_is(address: str
 
 
 @marked([ray])
+def test_a_machine_that_is_no_host_of_the_cluster_is_told_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray as cluster
+
+    from distbelief.engine import ray_connection
+
+    monkeypatch.setattr(ray_connection, "_cluster_at", lambda address: "its identity")
+    monkeypatch.setattr(ray_connection, "find_node_ids", list)
+    monkeypatch.setattr(cluster, "init", lambda *options, **more: pytest.fail("it would try for more than a minute"))
+    message = (
+        r"address='10.0.0.1:6379'\): the cluster is there, but this machine is no host .*\nhint: run `ray start --add"
+    )
+    with ExitStack() as stack, pytest.raises(ConfigurationError, match=message):
+        ray_connection._begin(stack, "10.0.0.1:6379", {})
+
+
+@marked([ray])
 def test_a_ray_that_cannot_be_begun_here_is_a_matter_of_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +369,108 @@ def test_a_job_whose_ray_the_user_has_shut_down_asks_nothing_of_it_any_more(monk
     assert keepers.complaints() == {"ray-1": "Ray was shut down in this process"}
     keepers.end()
     assert keepers._actors == {}
+
+
+@marked([ray])
+def test_a_job_that_is_interrupted_while_its_keepers_end_gives_its_room_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray as cluster
+
+    from distbelief.engine.ray import RayKeepers
+
+    def interrupted(*given: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster, "is_initialized", lambda: True)
+    monkeypatch.setattr(cluster, "wait", interrupted)
+    keepers, given_back = RayKeepers.__new__(RayKeepers), list[str]()
+    keepers._actors, keepers._stack = {"ray-1": (object(), object())}, ExitStack()
+    keepers._stack.callback(given_back.append, "room")
+    with pytest.raises(KeyboardInterrupt):
+        keepers.end()
+    assert (given_back, keepers._actors) == (["room"], {})
+
+
+@marked([ray])
+def test_an_address_of_the_cluster_that_is_none_of_this_hosts_is_refused_and_the_cluster_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from distbelief.engine import ray as engine
+
+    left = list[str]()
+    keepers = SimpleNamespace(host="10.0.0.1 (node 1)", address="192.0.2.1", end=lambda: left.append("the cluster"))
+    monkeypatch.setattr(engine, "RayKeepers", lambda address, groups: keepers)
+    with pytest.raises(
+        ConfigurationError, match=r"cannot listen at 192\.0\.2\.1, its address .*\nhint: start Ray .*--node-ip"
+    ):
+        engine_of(problems.job(cluster=db.Cluster(engine="ray")), None, None)
+    assert left == ["the cluster"]
+
+
+@marked([ray])
+def test_hosts_are_being_prepared_until_their_actor_is_up_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray as cluster
+
+    from distbelief.engine.ray import RayKeepers
+
+    up = list[str]()
+    monkeypatch.setattr(cluster, "is_initialized", lambda: True)
+    monkeypatch.setattr(cluster, "wait", lambda asked, timeout: ([each for each in asked if each in up], []))
+    keepers = RayKeepers.__new__(RayKeepers)
+    keepers._preparing, keepers._prepared_by = {"one": "first", "other": "second"}, time.monotonic() + 60.0
+    assert set(keepers.preparing()) == {"one", "other"}
+    up.append("first")
+    assert set(keepers.preparing()) == {"other"}
+    keepers._prepared_by = time.monotonic() - 1.0
+    assert not keepers.preparing()
+
+
+@marked([ray])
+def test_accelerators_that_cannot_be_had_are_told_with_role_and_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray as cluster
+
+    from distbelief.engine import ray as engine
+
+    def failed(asked: object, timeout: float) -> None:
+        raise cluster.exceptions.RuntimeEnvSetupError("ERROR: No matching distribution found for torch==99")
+
+    seat = SimpleNamespace(devices=SimpleNamespace(remote=lambda: "the devices"))
+    monkeypatch.setattr(cluster, "remote", lambda **options: lambda actor: SimpleNamespace(remote=lambda: seat))
+    monkeypatch.setattr(cluster, "get", failed)
+    keepers = engine.RayKeepers.__new__(engine.RayKeepers)
+    keepers._groups, keepers._stack = [Group(("replica/0",), {"GPU": 1.0})], ExitStack()
+    keepers._planned, keepers._devices = {"replica/0": "10.0.0.1 (node 1)"}, {}
+    message = r"host 10.0.0.1 \(node 1\) does not take part: replica/0 got no accelerator: .*torch==99\nhint: start"
+    with pytest.raises(ConfigurationError, match=message):
+        keepers._seat([cast("Any", None)])
+
+
+@marked([ray])
+def test_room_that_is_there_and_is_not_reserved_says_that_a_host_may_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distbelief.engine import ray as engine
+
+    tried, removed, pair = list[str](), list[Any](), Group(("a", "b"), {"CPU": 2.0})
+    never = SimpleNamespace(wait=lambda seconds: False)
+    monkeypatch.setattr(engine, "placement_group", lambda each, strategy: tried.append(strategy) or never)
+    monkeypatch.setattr(engine, "remove_placement_group", removed.append)
+    keepers = engine.RayKeepers.__new__(engine.RayKeepers)
+    keepers._stack = ExitStack()
+    for free, said in (
+        (4.0, r"Ray has reserved no room for a, b .*\nhint: look whether"),
+        (3.0, "has no room for a, b"),
+    ):
+        monkeypatch.setattr(keepers, "_free", lambda free=free: {"10.0.0.1 (node 1)": {"CPU": free}})
+        with pytest.raises(ConfigurationError, match=rf"{said}"):
+            keepers._reserve(pair, [{"CPU": 4.0}])
+    assert tried == ["STRICT_PACK", "PACK"] * 2
+    assert removed == [never] * 4, "a room that comes late would be taken beside another"
+
+
+@marked([ray])
+def test_hosts_are_named_by_their_addresses_which_several_may_have() -> None:
+    from distbelief.engine.ray import _host_name
+
+    nodes = [{"NodeManagerAddress": "10.0.0.1", "NodeID": letter * 56} for letter in "ab"]
+    assert [_host_name(node) for node in nodes] == ["10.0.0.1 (node aaaaaaaa)", "10.0.0.1 (node bbbbbbbb)"]
 
 
 @marked([ray])
@@ -521,10 +648,14 @@ def test_functions_of_a_script_that_a_worker_of_ray_does_not_run_travel_as_they_
     assert arrived() == 7
 
 
-def test_a_group_is_packed_on_one_host_only_where_one_holds_it() -> None:
-    pair = Group(("a", "b"), {"CPU": 2.0})
-    assert pair.strategy([{"CPU": 3.0}, {"CPU": 4.0}]) == "STRICT_PACK"
-    assert pair.strategy([{"CPU": 3.0}, {"CPU": 3.0}]) == "PACK"
+def test_a_group_is_packed_on_one_host_where_one_holds_it_and_else_on_few() -> None:
+    pair = Group(("a", "b"), {"CPU": 2.0, "GPU": 0.5})
+    assert pair.strategies([{"CPU": 3.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}]) == ["STRICT_PACK", "PACK"]
+    assert pair.strategies([{"CPU": 3.0, "GPU": 1.0}, {"CPU": 9.0, "GPU": 0.5}]) == ["PACK"]
+    assert Group(("a",), {"CPU": 2.0}).strategies([{"CPU": 4.0}]) == ["PACK"]
+    assert Group(("a", "b"), {"CPU": 1.0}, spread=True).strategies([{"CPU": 4.0}]) == ["SPREAD"]
+    assert pair.fitting([{"CPU": 7.9, "GPU": 1.6}, {"CPU": 1.9, "GPU": 8.0}, {"CPU": 8.0}]) == 3
+    assert Group(("a",), {"CPU": 0.1}).fitting([{"CPU": 1.0 - 7 * 0.1}]) == 3
 
 
 def test_a_process_that_no_host_can_hold_is_named_though_all_hosts_together_could() -> None:

@@ -295,6 +295,13 @@ def test_a_shard_without_parameters_answers_that_it_is_not_ready(tmp_path: Path)
     assert torch.equal(servers.read()[1], START)
 
 
+def test_a_shard_that_cannot_write_says_which_one_it_is_and_where(tmp_path: Path) -> None:
+    servers = Servers(rules.adagrad(0.1), 1)
+    servers.home.name, servers.home.address = "shard/0", "10.0.0.3"
+    with pytest.raises(OSError, match=r"^shard/0 at 10\.0\.0\.3: .*No such file"):
+        servers.snapshot(tmp_path / "nowhere")
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised memory holds NaN, so that whoever reads it is found out."""

@@ -296,7 +296,7 @@ def test_a_run_without_a_checkpoint_offers_neither_to_resume_nor_to_export_it(tm
         if isinstance(observation.event, JobStarted):
             (tmp_path / "run" / "checkpoints").write_text("/proc/nowhere")
 
-    with pytest.raises(db.TrainingFailed, match="first checkpoint could not be written"):
+    with pytest.raises(db.TrainingFailed, match=r"first checkpoint could not be written: .*\nhint: look for room"):
         trained(problems.job(), tmp_path / "run", listeners=[block])
     last = heard[-1].event
     assert isinstance(last, JobFinished)

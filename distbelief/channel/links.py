@@ -21,9 +21,14 @@ _TCP_INFO = struct.Struct("=8B13I")
 _RETRANSMITS, _PROBES, _BACKOFF, _DATA_RECEIVED, _ACKNOWLEDGED = 2, 3, 4, 19, 20
 
 
+def family_of(host: str) -> socket.AddressFamily:
+    """Of sockets of this address: IPv6's have colons."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def dial(address: Address) -> socket.socket:
     """A socket that is connecting or connected already; never waits. Raises PeerLost when it cannot even begin."""
-    link = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET, socket.SOCK_STREAM)
+    link = socket.socket(socket.AF_UNIX if isinstance(address, str) else family_of(address[0]), socket.SOCK_STREAM)
     link.setblocking(False)
     try:
         number = link.connect_ex(address)

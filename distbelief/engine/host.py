@@ -29,6 +29,7 @@ from distbelief.channel import frames
 from distbelief.channel.base import Future, Promise, exported
 from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.futures import Kept
+from distbelief.channel.links import family_of
 from distbelief.channel.peer import Peer, at
 from distbelief.channel.place import Place
 from distbelief.channel.wire import Wire
@@ -89,6 +90,7 @@ def birth(
     if wiring.devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = wiring.devices
     os.environ["NCCL_SOCKET_IFNAME"] = f"={interface_of(wiring.address)}"
+    os.environ["NCCL_SOCKET_FAMILY"] = family_of(wiring.address).name
     lease = Lease.attach(descriptors[0])
     listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors[1:]]
     invitation = wiring.invitation
@@ -122,6 +124,14 @@ def path_here(theirs: Sequence[str], own: Sequence[str]) -> list[str]:
     library = f"python{sys.version_info.major}{sys.version_info.minor}.zip"  # Python's own begin with it, there or not
     folders = list(itertools.takewhile(lambda each: Path(each).name != library, theirs))
     return list(dict.fromkeys([*folders, *own, *theirs]))
+
+
+def _why_not(answer: Future[None]) -> str:
+    try:
+        answer.result()
+    except ChannelError as error:
+        return str(error)
+    return ""
 
 
 @final
@@ -230,6 +240,27 @@ class Host:
             self._loading = None
 
     # what the coordinator may ask
+
+    @exported
+    def here(self) -> None:
+        """Another host tries whether it can call this one."""
+
+    @exported
+    def reach(self, others: list[Place]) -> Promise[list[str]]:
+        """Call other hosts; the answer is for each why it could not be called, or nothing."""
+        wire, told = self._invitation.wire, Kept[list[str]](self._endpoint)
+        seconds = wire.connect_seconds + self._invitation.lost_seconds
+        peers: list[Peer[Host]] = [Peer(self._endpoint, at(place.nearest(self._name)), seconds) for place in others]
+        answers = [peer.call(Host.here) for peer in peers]
+
+        def errand() -> bool:
+            if not all(answer.done() for answer in answers):
+                return False
+            told.keep([_why_not(answer) for answer in answers])
+            return True
+
+        self._endpoint.attend(errand)
+        return told
 
     @exported
     def announce(self, main: dict[str, Any], sizes: list[int]) -> None:

@@ -6,12 +6,13 @@ silent for a while counts as lost, and with it all roles that lived there; they 
 Calls travel as everywhere: between roles of one host through shared memory, otherwise over TCP.
 """
 
+import contextlib
 import functools
 import pickle
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -62,6 +63,9 @@ class Keepers(Protocol):
     def begin(self, invitation: Invitation) -> Sequence[str]:
         """Start the keepers; returns at once, with the names of their hosts. Raises ConfigurationError."""
 
+    def preparing(self) -> Collection[str]:
+        """Hosts on which the keeper's process has still to be made."""
+
     def complaints(self) -> dict[str, str]:
         """Host -> why its keeper has ended, for those that have."""
 
@@ -88,9 +92,9 @@ class HostsEngine(ProcessHome):
         key, wire = new_key(), wire or Wire()
 
         def endpoint(role: str) -> tuple[Endpoint, Place]:
-            listeners = [listen(role), listen_over_tcp(keepers.address)]
-            place = Place(keepers.host, *map(name_of, listeners))
-            return Endpoint(key, listeners=listeners, wire=wire), place
+            over_tcp, beside = listen_over_tcp(keepers.address), listen(role)
+            place = Place(keepers.host, name_of(beside), name_of(over_tcp))
+            return Endpoint(key, listeners=[beside, over_tcp], wire=wire), place
 
         own, own_place = endpoint(COORDINATOR)
         self._desk, registry_place = endpoint("registry")
@@ -140,11 +144,12 @@ class HostsEngine(ProcessHome):
     def gather(self) -> None:
         """Start the keepers and wait until they are there. Raises ConfigurationError."""
         expected = self._keepers.begin(self._invitation)
-        until = time.monotonic() + GATHER_SECONDS
+        until = dict.fromkeys(expected, time.monotonic() + GATHER_SECONDS)
         while missing := [host for host in expected if host not in self._registry.joined()]:
+            until |= dict.fromkeys(self._keepers.preparing(), time.monotonic() + GATHER_SECONDS)
             complaints = self._keepers.complaints()
             for host in missing:
-                if host in complaints or time.monotonic() > until:
+                if host in complaints or time.monotonic() > until[host]:
                     registry = ":".join(map(str, self._invitation.registry.address))
                     silence = f"it has not reached the coordinator at {registry} within {GATHER_SECONDS:g} s"
                     raise ConfigurationError(
@@ -158,6 +163,7 @@ class HostsEngine(ProcessHome):
         self._hosts = {host: joined[host] for host in expected}
         self._keeper_peers = {host: self._keeper(introduction) for host, introduction in self._hosts.items()}
         self._check_versions()
+        self._check_calls()
 
     def _keeper(self, introduction: Introduction) -> Peer[Host]:
         return Peer(self._endpoint, at(introduction.place.nearest(self._keepers.host)), UNTIL_LOST_SECONDS)
@@ -171,6 +177,29 @@ class HostsEngine(ProcessHome):
                         f"host {host} has {name} {version}, the coordinator's, {self._keepers.host}, has {own[name]}",
                         hint="install the same versions on all hosts, for example by the same image",
                     )
+
+    def _check_calls(self) -> None:
+        """Raise ConfigurationError where a host cannot be called by another, whose roles would wait for ever."""
+        places = [introduction.place for introduction in self._hosts.values()]
+        answers: dict[str, Any] = {host: peer.call(Host.reach, places) for host, peer in self._keeper_peers.items()}
+        self._await(answers)
+        failed = []
+        for host, answer in answers.items():
+            try:
+                told = answer.result() if answer.done() else []
+                failed += [(host, place.host, why) for place, why in zip(places, told, strict=False) if why]
+            except PeerLost as error:
+                failed.append((self._keepers.host, host, str(error)))
+        until = time.monotonic() + self._invitation.lost_seconds
+        while failed and time.monotonic() < until:  # a host that is gone has no part in the job
+            self._watch_hosts()
+            self.sleep(0.02)
+        for one, other, why in failed:
+            if other in self._hosts and one in (*self._hosts, self._keepers.host):
+                raise ConfigurationError(
+                    f"host {one} cannot call host {other}: {why}",
+                    hint="let all hosts connect to each other on all TCP ports, see docs/clusters.md",
+                )
 
     def check_visible(self, folder: Path) -> None:
         """Raise ConfigurationError unless every host sees what is written to this folder."""
@@ -341,18 +370,17 @@ class HostsEngine(ProcessHome):
         """End every role, every keeper and close every socket."""
         if self._closed:
             return
-        self._closed = True
-        farewells = [
-            (self._keeper_peers.get(host) or self._keeper(introduction)).call(Host.end)
-            for host, introduction in self._registry.end().items()
-        ]
-        until = time.monotonic() + FAREWELL_SECONDS
-        for farewell in farewells:
-            farewell.wait(until - time.monotonic())
-        self._hosts = {}
-        self._keepers.end()
-        self.leave()
-        self._desk.close()
+        self._closed, self._hosts = True, {}
+        with contextlib.ExitStack() as ending:  # all of it, though Ctrl-C ends the wait
+            for end in (self._desk.close, self.leave, self._keepers.end):
+                ending.callback(end)
+            farewells = [
+                (self._keeper_peers.get(host) or self._keeper(introduction)).call(Host.end)
+                for host, introduction in self._registry.end().items()
+            ]
+            until = time.monotonic() + FAREWELL_SECONDS
+            for farewell in farewells:
+                farewell.wait(until - time.monotonic())
 
 
 def _of_host(host: str, failure: DistbeliefError) -> DistbeliefError:

@@ -6,7 +6,10 @@ import fcntl
 import secrets
 import socket
 import struct
+from pathlib import Path
 from typing import Any
+
+from distbelief.channel.links import family_of
 
 LOOPBACK = "127.0.0.1"
 _SIOCGIFADDR = 0x8915
@@ -22,7 +25,7 @@ def listen(role: str) -> socket.socket:
 
 def listen_over_tcp(address: str = LOOPBACK) -> socket.socket:
     """A TCP socket of this address only, at any free port. Raises OSError when it is no address of this host."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener = socket.socket(family_of(address), socket.SOCK_STREAM)
     try:
         listener.bind((address, 0))
     except OSError:
@@ -34,6 +37,11 @@ def listen_over_tcp(address: str = LOOPBACK) -> socket.socket:
 
 def interface_of(address: str) -> str:
     """The name of the network interface that has this address; "" when it is none of this host's."""
+    if family_of(address) == socket.AF_INET6:
+        packed = socket.inet_pton(socket.AF_INET6, address).hex()
+        table = Path("/proc/net/if_inet6")  # a kernel may have none
+        lines = (line.split() for line in (table.read_text().splitlines() if table.exists() else []))
+        return next((fields[-1] for fields in lines if fields[0] == packed), "")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # one without an address
@@ -46,4 +54,4 @@ def interface_of(address: str) -> str:
 def name_of(listener: socket.socket) -> Any:
     """Where to call it: the name of a Unix socket, or (address, port)."""
     name = listener.getsockname()
-    return name.decode() if isinstance(name, bytes) else tuple(name)
+    return name.decode() if isinstance(name, bytes) else tuple(name[:2])

@@ -19,13 +19,18 @@ class Group:
     """What every one of the roles needs; "CPU" and "GPU" are known to every cluster."""
     spread: bool = False
 
-    def strategy(self, hosts: Sequence[Resources]) -> str:
-        """What Ray calls it, given what each host has."""
+    def strategies(self, hosts: Sequence[Resources]) -> list[str]:
+        """What Ray calls it, the best first, given what each host has."""
         if self.spread:
-            return "SPREAD"
-        whole = {name: amount * len(self.roles) for name, amount in self.each.items()}
-        fits = any(all(host.get(name, 0.0) >= amount for name, amount in whole.items()) for host in hosts)
-        return "STRICT_PACK" if fits else "PACK"
+            return ["SPREAD"]
+        on_one = any(self.fitting([host]) >= len(self.roles) for host in hosts)
+        return ["STRICT_PACK", "PACK"] if on_one and len(self.roles) > 1 else ["PACK"]
+
+    def fitting(self, hosts: Iterable[Resources]) -> int:
+        """How many such roles fit on hosts with so much."""
+        return sum(
+            int(min(host.get(name, 0.0) / amount + 1e-6 for name, amount in self.each.items())) for host in hosts
+        )
 
 
 def total(groups: Iterable[Group]) -> dict[str, float]:

@@ -15,7 +15,8 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, final
 
 import ray
@@ -33,11 +34,16 @@ from distbelief.errors import ConfigurationError
 FREE_SECONDS = 5.0
 ROOM_SECONDS = 10.0
 """Ray reserves room that is free within a second or two."""
+PREPARE_SECONDS = 660.0
+"""Ray may take ten minutes to make the environment of a job on a host, and one to notice that a host is gone."""
 STOP_SECONDS = 5.0
 
 
 class KeeperActor:
     """Starts the keeper on its host, in a process that shares nothing with Ray's but its end."""
+
+    def up(self) -> None:
+        """Ray has made what it makes on its host before."""
 
     def run(self, program: str, first: str, folders: Sequence[str], text: bytes) -> int:
         """Be there as long as the keeper is; returns its exit code.
@@ -74,12 +80,10 @@ class RayKeepers:
         self._stack = contextlib.ExitStack()
         try:
             self._stack.enter_context(CONNECTION.held(address, total(groups)))
-            self.host = _host_name(ray.get_runtime_context().get_node_id())
-            embedded = len(self._nodes()) == 1 and address is None
-            self.address = LOOPBACK if embedded else ray.util.get_node_ip_address()
-            self._addresses = {
-                name: LOOPBACK if embedded else str(node["NodeManagerAddress"]) for name, node in self._nodes().items()
-            }
+            own = ray.get_runtime_context().get_node_id()
+            self.host = next(_host_name(node) for node in ray.nodes() if node["NodeID"] == own)
+            self._embedded = len(self._nodes()) == 1 and address is None
+            self.address = LOOPBACK if self._embedded else ray.util.get_node_ip_address()
             check_room(groups, [node["Resources"] for node in self._nodes().values()])
         except BaseException:
             self._stack.close()
@@ -89,9 +93,12 @@ class RayKeepers:
         self._devices: dict[str, str] = {}
         self._actors: dict[str, tuple[Any, Any]] = {}
         """Host -> the actor, and the future of its keeper's exit code."""
+        self._preparing: dict[str, Any] = {}
+        """Host -> what is done when its actor is up."""
+        self._prepared_by = 0.0
 
     def _nodes(self) -> dict[str, Any]:
-        return {_host_name(node["NodeID"]): node for node in ray.nodes() if node["Alive"]}
+        return {_host_name(node): node for node in ray.nodes() if node["Alive"]}
 
     # room and keepers
 
@@ -100,33 +107,51 @@ class RayKeepers:
         # Ray's own processes need not import this package, which takes seconds: they get its actors by value.
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
         self._check_free()
-        whole = [node["Resources"] for node in self._nodes().values()]
-        reserved = [
-            placement_group([dict(group.each)] * len(group.roles), strategy=group.strategy(whole))
-            for group in self._groups
-        ]
-        for each in reserved:
-            self._stack.callback(_while_connected, remove_placement_group, each)
-        for group, each in zip(self._groups, reserved, strict=True):
-            if not each.wait(ROOM_SECONDS):
-                free = [{name: host.get(name, 0.0) for name in group.each} for host in self._free().values()]
-                raise ConfigurationError(
-                    f"the cluster has no room for {', '.join(group.roles)} beside the rest of the job: each needs "
-                    f"{dict(group.each)} on one host; on its hosts are left {free}",
-                    hint="use fewer replicas or shards, ask less for each, or end other jobs of the cluster",
-                )
-            nodes = placement_group_table(each)["bundles_to_node_id"]
-            self._planned |= {role: _host_name(nodes[number]) for number, role in enumerate(group.roles)}
+        left = defaultdict(Counter, {node["NodeID"]: Counter(node["Resources"]) for node in self._nodes().values()})
+        reserved, planned = [], dict[str, str]()
+        for group in self._groups:
+            room, nodes = self._reserve(group, [*left.values()])
+            reserved.append(room)
+            planned |= dict(zip(group.roles, nodes, strict=True))
+            for node in nodes:
+                left[node].subtract(group.each)
+        known = {node["NodeID"]: node for node in ray.nodes()}  # also those that have come, or gone, meanwhile
+        self._planned = {role: _host_name(known[node]) for role, node in planned.items()}
         self._seat(reserved)
-        hosts = list(dict.fromkeys(self._planned.values()))
+        self._prepared_by = time.monotonic() + PREPARE_SECONDS
+        hosts = {_host_name(known[node]): known[node] for node in planned.values()}
         actor = ray.remote(num_cpus=0, max_restarts=0)(KeeperActor)
-        for host in hosts:
-            where = NodeAffinitySchedulingStrategy(self._nodes()[host]["NodeID"], soft=False)
+        for host, node in hosts.items():
+            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             keeper = actor.options(scheduling_strategy=where).remote()
-            text = pickle.dumps((host, self._addresses[host], invitation))
+            address = LOOPBACK if self._embedded else str(node["NodeManagerAddress"])
+            text = pickle.dumps((host, address, invitation))
             first = os.environ.get("PYTHONPATH", "")
+            self._preparing[host] = keeper.up.remote()
             self._actors[host] = keeper, keeper.run.remote(PROGRAM, first, [*filter(None, sys.path), os.getcwd()], text)
-        return hosts
+        return [*hosts]
+
+    def _reserve(self, group: Group, left: Sequence[Resources]) -> tuple[PlacementGroup, list[str]]:
+        """Room for the group, and by role the id of its node, where the job has `left` so much. ConfigurationError."""
+        for strategy in group.strategies(left):
+            room = placement_group([dict(group.each)] * len(group.roles), strategy=strategy)
+            self._stack.callback(_while_connected, remove_placement_group, room)
+            if room.wait(ROOM_SECONDS):
+                nodes = placement_group_table(room)["bundles_to_node_id"]
+                return room, [nodes[number] for number in range(len(group.roles))]
+            remove_placement_group(room)
+        free = {host: {name: has.get(name, 0.0) for name in group.each} for host, has in self._free().items()}
+        needs = f"each needs {dict(group.each)} on one host; on its hosts are left {free}"
+        if group.fitting(free.values()) < len(group.roles):
+            raise ConfigurationError(
+                f"the cluster has no room for {', '.join(group.roles)} beside the rest of the job: {needs}",
+                hint="use fewer replicas or shards, ask less for each, or end other jobs of the cluster",
+            )
+        raise ConfigurationError(
+            f"Ray has reserved no room for {', '.join(group.roles)} within {ROOM_SECONDS:g} s: {needs}",
+            hint="look whether all of these hosts answer, since Ray may take a minute to notice that one is gone; then "
+            "start the job again",
+        )
 
     def _check_free(self) -> None:
         """Raise ConfigurationError when what is there is taken; what was just given back is not seen at once."""
@@ -154,7 +179,21 @@ class RayKeepers:
                     seat = ray.remote(num_cpus=0, num_gpus=gpus, scheduling_strategy=where)(SeatActor).remote()
                     self._stack.callback(_while_connected, ray.kill, seat)
                     asked[role] = seat.devices.remote()
-        self._devices = {role: ",".join(found) for role, found in zip(asked, ray.get([*asked.values()]), strict=True)}
+        for role, devices in asked.items():
+            try:
+                self._devices[role] = ",".join(ray.get(devices, timeout=PREPARE_SECONDS))
+            except ray.exceptions.RayError as error:
+                raise ConfigurationError(
+                    f"host {self._planned[role]} does not take part: {role} got no accelerator: {telling(error)}",
+                    hint="start the job again when the host is well, or without it, see docs/clusters.md",
+                ) from error
+
+    def preparing(self) -> Collection[str]:
+        """Hosts on which Ray has not started anything yet; it may be making the job's environment there."""
+        if not ray.is_initialized() or time.monotonic() > self._prepared_by:
+            return ()
+        self._preparing = {host: up for host, up in self._preparing.items() if not ray.wait([up], timeout=0)[0]}
+        return self._preparing
 
     def complaints(self) -> dict[str, str]:
         """Host -> why its keeper has ended, for those that have."""
@@ -187,11 +226,11 @@ class RayKeepers:
 
     def end(self) -> None:
         """End keepers, give back the room, and leave the cluster or end it."""
-        if self._actors and ray.is_initialized():
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.wait([running for _, running in self._actors.values()], num_returns=len(self._actors),
-                         timeout=STOP_SECONDS)  # fmt: skip
-        try:
+        try:  # whoever is waited for: Ctrl-C in the meantime must not keep the room
+            if self._actors and ray.is_initialized():
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.wait([running for _, running in self._actors.values()], num_returns=len(self._actors),
+                             timeout=STOP_SECONDS)  # fmt: skip
             for actor, _ in self._actors.values():
                 with contextlib.suppress(ray.exceptions.RayError):
                     _while_connected(ray.kill, actor)
@@ -200,8 +239,9 @@ class RayKeepers:
             self._stack.close()
 
 
-def _host_name(node: str) -> str:
-    return f"ray-{node[:12]}"
+def _host_name(node: Mapping[str, Any]) -> str:
+    """What people know the host by, and the beginning of Ray's own name: a machine may be several nodes of Ray's."""
+    return f"{node['NodeManagerAddress']} (node {node['NodeID'][:8]})"
 
 
 def _while_connected(action: Callable[..., object], *arguments: Any) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import final
 
 import ray
-from ray._private.services import canonicalize_bootstrap_address
+from ray._private.services import canonicalize_bootstrap_address, find_node_ids
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined, unused-ignore]
 
 from distbelief.engine import reaper
@@ -81,7 +81,13 @@ def _begin(stack: contextlib.ExitStack, address: str | None, asked: Resources) -
         stack.enter_context(_embedded(asked))
         return
     if address != "auto":
-        _cluster_at(address)  # Ray would try for minutes where something else answers
+        _cluster_at(address)  # Ray would try for minutes where something else answers, or where no node of its own is
+        if not find_node_ids():
+            raise ConfigurationError(
+                f"Cluster(engine='ray', address={address!r}): the cluster is there, but this machine is no host of it",
+                hint=f"run `ray start --address={address}` here before, start the program on a host of the cluster, or "
+                "hand it to the cluster with `ray job submit`",
+            )
     stack.callback(ray.shutdown)  # of what was begun halfway, too: it would be taken for the user's own
     try:
         ray.init(address=address, namespace=_namespace(), configure_logging=False, log_to_driver=True)
