@@ -112,6 +112,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: int
     """No role that pushed into these shards had this incarnation or a higher one."""
     examples: int
+    lost_updates: int = 0
+    """Pushes that deaths of shards had lost."""
     leases: LeaseState | None = None
     """Of Downpour."""
     search: Search | None = None

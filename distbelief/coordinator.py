@@ -50,8 +50,7 @@ class Coordinator(ABC):
         self.engine, self.settings, self.emit = engine, settings, emit
         self.interrupted: str | None = None
         """Set from outside (a signal handler) to make the job stop cleanly with this reason."""
-        self._initial_buffers = list(buffers)
-        """Per partition."""
+        self._initial_buffers = list(buffers)  # per partition
         self._meetings: dict[str, bytes] = {}
         """What partitions tell each other to form a replica: by their replica, its incarnation, and a key of theirs."""
         self.begun = False
@@ -179,8 +178,9 @@ class Coordinator(ABC):
     @final
     def restore(self, folder: AnyPath, manifest: Manifest) -> None:
         """Give every shard this checkpoint."""
-        given = str(folder), manifest.shards, dict[int, int](), self.is_own(manifest), None
-        self.wait(self.ask_shards(ParameterServerShard.restore, *given))
+        own = self.is_own(manifest)
+        self.counters.go_on(manifest.lost_updates if own else 0)
+        self.wait(self.ask_shards(ParameterServerShard.restore, str(folder), manifest.shards, {}, own, None))
 
     @final
     def ask_shards(self, method: Callable[..., Any], *arguments: Any) -> All[Any]:

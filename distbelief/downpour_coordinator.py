@@ -30,7 +30,7 @@ class DownpourCoordinator(Coordinator):
         super().__init__(engine, settings, buffers, manifest, emit)
         self.leases, self._release = leases, release
         self._meter = Meter(engine.now(), leases.settled_examples)
-        self._refused_examples = self._refused_pushes = 0
+        self._refused_pushes = 0
         self._released = self.at_work
         self._epoch, self._repeated_before = leases.epoch, leases.repeated
 
@@ -80,7 +80,8 @@ class DownpourCoordinator(Coordinator):
     def work(self) -> dict[str, Any]:
         """The leases, noted before the shards write: what is settled now is in all of them."""
         alive = {index: record.incarnation for index, record in enumerate(self.replicas)}
-        return {"leases": msgspec.structs.replace(self.leases.state(), alive=alive)}
+        leases = msgspec.structs.replace(self.leases.state(), alive=alive)
+        return {"leases": leases, "lost_updates": self.counters.lost_updates}
 
     def is_own(self, manifest: Manifest) -> bool:
         """Whether it has leases."""
@@ -131,7 +132,7 @@ class DownpourCoordinator(Coordinator):
         seen = self.leases.settled_examples
         return events.JobFinished(
             reason=reason, seen=seen, repeated=self.leases.repeated, missing=self.leases.total_examples - seen,
-            refused=self._refused_examples, lost_updates=self.counters.lost_updates, pushes=self.counters.pushes,
+            refused=self.leases.refused, lost_updates=self.counters.lost_updates, pushes=self.counters.pushes,
             mini_batches=self.counters.mini_batches, staleness=self.counters.staleness,
             resume_command=resume, export_command=export, strangers=self.counters.strangers,
         )  # fmt: skip
@@ -139,7 +140,7 @@ class DownpourCoordinator(Coordinator):
     # decisions
 
     def _refuse(self, replica: int, refusal: Refusal) -> None:
-        self._refused_examples += refusal.examples
+        self.leases.refused += refusal.examples
         self._refused_pushes += 1
         self.emit(
             events.PushRefused(replica=replica, step=refusal.step, examples=refusal.examples, reason=refusal.reason)

@@ -45,6 +45,7 @@ class LeaseState(msgspec.Struct, frozen=True):
     issued: int
     unsettled: tuple[Lease, ...]
     repeated: int
+    refused: int = 0
     alive: dict[int, int] | None = None
     """Replica -> incarnation whose pushes the shards' files tell of and nothing above does. What older ones had pushed
     when they died is settled, or counted as repeated. None, in older checkpoints, for all of them."""
@@ -99,6 +100,8 @@ class Leases:
         self.leases_per_epoch = -(-examples_per_epoch // lease_examples)
         self.repeated = 0
         """Examples that some shard applied twice because a replica died between its shards' acknowledgements."""
+        self.refused = 0
+        """Examples, settled like others, whose gradient was not finite."""
         self._issued = 0
         self._returned: list[Lease] = []
         self._held: dict[int, tuple[int, Lease]] = {}
@@ -198,8 +201,9 @@ class Leases:
     def state(self) -> LeaseState:
         """For a checkpoint. Take it before the shards' snapshots: what is settled now is in all of them."""
         return LeaseState(
-            self.examples_per_epoch, self.lease_examples, self._issued, tuple(self.unsettled()), self.repeated
-        )
+            self.examples_per_epoch, self.lease_examples, self._issued, tuple(self.unsettled()), self.repeated,
+            self.refused,
+        )  # fmt: skip
 
     @classmethod
     def resumed(cls, state: LeaseState, epochs: int, applied: Iterable[Mapping[int, int]]) -> "Leases":
@@ -209,7 +213,7 @@ class Leases:
         """
         leases, shards = cls(state.examples_per_epoch, state.lease_examples, epochs), list(applied)
         later = [identifier + 1 for shard in shards for identifier in shard]
-        leases._issued, leases.repeated = max([state.issued, *later]), state.repeated
+        leases._issued, leases.repeated, leases.refused = max([state.issued, *later]), state.repeated, state.refused
         unsettled = [*state.unsettled, *map(leases._lease, range(state.issued, leases._issued))]
         leases._held = {lease.identifier: (-1, lease) for lease in unsettled}
         leases.lose(-1, shards)

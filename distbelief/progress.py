@@ -25,6 +25,13 @@ class Counters:
         """(shard, section) -> the highest version that it is known to have had since it was last restored."""
         self._lives: dict[int, int] = {}
         """Shard -> the incarnation that said what is known of it."""
+        self._lost_before = 0
+        self._told_before: dict[tuple[int, int], int] | None = None
+        """(shard, section) -> losses before the run was resumed that the section tells of again; None if it was not."""
+
+    def go_on(self, lost_updates: int) -> None:
+        """Count on from a checkpoint, before which so many pushes had been lost."""
+        self._lost_before, self._told_before = lost_updates, {}
 
     def update(self, statuses: Iterable[ShardStatus]) -> None:
         """Take in what all shards say, in their order; of one without parameters, what it said before stands."""
@@ -37,6 +44,8 @@ class Counters:
                     self._lost[shard, section] = self._lost.get((shard, section), 0) - before.regained
             self._lives[shard], self._statuses[shard] = status.incarnation, status.sections
             for section, now in enumerate(status.sections):
+                if self._told_before is not None:
+                    self._told_before.setdefault((shard, section), now.lost_updates)
                 self._highest[shard, section] = max(self._highest.get((shard, section), 0), now.version)
 
     def refused(self, role: str, incarnation: int, strangers: Mapping[str, int]) -> None:
@@ -83,8 +92,13 @@ class Counters:
     @property
     def lost_updates(self) -> int:
         """Acknowledged pushes that restarts have lost, over all sections."""
-        return sum(
-            max(status.lost_updates, self._lost.get((shard, section), 0) - status.regained)
+        before = self._told_before or {}
+        return max(self._lost_before, sum(before.values())) + sum(
+            max(
+                0,
+                status.lost_updates - before.get((shard, section), 0),
+                self._lost.get((shard, section), 0) - status.regained,
+            )
             for shard, sections in self._statuses.items()
             for section, status in enumerate(sections)
         )

@@ -99,6 +99,7 @@ def train(
         )
     if job.cluster.engine != "ray":  # this process computes nothing, and other hosts have other devices
         check_device(job.cluster.device)
+    run, shown = _choose_run(job, resume)
     engine = engine_of(job, faults, costs)
     with contextlib.ExitStack() as alone, contextlib.closing(engine):
         alone.enter_context(_untouched(engine))
@@ -106,9 +107,9 @@ def train(
         spans = _spans(job, facts)
         with draws_kept():  # not for the whole job: other threads of the program draw, too
             model = Uncut(job, facts)
-        run, shown = _open_run(job, resume)
         refused = alone.enter_context(contextlib.ExitStack())
         if resume is None:
+            _make_run(job, run, shown)
             refused.callback(shutil.rmtree, run, ignore_errors=True)
         alone.enter_context(_alone(run, resume=resume is not None))
         if isinstance(engine, HostsEngine) and isinstance(home := checkpoint.home(run), Path):
@@ -176,7 +177,7 @@ def _spans(job: Job, facts: Facts) -> list[Span]:
     return cut(length, job.cluster.shards)
 
 
-def _open_run(job: Job, resume: Path | str | None) -> tuple[Path, Path]:
+def _choose_run(job: Job, resume: Path | str | None) -> tuple[Path, Path]:
     """(the run folder: the one to resume, or a new one; how it was given). Raises ConfigurationError, CheckpointError.
 
     The user's code may change the working folder while the job runs.
@@ -196,6 +197,11 @@ def _open_run(job: Job, resume: Path | str | None) -> tuple[Path, Path]:
             f"the run folder {shown} exists",
             hint=f"choose another run folder, remove it, or go on from it with `distbelief resume {shown}`",
         )
+    return run, shown
+
+
+def _make_run(job: Job, run: Path, shown: Path) -> None:
+    """Make a new run folder, and try whether it can be written. Raises ConfigurationError."""
     with _run_folder(shown):
         run.mkdir(parents=True)
         probe = run / "probe"
@@ -207,7 +213,6 @@ def _open_run(job: Job, resume: Path | str | None) -> tuple[Path, Path]:
             raise
     if job.checkpoints is not None:
         _keep_elsewhere(run, job)
-    return run, shown
 
 
 @contextlib.contextmanager

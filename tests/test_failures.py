@@ -157,6 +157,23 @@ def test_where_nothing_that_was_fetched_can_be_used_the_updates_since_the_checkp
     assert result.summary.examples.missing == 0
 
 
+def test_what_was_lost_and_refused_before_a_run_is_resumed_is_told_after_it(tmp_path: Path) -> None:
+    """Also on other shards, whose files tell of the losses of those before."""
+    algorithm = db.Downpour(warmstart=0, local_rate=1e-3, refusals=1000)
+    job = simulated(checkpoint_seconds=1e6, algorithm=algorithm, model=Poisoned)
+    first, _ = trained(job, tmp_path, faults=db.Faults(kill=((0.8, "shard/1"),)), costs=SLOW)
+    assert first.summary.lost_updates >= 30
+    assert first.summary.refused > 0
+    more = dataclasses.replace(job, epochs=job.epochs + 1)
+    for shards in (2, 3):
+        more = dataclasses.replace(
+            more, epochs=more.epochs + 1, cluster=dataclasses.replace(job.cluster, shards=shards)
+        )
+        result = db.train(more, resume=first.run, view=False)
+        assert result.summary.lost_updates == first.summary.lost_updates
+        assert result.summary.refused >= first.summary.refused + 16
+
+
 def test_a_shard_with_much_to_store_may_be_busy_for_long_and_so_may_the_replicas_that_wait_for_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -316,7 +316,8 @@ def test_what_cannot_reach_other_processes_is_refused_before_one_starts(fields: 
 
 def test_a_run_folder_that_exists_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "model.txt").write_text("mine")
-    message = refused(lambda: db.train(job(run=tmp_path), view=False))
+    built = partial(pytest.fail, "the data were built before")
+    message = refused(lambda: db.train(job(run=tmp_path, data=built), view=False))
     assert f"the run folder {tmp_path} exists" in message
     assert f"distbelief resume {tmp_path}" in message
     assert [path.name for path in tmp_path.iterdir()] == ["model.txt"]
