@@ -836,13 +836,20 @@ def test_a_signal_that_whoever_began_the_process_lets_it_ignore_is_ignored(tmp_p
 )
 def test_a_signal_to_stop_takes_a_checkpoint_and_stops_cleanly(number: int, told: str, tmp_path: Path) -> None:
     """Service managers send SIGTERM to each process of a job; SIGHUP goes to the session of the terminal alone."""
-    process, run = started(tmp_path)
+    before = signal.signal(number, signal.default_int_handler)  # who began the tests may have it ignored, as nohup does
+    try:
+        process, run = started(tmp_path)
+    finally:
+        signal.signal(number, before)
     roles = descendants(process.pid)
     if told == "every process":
         for pid in roles:
             os.kill(pid, number)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=30)
+    try:
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 0, output
     assert f"stopped by {signal.Signals(number).name}" in output
     assert not alive(roles)
