@@ -389,7 +389,9 @@ def loss_per_example(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 def test_a_job_that_cannot_be_pickled_says_so_before_any_process_starts(tmp_path: Path) -> None:
     held = threading.Lock()
     job = problems.job(loss=lambda output, target: held, cluster=db.Cluster(replicas=1, engine="local"))
-    with pytest.raises(db.ConfigurationError, match=r"cannot be handed to other processes(.|\n)*hint: give data as"):
+    with pytest.raises(
+        db.ConfigurationError, match=r"Job\(loss=...\) cannot be handed to other processes(.|\n)*hint: give data as"
+    ):
         trained(job, tmp_path / "run")
 
 

@@ -15,7 +15,7 @@ import os
 import pickle
 from collections import ChainMap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from multiprocessing import current_process
 from types import CodeType, FunctionType
 from typing import Any, ClassVar
@@ -160,11 +160,22 @@ def pack(
         raise
     except Exception as error:
         raise ConfigurationError(
-            f"the job cannot be handed to other processes: {error}",
+            f"{_culprit(arguments)} cannot be handed to other processes: {error}",
             hint="give data as a function that builds the data set, and leave files, locks and generators out of the "
-            "other fields",
+            "other fields, and of what their functions name",
         ) from error
     return Luggage(main, [memoryview(text), *(buffer.raw() for buffer in buffers)])
+
+
+def _culprit(arguments: tuple[Any, ...]) -> str:
+    """The first field of a dataclass among these that cannot be pickled, as its user gave it."""
+    for value in filter(is_dataclass, arguments):
+        for field in fields(value):
+            try:
+                Pickler.dumps(getattr(value, field.name), buffers=[])
+            except Exception:
+                return f"{type(value).__name__}({field.name}=...)"
+    return "the job"
 
 
 def new_arena(sizes: Sequence[int]) -> int:
