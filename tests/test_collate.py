@@ -164,7 +164,9 @@ def summed(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("model", "collate"), [(OfPadded, padded), (OfPacked, packed)])
 def test_a_sum_over_a_collated_mini_batch_is_no_mean(model: type[nn.Module], collate: Any, tmp_path: Path) -> None:
     with pytest.raises(db.ConfigurationError, match="it is not their mean"):
-        db.train(job(model=model, collate=collate, loss=summed, algorithm=db.Sandblaster(), run=tmp_path), view=False)
+        db.train(
+            job(model=model, collate=collate, loss=summed, algorithm=db.Sandblaster(), run=tmp_path / "run"), view=False
+        )
 
 
 def sizes(model: nn.Module, test: Any) -> dict[str, float]:
