@@ -37,7 +37,8 @@ def is_in_main(value: type | FunctionType) -> bool:
     if found is not value:
         return False
     functions = [value] if isinstance(value, FunctionType) else vars(value).values()
-    codes = [inspect.unwrap(each).__code__ for each in functions if isinstance(each, FunctionType)]
+    inner = [inspect.unwrap(each) for each in functions if isinstance(each, FunctionType)]
+    codes = [each.__code__ for each in inner if isinstance(each, FunctionType)]
     return all(os.path.isfile(code.co_filename) for code in codes)  # else it was typed in behind the file
 
 
