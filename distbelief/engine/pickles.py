@@ -65,9 +65,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     dispatch_table: ClassVar[Any] = ChainMap(
         {CodeType: reduce_code},
+        copyreg.dispatch_table,
         # Text files would travel as all their text.
         {kind: reduce for kind, reduce in cloudpickle.Pickler.dispatch_table.items() if kind is not io.TextIOWrapper},
-        copyreg.dispatch_table,
     )
 
     here = False
@@ -156,8 +156,6 @@ def pack(
     main, buffers = importing(), list[pickle.PickleBuffer]()
     try:
         text = Pickler.dumps((prepare, arguments, attempt), buffers=buffers, here=here)
-    except ConfigurationError:
-        raise
     except Exception as error:
         raise ConfigurationError(
             f"{_culprit(arguments)} cannot be handed to other processes: {error}",
