@@ -192,11 +192,9 @@ def _choose_run(job: Job, resume: Path | str | None) -> tuple[Path, Path]:
     name = "model" if name == "<lambda>" else name
     shown = Path(job.run) if job.run is not None else Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     run = shown.absolute()
-    if run.exists():
-        raise ConfigurationError(
-            f"the run folder {shown} exists",
-            hint=f"choose another run folder, remove it, or go on from it with `distbelief resume {shown}`",
-        )
+    with _run_folder(shown):
+        if run.exists():
+            raise FileExistsError
     return run, shown
 
 
@@ -285,6 +283,11 @@ def _run_folder(run: Path) -> Iterator[None]:
     """Raise what the disk refuses as a ConfigurationError."""
     try:
         yield
+    except FileExistsError as error:  # also when another job was quicker to make it
+        raise ConfigurationError(
+            f"the run folder {run} exists",
+            hint=f"choose another run folder, remove it, or go on from it with `distbelief resume {run}`",
+        ) from error
     except OSError as error:
         raise ConfigurationError(
             f"the run folder {run} cannot be written: {error}", hint="give run=... on a disk with room and permission"

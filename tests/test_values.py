@@ -323,6 +323,18 @@ def test_a_run_folder_that_exists_is_refused_and_left_as_it_is(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["model.txt"]
 
 
+def data_of_another_job(run: Path) -> TensorDataset:
+    (run / "checkpoints").mkdir(parents=True)
+    return points(40)
+
+
+def test_a_run_folder_that_another_job_was_quicker_to_make_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    message = refused(lambda: db.train(job(run=run, data=partial(data_of_another_job, run)), view=False))
+    assert f"the run folder {run} exists" in message
+    assert [path.name for path in run.iterdir()] == ["checkpoints"]
+
+
 def test_a_run_folder_that_cannot_be_written_is_refused_with_the_systems_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     message = refused(lambda: db.train(job(run=tmp_path / "file" / "run"), view=False))
