@@ -11,6 +11,7 @@ descriptors attached. Only these, and the job on its way to the hosts of a clust
 """
 
 import array
+import atexit
 import contextlib
 import gc
 import mmap
@@ -281,6 +282,9 @@ def serve(control: socket.socket) -> None:
 def main() -> None:
     """Entry point: the control socket's descriptor is the first argument."""
     serve(socket.socket(fileno=int(sys.argv[1])))
+    atexit._run_exitfuncs()  # a script may have asked for it
+    flush()
+    os._exit(0)  # at once: the owner waits, and to take down an interpreter that has torch is a third of its whole life
 
 
 @final
