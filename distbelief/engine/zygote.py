@@ -138,8 +138,12 @@ class Zygote:
         self._flush()
 
     def _flush(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             del self._outbox[: self._control.send(self._outbox, socket.MSG_DONTWAIT)]
+        except BlockingIOError:
+            pass  # later
+        except OSError as error:
+            raise EOFError from error  # the coordinator is gone, which is no reason to try again to fork
         self._selector.modify(self._control, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outbox else 0))
 
     def _obey(self, message: tuple[Any, ...], descriptors: list[int]) -> None:
