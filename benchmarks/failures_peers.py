@@ -23,31 +23,32 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import push_fetch_peers
 from benchmarks.processes import forked
-from benchmarks.throughput_peers import Loop, acoustic_model, synthetic_frames
+from benchmarks.throughput_peers import Loop, acoustic_model, prepare_forks, synthetic_frames
 
 BATCH_SIZE = 32
 STEPS = 300
 SNAPSHOT_SECONDS = 1.0
 """As often as the product writes a checkpoint here."""
-ELASTIC_SECONDS = 4.0
+ELASTIC_SECONDS = 4
 """How long elastic training goes on before a worker dies."""
 PARAMETERS = 1_000_000
 FRAMES = 20_000
 
 
 @contextmanager
-def data_parallel() -> Iterator[Callable[[float], float]]:
+def data_parallel(steps: int = STEPS) -> Iterator[Callable[[float], float]]:
     """DistributedDataParallel on two gloo processes, with torch's own time limits.
 
     Yields `measure(still_seconds)`, seconds of the longest step while one process is stopped for so long; with 0
-    it is killed instead, and the answer is seconds from then to the exception in the other.
+    it is killed instead, and the answer is seconds from then to the exception in the other. Each after so many steps.
     """
+    prepare_forks()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with tempfile.TemporaryDirectory() as folder, forked(_second, folder) as second:
         pid: Any = second.recv()
         loop = _join(f"file://{folder}/gloo", 0)
         try:
-            yield lambda seconds: _stand_still(loop, pid, seconds) if seconds else _die(loop, pid)
+            yield lambda seconds: _stand_still(loop, pid, steps, seconds) if seconds else _die(loop, pid, steps)
         finally:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -66,27 +67,27 @@ def _second(folder: str, connection: Any) -> None:
         loop.step(BATCH_SIZE)
 
 
-def _stand_still(loop: Loop, pid: int, seconds: float) -> float:
-    _longest(loop)
+def _stand_still(loop: Loop, pid: int, steps: int, seconds: float) -> float:
+    _longest(loop, steps)
     os.kill(pid, signal.SIGSTOP)
     timer = threading.Timer(seconds, os.kill, (pid, signal.SIGCONT))
     timer.start()
-    waited = _longest(loop)
+    waited = _longest(loop, steps)
     timer.join()
     return waited
 
 
-def _longest(loop: Loop) -> float:
+def _longest(loop: Loop, steps: int) -> float:
     """Seconds of the longest of some steps."""
     moments = [time.perf_counter()]
-    for _ in range(STEPS):
+    for _ in range(steps):
         loop.step(BATCH_SIZE)
         moments.append(time.perf_counter())
     return max(later - earlier for earlier, later in pairwise(moments))
 
 
-def _die(loop: Loop, pid: int) -> float:
-    for _ in range(STEPS):
+def _die(loop: Loop, pid: int, steps: int) -> float:
+    for _ in range(steps):
         loop.step(BATCH_SIZE)
     os.kill(pid, signal.SIGKILL)
     return _until_it_raises(lambda: loop.step(BATCH_SIZE))
@@ -102,10 +103,10 @@ def _until_it_raises(call: Callable[[], object]) -> float:
 
 
 @contextmanager
-def server() -> Iterator[Callable[[], float]]:
+def server(steps: int = STEPS) -> Iterator[Callable[[], float]]:
     """A parameter server over torch.distributed.rpc, as torch's tutorials have it.
 
-    Yields `measure()`, seconds from a kill -9 of the server to the exception in the worker.
+    Yields `measure()`, seconds from a kill -9 of the server, after so many exchanges, to the exception in the worker.
     """
     from torch.distributed import rpc as torch_rpc
 
@@ -115,7 +116,7 @@ def server() -> Iterator[Callable[[], float]]:
         gradient = push_fetch_peers.client_gradient(PARAMETERS)
 
         def measure() -> float:
-            for _ in range(STEPS):
+            for _ in range(steps):
                 push_fetch_peers.rpc_push_fetch(gradient)
             os.kill(pid, signal.SIGKILL)
             return _until_it_raises(lambda: push_fetch_peers.rpc_push_fetch(gradient))
@@ -131,10 +132,10 @@ def _serve(folder: str, connection: Any) -> None:
 
 
 @contextmanager
-def elastic() -> Iterator[Callable[[], float]]:
+def elastic(seconds: int = ELASTIC_SECONDS) -> Iterator[Callable[[], float]]:
     """DistributedDataParallel under torchrun, which starts all workers again from the script's snapshot of each second.
 
-    A worker is killed after ELASTIC_SECONDS. Yields `measure()`, seconds from then until they are where they were.
+    A worker is killed after so many seconds. Yields `measure()`, seconds from then until they are where they were.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = ["--standalone", "--nproc-per-node=2", "--max-restarts=3"]
@@ -143,7 +144,7 @@ def elastic() -> Iterator[Callable[[], float]]:
         environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with subprocess.Popen(command, env=environment) as process:
             try:
-                _steps(folder, 0, ELASTIC_SECONDS)
+                _steps(folder, 0, seconds)
                 os.kill(int((Path(folder) / "worker").read_text()), signal.SIGKILL)
                 died = time.time()
                 last, _ = _steps(folder, 0)[-1]

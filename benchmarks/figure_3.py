@@ -23,7 +23,7 @@ from distbelief.layers import L2Pool2d, LocalContrastNorm2d, LocallyConnected2d
 from distbelief.partition.units import Numbers, units
 
 MACHINES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 81, 96, 128)
-QUICK_MACHINES = (1, 2, 8, 16)
+QUICK_MACHINES = (1, 16)
 BATCH_SIZE, NUMBER_BYTES = 100, 4
 FIELD, WINDOW, CLASSES = 10, 5, 21_000
 """Of the vision nets: places on the side of a patch and of the contrast window, and one-vs-all outputs."""

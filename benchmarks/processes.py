@@ -7,6 +7,7 @@ started ends with it.
 """
 
 import ctypes
+import gc
 import importlib
 import json
 import multiprocessing
@@ -238,6 +239,7 @@ def _companion(file_descriptor: str, module: str, name: str, arguments: str) -> 
     os.set_inheritable(int(file_descriptor), False)
     connection: Connection[tuple[str, object], tuple[object, ...]] = Connection(int(file_descriptor))
     baseline: Baseline = getattr(importlib.import_module(module), name)
+    gc.freeze()  # or Python looks for garbage in all of torch before it ends
     try:
         with baseline(**json.loads(arguments)) as answer:
             connection.send(("ready", 0.0))

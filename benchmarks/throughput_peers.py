@@ -5,6 +5,7 @@ Every process has one torch thread, gathers its mini-batches from frames in memo
 yields `measure(batch_size, seconds, ...)`, examples per second of all its processes together.
 """
 
+import importlib
 import os
 import tempfile
 import time
@@ -46,6 +47,11 @@ def synthetic_frames(frames: int = FRAMES) -> tuple[Tensor, Tensor]:
         torch.randn(frames, INPUTS, generator=generator),
         torch.randint(CLASSES, (frames,), generator=generator),
     )
+
+
+def prepare_forks() -> None:
+    """Import what torch imports with the first optimizer, once and not in each process that is forked."""
+    importlib.import_module("torch._dynamo")
 
 
 class Loop:
@@ -94,6 +100,7 @@ def two_plain(frames: int = FRAMES) -> Iterator[Callable[[int, float], float]]:
 
     Yields `measure(batch_size, seconds)`.
     """
+    prepare_forks()
     with forked(_second_plain, frames) as second, plain(frames) as measure_here:
 
         def measure(batch_size: int, seconds: float) -> float:
@@ -117,6 +124,7 @@ def data_parallel(frames: int = FRAMES) -> Iterator[Callable[[int, float, float]
 
     Yields `measure(batch_size, seconds, slowdown)`: the second process takes `slowdown` times as long to compute.
     """
+    prepare_forks()
     data = synthetic_frames(frames)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with tempfile.TemporaryDirectory() as folder, forked(_second_process, folder, data) as second:

@@ -3,14 +3,11 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +26,7 @@ from benchmarks import (
 )
 from benchmarks.__main__ import main
 from benchmarks.memory import held
-from benchmarks.processes import Baseline, Companion, CompanionFailed, alive, descendants, forked
+from benchmarks.processes import Baseline, Companion, CompanionFailed, alive, descendants
 from benchmarks.table import (
     Beside,
     Measured,
@@ -46,6 +43,7 @@ from benchmarks.table import (
 )
 from distbelief.channel.memory import allocate
 from distbelief.partition.units import Numbers
+from tests.baselines import odd, with_a_child
 
 
 def test_a_spread_is_the_middle_and_the_ends_of_its_samples() -> None:
@@ -263,19 +261,19 @@ def test_a_job_whose_coordinator_dies_is_resumed_to_its_last_example() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("baseline", "question", "low", "high"),
+    ("baseline", "arguments", "question", "low", "high"),
     [
-        (failures_peers.data_parallel, (1.0,), 0.5, 5.0),
-        (failures_peers.data_parallel, (0.0,), 0.0, 30.0),
-        (failures_peers.server, (), 0.0, 30.0),
-        (failures_peers.elastic, (), 0.5, 60.0),
+        (failures_peers.data_parallel, {"steps": 30}, (1.0,), 0.5, 5.0),
+        (failures_peers.data_parallel, {"steps": 30}, (0.0,), 0.0, 30.0),
+        (failures_peers.server, {"steps": 30}, (), 0.0, 30.0),
+        (failures_peers.elastic, {"seconds": 2}, (), 0.5, 60.0),
     ],
     ids=["stands still", "killed", "server", "elastic"],
 )
 def test_each_way_that_torch_brings_tells_of_its_dead(
-    baseline: Baseline, question: tuple[float, ...], low: float, high: float
+    baseline: Baseline, arguments: dict[str, int], question: tuple[float, ...], low: float, high: float
 ) -> None:
-    with Companion(baseline, pauses=False) as companion:
+    with Companion(baseline, pauses=False, **arguments) as companion:
         assert low < companion.ask(*question) < high
 
 
@@ -288,36 +286,6 @@ def test_the_synthetic_speech_task_has_the_shape_of_the_real_one() -> None:
     assert sum(parameter.numel() for parameter in throughput_peers.acoustic_model().parameters()) == (
         440 * 512 + 3 * 512 * 512 + 512 * 10 + 4 * 512 + 10
     )
-
-
-@contextmanager
-def odd() -> Iterator[Callable[[int], float]]:
-    """A baseline that answers odd numbers, refuses 2, hangs on 4 and dies on 6."""
-
-    def answer(number: int) -> float:
-        if number == 2:
-            raise ValueError("two is even")
-        if number == 4:
-            time.sleep(60)
-        if number == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return float(number)
-
-    yield answer
-
-
-@contextmanager
-def with_a_child() -> Iterator[Callable[[], float]]:
-    """A baseline that forks a process and answers that process's id."""
-    with forked(_report_pid) as child:
-        pid: Any = child.recv()
-        yield lambda: float(pid)
-
-
-def _report_pid(connection) -> None:  # type: ignore[no-untyped-def]
-    connection.send(os.getpid())
-    while connection.recv() is not None:
-        pass
 
 
 def is_alive(pid: int) -> bool:
@@ -349,7 +317,7 @@ def test_what_a_companion_forked_ends_with_it_and_with_us() -> None:
 
     script = (
         "import os, signal; from benchmarks.processes import Companion\n"
-        "from tests.test_benchmarks import with_a_child\n"
+        "from tests.baselines import with_a_child\n"
         "print(int(Companion(with_a_child).ask()), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     root = str(Path(__file__).parents[1])
