@@ -211,7 +211,7 @@ def lost_host() -> dict[str, Any]:
             second.remove_node(nodes[1], allow_graceful=False)
 
     job = problems.job(
-        run=RUN / "lost", data=functools.partial(problems.points, 6400), epochs=4, checkpoint_seconds=0.5,
+        run=RUN / "lost", data=functools.partial(problems.points, 6400), epochs=2, checkpoint_seconds=0.5,
         cluster=cluster(lost_seconds=3.0),
     )  # fmt: skip
     # Slowed, so that the job outlasts the loss.

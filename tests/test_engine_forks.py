@@ -152,7 +152,7 @@ def test_processes_that_user_code_starts_in_a_role_end_with_it(
     killed: str, tmp_path: Path, leaks: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = db.Cluster(replicas=2, shards=1, threads_per_replica=1)
-    job = problems.job(data=Pooled, test=None, cluster=cluster, epochs=20, run=tmp_path / "run")
+    job = problems.job(data=Pooled, test=None, cluster=cluster, epochs=10, run=tmp_path / "run")
     killer = [] if killed == "nobody" else [Killer(monkeypatch, killed, settled(640))]
     result = db.train(job, view=False, listeners=killer, faults=db.Faults(slow={"replica/0": 3.0, "replica/1": 3.0}))
     assert result.summary.examples.missing == 0

@@ -542,13 +542,13 @@ def big_local(**fields: Any) -> db.Job:
 
 @pytest.mark.slow
 def test_killing_replicas_and_shards_for_real_loses_no_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    victims = {"replica/1": 8_000, "shard/0": 20_000, "replica/0": 32_000, "evaluator": 44_000}
+    victims = {"replica/1": 4_000, "shard/0": 10_000, "replica/0": 16_000, "evaluator": 22_000}
     killers = [Killer(monkeypatch, role, settled(examples)) for role, examples in victims.items()]
     faults = db.Faults(slow={f"replica/{index}": 6.0 for index in range(3)})
-    result, heard = trained(big_local(), tmp_path, faults=faults, more=killers)
+    result, heard = trained(big_local(epochs=5), tmp_path, faults=faults, more=killers)
     assert all(killer.killed for killer in killers)
     assert {event.role for event in of(RoleLost, heard)} >= set(victims)
-    assert (result.summary.examples.seen, result.summary.examples.missing) == (64000, 0)
+    assert (result.summary.examples.seen, result.summary.examples.missing) == (32000, 0)
     assert len(of(ShardRestored, heard)) == 1
     assert (result.test["accuracy"] or 0) > 0.9
 
@@ -566,13 +566,13 @@ def test_killing_the_process_that_starts_roles_loses_no_example(tmp_path: Path) 
             for pid in zygotes:
                 os.kill(pid, signal.SIGKILL)
 
-    job = dataclasses.replace(big_local(epochs=6), run=tmp_path / "run")
+    job = dataclasses.replace(big_local(epochs=3), run=tmp_path / "run")
     slow = {f"replica/{index}": 4.0 for index in range(3)}
     result = db.train(job, view=False, listeners=[kill], faults=db.Faults(slow=slow))
     assert len(killed) == 1
     assert len(of(RoleLost, heard)) >= 6
     assert len(of(ShardRestored, heard)) == 2
-    assert (result.summary.examples.seen, result.summary.examples.missing) == (6400 * 6, 0)
+    assert (result.summary.examples.seen, result.summary.examples.missing) == (6400 * 3, 0)
 
 
 @pytest.mark.slow
@@ -616,7 +616,7 @@ def parent_of(pid: int) -> int:
 def test_a_replacement_joins_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killer = Killer(monkeypatch, "replica/1", settled(6_000))
     faults = db.Faults(slow={f"replica/{i}": 8.0 for i in range(3)})
-    _, heard = trained(big_local(epochs=8), tmp_path, faults=faults, more=[killer])
+    _, heard = trained(big_local(epochs=4), tmp_path, faults=faults, more=[killer])
     lost = next(one.seconds for one in heard if isinstance(one.event, RoleLost))
     back = next(
         one.seconds
@@ -731,10 +731,10 @@ def test_strangers_are_refused_and_counted_though_a_shard_that_refused_one_was_r
                 stranger.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 4)
                 knocked.append(name.split("-")[2])
 
-    killer = Killer(monkeypatch, "shard/0", settled(20_000))
+    killer = Killer(monkeypatch, "shard/0", settled(8_000))
     faults = db.Faults(slow={f"replica/{index}": 6.0 for index in range(3)})
     with contextlib.ExitStack() as opened:
-        result, heard = trained(big_local(), tmp_path, more=[knock, killer], faults=faults)
+        result, heard = trained(big_local(epochs=4), tmp_path, more=[knock, killer], faults=faults)
     assert sorted(knocked) == sorted(["coordinator", "shard/0", "shard/1"] * 2)
     assert len(of(ShardRestored, heard)) == 1
     assert result.summary.strangers == {NO_KEY: 6}
