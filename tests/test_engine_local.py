@@ -28,6 +28,8 @@ from distbelief.engine.local import LocalEngine
 from distbelief.engine.pickles import SHARED, Pickler, Unpickler
 from distbelief.errors import ConfigurationError, DeadlineExceeded, PeerLost, TrainingFailed, UserCodeError
 
+pytestmark = pytest.mark.xdist_group("local engine")  # one is made for all of them, and not one in each worker
+
 NAMES = [f"role/{index}" for index in range(40)]
 MEGABYTES = 24
 
