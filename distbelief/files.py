@@ -90,7 +90,7 @@ class StorePath:
 
     def copy_to(self, other: "StorePath") -> None:
         """Make `other`, of the same store, a copy of the file. Raises OSError."""
-        self._call("copy", other._system()[1])
+        self._call("cp_file", other._system()[1])  # `copy` asks first whether either is a folder
 
     def remove(self) -> None:
         """Remove it and what is in it, if it is there. Raises OSError."""

@@ -4,6 +4,7 @@
 import contextlib
 import functools
 import importlib.util
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import distbelief as db
 from distbelief.data_shard import epoch_order
 
 FEATURES, CLASSES = 12, 3
 EXAMPLES = Path(__file__).parents[1] / "examples"
+UNHURRIED_SECONDS = 0.05
 
 
 def classifier() -> nn.Module:
@@ -36,6 +38,24 @@ def points(examples: int, seed: int = 0) -> TensorDataset:
     inputs = torch.randn(examples, FEATURES, generator=generator)
     directions = torch.randn(FEATURES, CLASSES, generator=torch.Generator().manual_seed(99))
     return TensorDataset(inputs, (inputs @ directions).argmax(1))
+
+
+class Unhurried(Dataset[Any]):
+    """The points, each mini-batch of which takes a while until there is a file of this name.
+
+    So a job is not over before a test has seen what it waits for, however fast the machine is.
+    """
+
+    def __init__(self, examples: int, go: Path) -> None:
+        self.points, self.go = points(examples), go
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        if not self.go.exists():
+            time.sleep(UNHURRIED_SECONDS)
+        return tuple(tensor[indices] for tensor in self.points.tensors)
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
