@@ -89,6 +89,8 @@ class StagePlan:
         self._edges = [*starts, len(passed.steps)]
         self._model = passed.called.uncut_model
         self._names = {id(tensor): name for name, _, _, tensor in reversed(list(tensors(self._model)))}
+        self._boundaries: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = {}
+        """Of micro-batches of this dtype and shape."""
 
     @property
     def out(self) -> int:
@@ -126,10 +128,12 @@ class StagePlan:
     @cached_property
     def _used(self) -> list[set[str]]:
         """Per partition the first names of all tensors of its stage."""
-        return [
-            {self._name(tensor, name) for name, _, _, tensor in tensors(training)}
-            for training, _ in (self._graphs(partition, self._passed.called) for partition in range(self.partitions))
-        ]
+        return [{self._name(tensor, name) for name, _, _, tensor in tensors(training)} for training, _ in self._planned]
+
+    @cached_property
+    def _planned(self) -> list[tuple[fx.GraphModule, fx.GraphModule]]:
+        """Every stage as planned, without values, in training and in evaluation."""
+        return [self._graphs(partition, self._passed.called) for partition in range(self.partitions)]
 
     def _name(self, tensor: Tensor, name: str) -> str:
         if id(tensor) not in self._names:
@@ -195,13 +199,18 @@ class StagePlan:
 
         Raises ConfigurationError when a stage cannot compute on micro-batches of this size.
         """
+        kind = micro_batch.dtype, micro_batch.shape
+        if kind not in self._boundaries:
+            self._boundaries[kind] = self._through(micro_batch)
+        return [each.detach() for each in self._boundaries[kind]]
+
+    def _through(self, micro_batch: Tensor) -> list[Tensor]:
         found = [micro_batch]
-        for partition in range(self.partitions):
-            training, evaluating = self._graphs(partition, self._passed.called)
+        for partition, graphs in enumerate(self._planned):
             entering = found[-1].detach().requires_grad_(partition > 0)
             try:
                 with torch.device("meta"):
-                    found.append(Stage(training, evaluating, {}, {}).train()(entering).detach())
+                    found.append(Stage(*graphs, {}, {}).train()(entering).detach())
             except Exception as error:
                 raise ConfigurationError(
                     f"stage {partition} cannot compute on a micro-batch of {micro_batch.shape[0]}: {error}",

@@ -8,11 +8,11 @@ processes, partitions of a replica that meet in the folder, and writes its exit 
 """
 
 import contextlib
+import datetime
 import functools
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -190,12 +190,17 @@ def check(found: Tensor | None, expected: Tensor | None, what: str) -> None:
 SETTINGS = [(name, torch.float64, count) for name in MODELS for count in (1, 2, 4)]
 SETTINGS += [(name, torch.float32, 4) for name in MODELS]
 """Of what is trained: the model, its dtype, the micro-batches."""
+TRAINED, EVALUATED = (8, 7, 4, 8), (9, 3)
+"""Examples of mini-batches."""
 
 
 @functools.cache
 def planned(name: str, dtype: torch.dtype, microbatches: int, partitions: int) -> StagePlan:
-    """A plan, made once for all partitions, which are forked behind it."""
-    return stages(record(of(name, dtype), 0).module, mini_batch(name, 8, dtype)[0], partitions, microbatches)
+    """A plan, made once for all partitions, which are forked behind it, with what travels between them."""
+    plan = stages(record(of(name, dtype), 0).module, mini_batch(name, 8, dtype)[0], partitions, microbatches)
+    for examples in (*TRAINED, *EVALUATED):
+        plan.boundaries(mini_batch(name, examples // plan.micro_batches(examples), dtype)[0].to("meta"))
+    return plan
 
 
 def trains(partition: int, partitions: int, device: torch.device = CPU) -> None:
@@ -205,7 +210,7 @@ def trains(partition: int, partitions: int, device: torch.device = CPU) -> None:
         plan = planned(name, dtype, microbatches, partitions)
         stage = make(plan, partition, of(name, dtype), device)
         pipeline = Pipeline(plan, partition, stage, device)
-        for step, examples in enumerate((8, 7, 4, 8)):
+        for step, examples in enumerate(TRAINED):
             what = f"{name}, {partitions} stages, {microbatches} micro-batches, step {step}"
             x, target = (part.to(device) for part in mini_batch(name, examples, dtype, step))
             uncut.zero_grad()
@@ -226,7 +231,7 @@ def trains(partition: int, partitions: int, device: torch.device = CPU) -> None:
             buffers = dict(uncut.named_buffers())
             for buffer_name, buffer in stage.buffers_by_name.items():
                 assert buffer.equal(buffers[buffer_name]), f"{buffer_name} of {what}"
-            x = mini_batch(name, (9, 3)[step % 2], dtype, step)[0].to(device)
+            x = mini_batch(name, EVALUATED[step % 2], dtype, step)[0].to(device)
             output = pipeline.evaluate(x)
             assert stage.training
             assert (output is None) == (partition != plan.out)
@@ -274,19 +279,21 @@ def dies(partition: int, partitions: int) -> None:
 
 
 def hangs(partition: int, partitions: int) -> None:
-    """The last partition does nothing for longer than the others wait."""
+    """The last partition does nothing until the others have noticed."""
+    store = dist.distributed_c10d._get_default_store()
     x, target = mini_batch("perceptron", 8, torch.float32)
     plan = stages(plain("perceptron", torch.float32), x, partitions, 4)
     stage = make(plan, partition, of("perceptron", torch.float32))
     pipeline = Pipeline(plan, partition, stage, torch.device("cpu"))
     pipeline.step(x, target, loss)
     if partition == plan.out:
-        time.sleep(2 * PATIENCE_SECONDS["hangs"])
+        store.wait(["noticed"], datetime.timedelta(minutes=1))
     else:
         with pytest.raises(
             DeadlineExceeded, match=f"did not answer in time, says partition {partition} of {partitions}"
         ):
             pipeline.step(x, target, loss)
+        store.set("noticed", "")
 
 
 def listens(partition: int, partitions: int) -> None:
