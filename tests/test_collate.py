@@ -91,7 +91,8 @@ def test_sequences_of_different_lengths_are_learnt_and_each_counts_once(
     examples = result.summary.examples
     assert (examples.seen, examples.repeated, examples.missing) == (6 * 640, 0, 0)
     with torch.no_grad():
-        batch, labels = collate([Sequences(1100, 1)[index] for index in range(1100)])
+        held_out = Sequences(1100, 1)
+        batch, labels = collate([held_out[index] for index in range(1100)])
         reached = problems.accuracy(result.model(batch), labels)
     assert result.test["accuracy"] == pytest.approx(float(reached), abs=1e-6)
     assert float(reached) > 0.85
@@ -132,7 +133,8 @@ def test_the_first_examples_of_a_collated_data_set_are_collated() -> None:
 def test_sandblaster_computes_the_mean_of_collated_mini_batches(tmp_path: Path) -> None:
     algorithm = db.Sandblaster(max_iterations=15, micro_batch=100)
     result = db.train(job(algorithm=algorithm, run=tmp_path / "run"), view=False)
-    batch, labels = padded([Sequences(640)[index] for index in range(640)])
+    data = Sequences(640)
+    batch, labels = padded([data[index] for index in range(640)])
     with torch.no_grad():
         whole = float(nn.functional.cross_entropy(result.model(batch), labels))
     assert result.summary.loss == pytest.approx(whole, rel=1e-5)
