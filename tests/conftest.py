@@ -189,6 +189,15 @@ def nothing_is_left_at_the_end() -> Iterator[None]:
         pytest.fail("left behind by the whole session: " + ", ".join(left), pytrace=False)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes on one thread: in tiny operations more only wait for each other, and longer on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Town:
     """Endpoints of this process that call each other; the test itself lets each of them work, so nothing is a race."""
 

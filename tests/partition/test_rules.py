@@ -197,6 +197,7 @@ def make(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     return model().to(dtype), x.to(dtype) if x.is_floating_point() else x
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("partitions", PARTITIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_cut_model_computes_what_the_uncut_one_computes(name: str, partitions: int) -> None:
@@ -209,6 +210,7 @@ def test_in_single_precision_too(name: str, partitions: int) -> None:
     check(*make(name, torch.float32), partitions)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("name", "partitions", "cuts"),
     [
