@@ -41,6 +41,7 @@ Settle = Callable[[], object]
 def pytest_configure() -> None:
     """Mark this session. Not on import: roles import test modules, and this one with them."""
     os.environ["DISTBELIEF_TESTS"] = TOKEN
+    torch.set_num_threads(1)  # in tiny operations more only wait for each other, and longer beside other tests
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have what runs in the background ignore it
 
 
@@ -187,15 +188,6 @@ def nothing_is_left_at_the_end() -> Iterator[None]:
     left = [trace for trace in left_behind(before, []) if not trace.startswith("descriptor /")]
     if left:
         pytest.fail("left behind by the whole session: " + ", ".join(left), pytrace=False)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Torch computes on one thread: in tiny operations more only wait for each other, and longer on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Town:

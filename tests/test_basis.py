@@ -17,7 +17,6 @@ from distbelief.parameters import cut
 from distbelief.penalty import Penalty
 from distbelief.sealed import Sealed, add, merge
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 N = 30
 FAR = 1e60
 """A trial so far away shows the direction without the rounding of the point."""

@@ -17,7 +17,6 @@ from distbelief.penalty import Penalty
 from tests.functions import MINIMA, Problem
 from tests.minimise import Objective, Sandblaster, one_bundle
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 torch.manual_seed(0)
 INPUTS = torch.randn(200, 30, dtype=torch.float64)
 LABELS = (INPUTS @ torch.randn(30, dtype=torch.float64) + torch.randn(200) > 0).double()

@@ -18,7 +18,6 @@ from distbelief.sealed import add
 from tests.functions import MINIMA
 from tests.minimise import Sandblaster, one_bundle
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 WOOD = MINIMA["wood"]
 TIGHT = Options(gtol=1e-8, ftol=-math.inf)
 Saved = tuple[bytes, Tensor, dict[str, Tensor]]

@@ -22,7 +22,6 @@ from distbelief.errors import ConfigurationError
 from distbelief.partition.materialise import record
 from distbelief.partition.stages import StagePlan, stages
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
 Together = Callable[[str, int], None]
 """Run a task of `staged_models` as a replica of so many processes."""
