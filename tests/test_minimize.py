@@ -302,6 +302,7 @@ def test_portions_may_be_dicts() -> None:
     start = torch.zeros(8, dtype=torch.float64)
     found = db.minimize(squares_of_dicts, start, data=Named(), cluster=SIMULATED, algorithm=PRECISE)
     whole = db.minimize(squares, start, data=regression(), cluster=SIMULATED, algorithm=PRECISE)
+    assert (found.reason, found.iterations) == (whole.reason, whole.iterations)
     torch.testing.assert_close(found.parameters, whole.parameters, rtol=1e-9, atol=1e-11)
 
 
