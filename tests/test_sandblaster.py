@@ -103,11 +103,11 @@ def test_any_number_of_shards_and_replicas_takes_the_steps_of_one_process(tmp_pa
         _, heard = trained(
             job(
                 tmp_path / str(number), cluster={"replicas": replicas, "shards": shards},
-                algorithm={"max_iterations": 25},
+                algorithm={"max_iterations": 12},
             )
         )  # fmt: skip
         paths.append([(event.loss, event.t) for event in of_kind(heard, Iterated)])
-    assert len(paths[0]) == 25
+    assert len(paths[0]) == 12
     for path in paths[1:]:
         torch.testing.assert_close(torch.tensor(path), torch.tensor(paths[0]), rtol=1e-6, atol=1e-9)
 
