@@ -282,10 +282,7 @@ def test_a_command_that_is_not_there_is_named_and_help_and_version_are_there(
         run(verb, "--help")
         assert f"distbelief {verb} " in capsys.readouterr().out
     run("--version")
-    module = subprocess.run(
-        [sys.executable, "-m", "distbelief", "--version"], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert module.stdout == capsys.readouterr().out == f"{metadata.version('distbelief')}\n"
+    assert capsys.readouterr().out == f"{metadata.version('distbelief')}\n"
 
 
 def test_what_is_shown_of_a_resumed_run_that_was_killed_is_all_of_it_and_not_its_first_end(
@@ -575,7 +572,7 @@ def test_a_script_is_named_for_resuming_only_where_it_defines_the_very_job(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("closed", ["", " >&-", " > /dev/full"])
+@pytest.mark.parametrize("closed", [">&-", "> /dev/full"])
 def test_training_goes_on_beside_files_named_like_modules_and_without_anybody_to_read(
     closed: str, tmp_path: Path
 ) -> None:
@@ -587,7 +584,7 @@ def test_training_goes_on_beside_files_named_like_modules_and_without_anybody_to
     (tmp_path / "scripts" / "mine.py").write_text(
         text.replace("def job", "import distbelief\nlocal = distbelief.Cluster(replicas=1)\n\ndef job")
     )
-    command = f"{sys.executable} -P -m distbelief train scripts/mine.py --run run{closed}"
+    command = f"{sys.executable} -P -m distbelief train scripts/mine.py --run run {closed}"
     run = subprocess.run(
         ["sh", "-c", command], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=120,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},

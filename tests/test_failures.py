@@ -634,7 +634,7 @@ from tests import problems
 def job():
     return problems.job(
         cluster=db.Cluster(replicas=2, shards=2, threads_per_replica=1),
-        data=functools.partial(problems.points, 6400), epochs=1000, checkpoint_seconds=0.5, run=sys.argv[1])
+        data=functools.partial(problems.points, 6400), epochs=1000, checkpoint_seconds=0.2, run=sys.argv[1])
 
 if __name__ == "__main__":
     db.train(job(), faults=db.Faults(slow={"replica/0": 4.0, "replica/1": 4.0}))
