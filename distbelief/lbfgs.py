@@ -378,7 +378,11 @@ class Solver:
             return self._stop(f"the loss, {state.loss:.6g}, has reached the target {options.target:g}", True)
         if state.small_decreases >= SMALL_DECREASES:
             relative = options.smallest_decrease
-            what = f"no more than {relative:g}" if relative else "nothing, so it is at the limit of its precision"
+            what = (
+                f"no more than {relative:g} max(|loss|, 1)"
+                if relative
+                else "nothing, so it is at the limit of its precision"
+            )
             return self._stop(f"{SMALL_DECREASES} iterations in a row lowered the loss by {what}", relative > 0)
         return []
 

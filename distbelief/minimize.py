@@ -5,7 +5,6 @@ It builds the job that a user of modules would write, so everything that is true
 """
 
 import contextlib
-import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -42,7 +41,8 @@ class Minimum:
     parameters: Any
     """As they were given: a tensor, or a dict of tensors; new ones, on the CPU."""
     value: float
-    """Of the sum over all data, penalties included; NaN where it ended before that was known."""
+    """Of the sum over all data, penalties included; NaN where it ended before that was known. With `batch` it is what
+    the last batch says of it: the mean over that, times the number of examples; `gradient_norm` likewise."""
     gradient_norm: float
     """The largest entry of its gradient there, as penalties and bounds reduce it; NaN likewise."""
     converged: bool
@@ -52,21 +52,21 @@ class Minimum:
     evaluations: int
 
 
-class Point(nn.Module):
+def point(start: Mapping[str, Tensor]) -> nn.ParameterDict:
     """The parameters as a module, so that they can be cut, fetched and written down."""
-
-    def __init__(self, start: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.parameters_by_name = nn.ParameterDict()
-        for name, value in start.items():  # all at once they would be sorted
-            self.parameters_by_name[name] = nn.Parameter(value.clone())
+    held = nn.ParameterDict()
+    for name, value in start.items():  # all at once they would be sorted
+        held[name] = nn.Parameter(value.clone())
+    return held
 
 
 @dataclass(frozen=True)
 class Share:
-    """The mean over a portion of what the user's function sums over it."""
+    """What the sum over all data would be if all of it were as a portion is: its mean over portions is the sum."""
 
     function: Callable[..., Tensor]
+    examples: int
+    """Of all data."""
     single: bool
     """Whether there is one parameter, without a name."""
     data: str
@@ -74,9 +74,8 @@ class Share:
 
     def __call__(self, point: nn.Module, batch: Any) -> Tensor:
         """The loss as a job wants it."""
-        assert isinstance(point, Point)
-        held = point.parameters_by_name
-        x = held[ONE] if self.single else dict(held.items())
+        assert isinstance(point, nn.ParameterDict)
+        x = point[ONE] if self.single else dict(point.items())
         first = next((each for each in tree_leaves(batch) if isinstance(each, Tensor) and each.ndim), None)
         if first is None:
             raise ConfigurationError(
@@ -85,7 +84,8 @@ class Share:
             )
         if self.data == "none":
             return scalar(self.function(x), *WORDS)
-        return scalar(self.function(x, first if self.data == "tensor" else batch), *WORDS) / len(first)
+        share = scalar(self.function(x, first if self.data == "tensor" else batch), *WORDS)
+        return share * (self.examples / len(first))
 
 
 def minimize(
@@ -108,10 +108,9 @@ def minimize(
     without data, `function(x)` is the objective. Replicas are other processes, which import a script: the call stands
     below `if __name__ == "__main__"`.
 
-    l1, l2, gtol and target of `algorithm` are on the scale of F, and penalties are of every parameter. ftol is relative
-    to |F|, or to the number of examples where that is larger; ftol=0.0 leaves the end to gtol. `run` keeps checkpoints
-    and events in a folder, from which `resume` goes on; without it they are removed at the end. `view` shows the job,
-    whose loss is F divided by the number of examples. Raises what `train` raises.
+    The loss of the job is F: l1, l2, gtol, ftol and target of `algorithm` are on its scale, and penalties are of every
+    parameter. ftol=0.0 leaves the end to gtol. `run` keeps checkpoints and events in a folder, from which `resume` goes
+    on; without it they are removed at the end. `view` shows the job. Raises what `train` raises.
     """
     algorithm = algorithm or Sandblaster()
     if not isinstance(algorithm, Sandblaster):
@@ -133,10 +132,6 @@ def minimize(
     count = len(built)
     if count == 0:
         raise ConfigurationError("minimize(data=...) is empty", hint="give at least one example, or data=None")
-    scaled = dataclasses.replace(
-        algorithm, l1=algorithm.l1 / count, l2=algorithm.l2 / count, gtol=algorithm.gtol / count,
-        target=None if algorithm.target is None else algorithm.target / count,
-    )  # fmt: skip
     heard: list[JobFinished] = []
 
     def hear(observation: Observation) -> None:
@@ -148,22 +143,21 @@ def minimize(
         if folder is None:
             folder, call = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run", ""
         job = Job(
-            model=partial(Point, {name: value.detach().cpu() for name, value in start.items()}),
+            model=partial(point, {name: value.detach().cpu() for name, value in start.items()}),
             data=built,
-            step=Share(function, isinstance(parameters, Tensor), portion),
-            algorithm=scaled,
+            step=Share(function, count, isinstance(parameters, Tensor), portion),
+            algorithm=algorithm,
             cluster=cluster or Cluster(replicas=1),
-            groups=_Penalised(scaled.l1, scaled.l2, groups),
+            groups=_Penalised(algorithm.l1, algorithm.l2, groups),
             run=folder,
         )
         result = train(job, resume=resume, view=view, listeners=[hear], launch=Launch(call=call))
-        assert isinstance(result.model, Point)
-        found = {name: value.detach().clone() for name, value in result.model.parameters_by_name.items()}
+        found = {name: value.detach().clone() for name, value in result.model.named_parameters()}
     (finished,) = heard
     return Minimum(
         parameters=found[ONE] if isinstance(parameters, Tensor) else found,
-        value=math.nan if finished.loss is None else count * finished.loss,
-        gradient_norm=math.nan if finished.gradient is None else count * finished.gradient,
+        value=math.nan if finished.loss is None else finished.loss,
+        gradient_norm=math.nan if finished.gradient is None else finished.gradient,
         converged=finished.converged,
         reason=finished.reason,
         iterations=finished.iterations,
@@ -210,7 +204,7 @@ class _Penalised:
     own: Groups | None
 
     def __call__(self, name: str, parameter: nn.Parameter) -> dict[str, float]:
-        given = {} if self.own is None else dict(self.own(name.removeprefix("parameters_by_name."), parameter))
+        given = {} if self.own is None else dict(self.own(name, parameter))
         return {"l1": self.l1, "l2": self.l2} | given
 
 

@@ -190,6 +190,37 @@ def scaled_squares(scale: float, x: Tensor, portion: tuple[Tensor, Tensor]) -> T
     return scale * squares(x, portion)
 
 
+@pytest.mark.parametrize(("fields", "said"), [({"gtol": 1e-3}, "within 0.001"), ({"target": 60.0}, "target 60")])
+def test_the_reason_speaks_of_the_sum_that_is_minimised(fields: dict[str, float], said: str) -> None:
+    """Not of its mean over the examples, of which the caller knows nothing."""
+    found = db.minimize(
+        squares, torch.zeros(8, dtype=torch.float64), data=regression(), cluster=SIMULATED,
+        algorithm=db.Sandblaster(**{"gtol": 0.0, "ftol": 0.0, "micro_batch": 16} | fields),
+    )  # fmt: skip
+    assert found.converged
+    assert found.reason.endswith(said)
+    assert (f"{found.gradient_norm:.1e}" if "gtol" in fields else f"{found.value:.6g}") in found.reason
+
+
+def quartics(x: Tensor, portion: Tensor) -> Tensor:
+    return (x - portion).pow(4).sum()
+
+
+def test_a_decrease_is_measured_by_the_sum_however_many_examples_it_is_of() -> None:
+    """As in SciPy: what is small beside the number of examples alone is no reason to stop."""
+    start, ones = torch.zeros(2, dtype=torch.float64), torch.ones(2000, 2, dtype=torch.float64)
+    found = db.minimize(quartics, start, data=ones, algorithm=db.Sandblaster(gtol=0.0), cluster=SIMULATED)
+    assert "no more than 1e-09 max(|loss|, 1)" in found.reason
+    assert found.value < 1e-8
+
+
+def test_messages_name_parameters_as_they_were_given() -> None:
+    two = torch.zeros(2, dtype=torch.float64)
+    for start, name in ((two, "x"), ({"slope": two}, "slope")):
+        with pytest.raises(db.ConfigurationError, match=f"initial values of {name} lie outside its bounds, 1 to 2"):
+            db.minimize(rosenbrock, start, algorithm=db.Sandblaster(bounds=(1.0, 2.0)), cluster=SIMULATED)
+
+
 def line(x: dict[str, Tensor], portion: tuple[Tensor, Tensor]) -> Tensor:
     slope, intercept = x.values()
     return (slope * portion[0] + intercept - portion[1]).square().sum()
