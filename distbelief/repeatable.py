@@ -7,6 +7,7 @@ other reasons, and then the search fails in ways that nobody would trace to them
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -48,7 +49,13 @@ def check_batch(module: nn.Module, layout: Layout, keeping: Keeping) -> None:
                 f"Job(groups=...) gives {piece.name} {', '.join(sorted(unknown))}, which Sandblaster has not",
                 hint=f"use {', '.join(PENALTIES)}",
             )
-        own = {name: float(options.get(name, getattr(keeping, name))) for name in PENALTIES}
+        own = {name: options.get(name, getattr(keeping, name)) for name in PENALTIES}
+        numbers = all(isinstance(value, Real) for value in own.values())
+        if not numbers or not (0 <= own["l2"] < math.inf and 0 <= own["l1"] < math.inf and own["low"] <= own["high"]):
+            raise ConfigurationError(
+                f"Job(groups=...) gives {piece.name} {', '.join(f'{name}={value}' for name, value in options.items())}",
+                hint="give numbers: l2 and l1 of 0 or more, and a low that is not above high",
+            )
         bounded = own["low"] > -math.inf or own["high"] < math.inf
         if own["l1"] and bounded:
             raise ConfigurationError(

@@ -8,6 +8,7 @@ the coordinator does with the answers is in sandblaster_coordinator.py and lbfgs
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, cast, final
 
 import torch
@@ -113,6 +114,13 @@ class Sandblaster:
             raise ConfigurationError(
                 f"Sandblaster(batch={self.batch}) with l1 or bounds: there is no rule for batches that change",
                 hint="use batch=None, or l2",
+            )
+        pair = self.bounds or (None, None)
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(it, Real | None) for it in pair)):
+            raise ConfigurationError(
+                f"Sandblaster(bounds={self.bounds}) is no pair of numbers",
+                hint="give (lowest, highest) of all parameters, None for no bound; groups= may give each parameter "
+                'bounds of its own: {"low": 0.0, "high": 1.0}',
             )
         low, high = self.limits
         if not low < high:

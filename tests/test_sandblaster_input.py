@@ -29,6 +29,10 @@ from tests.test_sandblaster import CLASSES, FEATURES, job, net, of_kind, points,
         ({"ftol": float("nan")}, r"ftol=nan"),
         ({"target": float("nan")}, r"target=nan"),
         ({"micro_batch": 0}, r"micro_batch=0"),
+        ({"bounds": (0.0,)}, r"bounds=\(0\.0,\)\) is no pair of numbers\nhint: give \(lowest, highest\)"),
+        ({"bounds": [(0.0, 1.0), (0.0, 2.0)]}, r"bounds=\[.*\]\) is no pair of numbers\nhint: "),
+        ({"bounds": ("0", 1.0)}, r"bounds=\('0', 1\.0\)\) is no pair of numbers\nhint: "),
+        ({"bounds": 5.0}, r"bounds=5\.0\) is no pair"),
         ({"bounds": (1.0, -1.0)}, r"bounds=\(1\.0, -1\.0\).*nothing between"),
         ({"l1": 0.1, "bounds": (0.0, None)}, r"l1=0\.1, bounds=\(0\.0, None\).*no rule for both"),
     ],
@@ -84,6 +88,18 @@ def bounded_weights(name: str, parameter: nn.Parameter) -> dict[str, float]:
     return {"low": 0.0} if name == "0.weight" else {}
 
 
+def rewarded_weights(name: str, parameter: nn.Parameter) -> dict[str, float]:
+    return {"l2": -1.0} if name == "0.weight" else {}
+
+
+def empty_interval(name: str, parameter: nn.Parameter) -> dict[str, float]:
+    return {"low": 0.4, "high": 0.3} if name == "0.weight" else {}
+
+
+def no_number(name: str, parameter: nn.Parameter) -> dict[str, Any]:
+    return {"low": None} if name == "0.weight" else {}
+
+
 def nothing() -> TensorDataset:
     return TensorDataset(torch.zeros(0, FEATURES), torch.zeros(0, dtype=torch.int64))
 
@@ -99,6 +115,9 @@ def nothing() -> TensorDataset:
         ({"loss": summed, "cluster": {"engine": "local", "partitions": 2}}, r"loss of .* examples .* not their mean"),
         ({"groups": unknown_option}, r"0\.weight weight_decay, which Sandblaster has not"),
         ({"algorithm": {"bounds": (0.0, 1.0)}}, r"\d+ of the 20 .* of 0\.weight lie outside its bounds, 0 to 1"),
+        ({"groups": rewarded_weights}, r"gives 0\.weight l2=-1\.0\nhint: give numbers: l2 and l1 of 0 or more"),
+        ({"groups": empty_interval}, r"gives 0\.weight high=0\.3, low=0\.4\nhint: .* low that is not above high"),
+        ({"groups": no_number}, r"gives 0\.weight low=None\nhint: give numbers"),
         ({"groups": bounded_weights, "algorithm": {"l1": 0.1}}, r"0\.weight has l1=0\.1 and bounds"),
         ({"data": nothing}, r"data, which has 0|empty"),
         ({"cluster": {"shards": 40}}, r"cannot cut 39 parameters into 40 shards"),
