@@ -217,7 +217,7 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
         cut = cut_model(job.model, job.seed, job.grouping, input_of(job, sample), job.cluster.plan)
         if job.cluster.memory_bytes is not None:
             check_memory(footprints(cut.plan, batch_size, cut.layout.dtype), job.cluster.memory_bytes)
-        _check_algorithm(job, cut.module, cut.layout, isinstance(cut.plan, StagePlan))
+        _check_algorithm(job, cut.module, cut.layout, len(data), in_stages=isinstance(cut.plan, StagePlan))
         if isinstance(cut.plan, StagePlan):
             _check_target(sample[1])
             preload()
@@ -226,7 +226,7 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
     module, layout = build(job.model, job.seed, job.grouping)
     if job.cluster.memory_bytes is not None:
         check_memory([uncut_footprint(module, layout.length, layout.dtype)], job.cluster.memory_bytes)
-    _check_algorithm(job, module, layout, False)
+    _check_algorithm(job, module, layout, len(data), in_stages=False)
     return Prepared(job, data, test, layout, None), Facts(layout, lay_out_buffers(module), len(data), test_examples)
 
 
@@ -258,12 +258,12 @@ def _batch_size(job: Job, examples: int) -> int:
     return job.batch_size
 
 
-def _check_algorithm(job: Job, module: nn.Module, layout: Layout, in_stages: bool) -> None:
+def _check_algorithm(job: Job, module: nn.Module, layout: Layout, examples: int, *, in_stages: bool) -> None:
     """Raise ConfigurationError where the algorithm does not go with this model."""
     if isinstance(job.algorithm, Sandblaster):
         check_batch(module, layout, job.algorithm.keeping)
         return
-    check(job.algorithm.update_rule, [piece.options for piece in layout.pieces])
+    check(job.algorithm.update_rule, [piece.options for piece in layout.pieces], job.epochs * examples)
     if in_stages and job.algorithm.local_rate is not None:
         raise ConfigurationError(
             f"Downpour(local_rate={job.algorithm.local_rate}) with stages would change parameters between the "

@@ -259,6 +259,10 @@ def chained() -> Dataset[Any]:
             "Job(data=...) is a dict of data sets\nhint: give one of its splits, such as data['train']",
         ),
         ({"data": Counted}, "Job(data=...) is a Counted, which has no length or cannot be indexed"),
+        (
+            {"algorithm": db.Downpour(update_rule=db.sgd(0.1, schedule=db.linear_decay(64, end=-1.0)))},
+            "the rate cannot be multiplied by that\nhint: answer a finite factor of 0 or more for each",
+        ),
         ({"data": chained}, "Job(data=...) is a ChainDataset, which has no length or cannot be indexed"),
     ],
 )

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -218,6 +218,14 @@ def test_the_schedule_multiplies_the_rate_as_a_function_of_the_examples_applied(
         shards.push(torch.ones(3, dtype=torch.float64), examples=50)
         expected -= 0.5 * factor
         assert shards.values.tolist() == pytest.approx([expected] * 3, rel=1e-12)
+
+
+def test_no_step_is_taken_where_the_schedule_has_no_answer_however_often_it_is_asked() -> None:
+    rule = rules.sgd(0.5, schedule=lambda examples: cast(Any, "slow"))
+    shards = Shards(rule, torch.zeros(3, dtype=torch.float64))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="slow"):
+            shards.push(torch.ones(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("damping", [0.5, 1.0])

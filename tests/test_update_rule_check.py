@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the update rules as values: what is refused before anything starts, schedules, pickling, printing."""
 
+import math
 import pickle
 from typing import Any, cast
 
@@ -114,6 +115,29 @@ def test_schedules_pass_through_their_corners_and_travel_by_pickle() -> None:
 def test_what_cannot_work_is_refused_at_the_door(rule: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         rules.check(rule)
+
+
+def infinite_later(examples: int) -> float:
+    return math.inf if examples > 600 else 1.0
+
+
+def named_later(examples: int) -> Any:
+    return "slow" if examples > 600 else 1.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (rules.linear_decay(1000, end=-1.0), r"schedule\(510\) of Decay.* is -0\.02.*\nhint: .* the 1,000 examples"),
+        (infinite_later, r"schedule\(610\) of .*infinite_later.* is inf"),
+        (named_later, r"schedule\(610\) of .*named_later.* failed: ValueError"),
+    ],
+)
+@pytest.mark.parametrize("rule", [rules.adagrad, rules.adaptive_revision])
+def test_a_schedule_is_tried_all_along_the_job(rule: Any, schedule: Any, message: str) -> None:
+    rules.check(rule(0.1, schedule=schedule), (), 500)
+    with pytest.raises(ConfigurationError, match=message):
+        rules.check(rule(0.1, schedule=schedule), (), 1000)
 
 
 @pytest.mark.parametrize("rule", [rules.adagrad(), rules.sgd(0.1, momentum=0.9), rules.adaptive_revision(0.1)])

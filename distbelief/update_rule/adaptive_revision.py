@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.parameters import Options, Segment, Span
-from distbelief.update_rule.schedule import Schedule, check_schedule, name_of
+from distbelief.update_rule.schedule import Schedule, name_of
 
 _CHUNK = 131_072
 """Elements worked on at a time, so that the passes over them find them in the processor's cache."""
@@ -56,7 +56,6 @@ class AdaptiveRevision:
 
     def check(self, groups: Iterable[Options] = ()) -> None:
         """Raise ConfigurationError for values out of range and options of a group that this rule does not know."""
-        check_schedule(self.schedule)
         for name, value in (("rate", self.rate), ("c", self.c)):
             if not (math.isfinite(value) and value > 0):
                 raise ConfigurationError(f"adaptive_revision({name}={value})", hint=f"use a {name} above 0")

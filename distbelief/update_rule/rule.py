@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distbelief.errors import ConfigurationError
 from distbelief.parameters import Options, Segment, Span
+from distbelief.update_rule.schedule import check_schedule
 
 
 class BoundRule(Protocol):
@@ -72,10 +73,11 @@ class UpdateRule(Protocol):
         ...
 
 
-def check(rule: object, groups: Iterable[Options] = ()) -> None:
+def check(rule: object, groups: Iterable[Options] = (), examples: int = 1) -> None:
     """Refuse an update rule that cannot work, before anything starts. Raises ConfigurationError.
 
-    `groups` are the options of the users' parameter groups (`Piece.options`).
+    `groups` are the options of the users' parameter groups (`Piece.options`). A `schedule` that the rule has is tried
+    all along the `examples` of the job.
     """
     if isinstance(rule, type) or not (hasattr(rule, "bind") and hasattr(rule, "check")):
         raise ConfigurationError(
@@ -83,3 +85,4 @@ def check(rule: object, groups: Iterable[Options] = ()) -> None:
             hint="use adagrad(0.05), or optimizer(torch.optim.RMSprop, lr=0.01) for an optimizer class",
         )
     rule.check(tuple(groups))
+    check_schedule(getattr(rule, "schedule", None), examples)

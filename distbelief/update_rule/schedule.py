@@ -14,6 +14,8 @@ from distbelief.errors import ConfigurationError
 
 Schedule = Callable[[int], float]
 """Examples applied so far -> what the rate is multiplied by."""
+TRIED = 100
+"""Numbers of examples for which a schedule is asked before a job starts."""
 
 
 @final
@@ -73,22 +75,23 @@ def name_of(schedule: Schedule) -> str:
     return str(getattr(schedule, "__name__", repr(schedule)))
 
 
-def check_schedule(schedule: Schedule | None) -> None:
-    """Raise ConfigurationError when `schedule` does not answer a usable factor for the first push."""
+def check_schedule(schedule: Schedule | None, examples: int) -> None:
+    """Raise ConfigurationError when `schedule` does not answer usable factors all along a job of so many examples."""
     if schedule is None:
         return
-    try:
-        factor = float(schedule(0))
-    except Exception as error:
-        raise ConfigurationError(
-            f"schedule(0) of {schedule!r} failed: {type(error).__name__}: {error}",
-            hint="a schedule takes the number of examples applied and answers a factor, such as 1.0",
-        ) from error
-    if not (math.isfinite(factor) and factor >= 0):
-        raise ConfigurationError(
-            f"schedule(0) of {schedule!r} is {factor}; the rate cannot be multiplied by that",
-            hint="answer a finite factor of 0 or more",
-        )
+    for applied in sorted({examples * part // TRIED for part in range(TRIED)} | {examples - 1}):
+        try:
+            factor = float(schedule(applied))
+        except Exception as error:
+            raise ConfigurationError(
+                f"schedule({applied}) of {schedule!r} failed: {type(error).__name__}: {error}",
+                hint="a schedule takes the number of examples applied and answers a factor, such as 1.0",
+            ) from error
+        if not (math.isfinite(factor) and factor >= 0):
+            raise ConfigurationError(
+                f"schedule({applied}) of {schedule!r} is {factor}; the rate cannot be multiplied by that",
+                hint=f"answer a finite factor of 0 or more for each of the {examples:,} examples of the job",
+            )
 
 
 def _at_least_one(to_examples: int) -> None:
