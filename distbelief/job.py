@@ -263,7 +263,7 @@ def _check_algorithm(job: Job, module: nn.Module, layout: Layout, examples: int,
     if isinstance(job.algorithm, Sandblaster):
         check_batch(module, layout, job.algorithm.keeping)
         return
-    check(job.algorithm.update_rule, [piece.options for piece in layout.pieces], job.epochs * examples)
+    check(job.algorithm.update_rule, [piece.options for piece in layout.pieces], job.epochs * examples, layout.dtype)
     if in_stages and job.algorithm.local_rate is not None:
         raise ConfigurationError(
             f"Downpour(local_rate={job.algorithm.local_rate}) with stages would change parameters between the "

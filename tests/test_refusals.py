@@ -241,6 +241,10 @@ def chained() -> Dataset[Any]:
     return ChainDataset([Counted()])
 
 
+def halved() -> nn.Module:
+    return problems.classifier().half()
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -259,6 +263,7 @@ def chained() -> Dataset[Any]:
             "Job(data=...) is a dict of data sets\nhint: give one of its splits, such as data['train']",
         ),
         ({"data": Counted}, "Job(data=...) is a Counted, which has no length or cannot be indexed"),
+        ({"model": halved}, "adagrad(0.1) makes NaN of a gradient of zero in torch.float16\nhint: use a larger eps"),
         (
             {"algorithm": db.Downpour(update_rule=db.sgd(0.1, schedule=db.linear_decay(64, end=-1.0)))},
             "the rate cannot be multiplied by that\nhint: answer a finite factor of 0 or more for each",

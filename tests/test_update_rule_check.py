@@ -117,6 +117,25 @@ def test_what_cannot_work_is_refused_at_the_door(rule: Any, message: str) -> Non
         rules.check(rule)
 
 
+def test_a_rule_that_divides_by_what_the_parameters_cannot_hold_is_refused() -> None:
+    groups = [(("eps", 1e-10),), (("rate", 0.2),)]
+    for rule, options, message in (
+        (
+            rules.adagrad(),
+            [],
+            r"makes NaN of a gradient of zero in torch\.float16\nhint: use a larger eps",
+        ),
+        (rules.adam(), [], r"adam\(0\.001\) makes NaN"),
+        (rules.adam(eps=1e-4), groups, r"with \{'eps': 1e-10\} makes NaN"),
+        (rules.adaptive_revision(0.1), [], r"c=1e-10\) is 0 in torch\.float16"),
+    ):
+        rules.check(rule, options)
+        rules.check(rule, options, dtype=torch.bfloat16)
+        with pytest.raises(ConfigurationError, match=message):
+            rules.check(rule, options, dtype=torch.float16)
+    rules.check(rules.adam(eps=1e-4), groups[1:], dtype=torch.float16)
+
+
 def infinite_later(examples: int) -> float:
     return math.inf if examples > 600 else 1.0
 

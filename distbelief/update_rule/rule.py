@@ -11,6 +11,7 @@ shard:  bound = rule.bind(parameters, segments, span)         once
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from distbelief.errors import ConfigurationError
@@ -73,16 +74,26 @@ class UpdateRule(Protocol):
         ...
 
 
-def check(rule: object, groups: Iterable[Options] = (), examples: int = 1) -> None:
+def check(rule: object, groups: Iterable[Options] = (), examples: int = 1, dtype: torch.dtype = torch.float32) -> None:
     """Refuse an update rule that cannot work, before anything starts. Raises ConfigurationError.
 
     `groups` are the options of the users' parameter groups (`Piece.options`). A `schedule` that the rule has is tried
-    all along the `examples` of the job.
+    all along the `examples` of the job. In the parameters' `dtype` numbers may round to zero that are divided by.
     """
     if isinstance(rule, type) or not (hasattr(rule, "bind") and hasattr(rule, "check")):
         raise ConfigurationError(
             f"update_rule={getattr(rule, '__name__', repr(rule))} is no update rule",
             hint="use adagrad(0.05), or optimizer(torch.optim.RMSprop, lr=0.01) for an optimizer class",
         )
-    rule.check(tuple(groups))
+    groups = tuple(groups)
+    rule.check(groups)
     check_schedule(getattr(rule, "schedule", None), examples)
+    for options in {*groups, ()}:
+        values, span = torch.zeros(1, dtype=dtype), Span(0, 1)
+        bound: BoundRule = rule.bind(values, [Segment(span, options)], span)
+        bound.apply(torch.zeros(1, dtype=dtype), reader=0, version=0, base_version=0, examples=0)
+        if not values.isfinite():
+            raise ConfigurationError(
+                f"{rule!r}{f' with {dict(options)}' if options else ''} makes NaN of a gradient of zero in {dtype}",
+                hint="use a larger eps, such as 1e-4, or train in float32",
+            )
