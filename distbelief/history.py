@@ -43,7 +43,7 @@ class History(msgspec.Struct, frozen=True):
         first = len(full) - len(measured)
         full[first:, :], full[:, first:] = measured, measured.T
         s, y, p = 2 * k, 2 * k + 1, 2 * k + 2
-        if not full[s, y] > curvature * math.sqrt(full[s, s] * full[y, y]):
+        if not full[s, y] > curvature * math.sqrt(full[s, s]) * math.sqrt(full[y, y]):
             return self._of(self.pairs, full, [*range(2 * k), p]), None
         oldest = 1 if k == capacity else 0
         slot = self.pairs[0] if oldest else next(slot for slot in range(capacity) if slot not in self.pairs)

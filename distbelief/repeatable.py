@@ -120,7 +120,8 @@ def _check_gradient(
 ) -> None:
     """Go a little way along the gradient and back: the loss must change as the gradient says, if not exactly.
 
-    A kink may lie on the way, so the change may be wrong by a factor of two, at all of three distances.
+    A kink may lie on the way, so the change may be wrong by a factor of two, at all of three distances. Where the kink
+    is at the point itself, the gradient is of one side.
     """
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for _, gradient in found))
     size = math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter, _ in found))
@@ -131,10 +132,11 @@ def _check_gradient(
         promised = 2 * step * norm
         if not (math.isfinite(promised) and promised > rounding):
             continue
-        change = _at(module, objective, sample, found, step / norm) - _at(
-            module, objective, sample, found, -step / norm
-        )
-        if not math.isfinite(change) or promised / 2 < change < 2 * promised:
+        above, here = _at(module, objective, sample, found, step / norm), float(loss)
+        below = _at(module, objective, sample, found, -step / norm)
+        change = above - below
+        sides = change, 2 * (above - here), 2 * (here - below)
+        if not math.isfinite(change) or any(promised / 2 < each < 2 * promised for each in sides):
             return
         told = f"by {change:.2e} where the gradient promises {promised:.2e}"
     if told:

@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from distbelief.history import History
 from distbelief.lbfgs import Command, Options, Solver, Stop
 from distbelief.penalty import Penalty
 from tests.functions import MINIMA, Problem
@@ -233,6 +234,13 @@ def test_the_scale_of_the_loss_changes_the_evaluations_by_no_more_than_a_fifth(n
         run, stop = minimised(scaled, problem.x, gtol=1e-8 * scale)
         assert stop.converged, stop.reason
         assert run.solver.evaluations == pytest.approx(plain.solver.evaluations, rel=0.2)
+
+
+def test_a_pair_is_kept_where_the_product_of_the_squared_lengths_has_no_number() -> None:
+    s, y, p = [1e200, 9e199, 0.0], [9e199, 1e200, 0.0], [0.0, 0.0, 1.0]
+    history, slot = History().accept([s, y, p], 10, 1e-12)
+    assert slot == 0
+    assert history.curved
 
 
 @pytest.mark.parametrize("name", ["rosenbrock", "powell", "wood", "kowalik osborne"])

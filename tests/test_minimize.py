@@ -214,6 +214,27 @@ def test_a_decrease_is_measured_by_the_sum_however_many_examples_it_is_of() -> N
     assert found.value < 1e-8
 
 
+def helical_valley(x: Tensor) -> Tensor:
+    turns = torch.atan2(x[1], x[0]) / (2 * math.pi)
+    return 100 * ((x[2] - 10 * turns) ** 2 + (x[:2].norm() - 1) ** 2) + x[2] ** 2
+
+
+def distance(x: Tensor) -> Tensor:
+    return torch.where(x >= 0, x, -x).sum() + x.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("function", "start", "minimum"),
+    [(helical_valley, [-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]), (distance, [0.0, 0.0], [0.0, 0.0])],
+)
+def test_a_start_on_a_kink_is_no_gradient_that_does_not_belong_to_the_loss(
+    function: Any, start: list[float], minimum: list[float]
+) -> None:
+    """More, Garbow and Hillstrom begin where the angle jumps: the gradient is that of one side."""
+    found = db.minimize(function, torch.tensor(start, dtype=torch.float64), algorithm=PRECISE, cluster=SIMULATED)
+    torch.testing.assert_close(found.parameters, torch.tensor(minimum, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
 def test_messages_name_parameters_as_they_were_given() -> None:
     two = torch.zeros(2, dtype=torch.float64)
     for start, name in ((two, "x"), ({"slope": two}, "slope")):
