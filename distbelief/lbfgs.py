@@ -291,7 +291,7 @@ class Solver:
         step = self._turn(Step(True, t, slot, state.history.pairs, ()))
         if stop := self._finished():
             return [step, *stop]
-        if not (self._descends() and state.history.curved):
+        if not (self._flat() or (self._descends() and state.history.curved)):
             return [step, self._measure()]
         return [step, *self._search()]
 
@@ -305,7 +305,7 @@ class Solver:
         """Begin a search along the direction."""
         state, single = self.state, self.options.single
         if not self._descends():
-            return self._stop(_no_descent(state.slope))
+            return self._pass_over() if self._flat() else self._stop(_no_descent(state.slope))
         t = 1.0 if state.history.pairs else state.length / state.history.gradient_norm
         if self.options.search != "wolfe":
             state.search = Backtracking(state.shared_loss, t, rounding=1e-7 if single else 1e-15)
@@ -353,6 +353,10 @@ class Solver:
         step = self._turn(Step(False, 0.0, None, (), ()))
         return [step, *self._search()]
 
+    def _flat(self) -> bool:
+        """Where batches change: this one's gradient is zero, which says nothing of the others."""
+        return self.options.search == "overlapping" and self.state.largest_gradient == 0.0
+
     def _descends(self) -> bool:
         return -math.inf < self.state.slope < 0
 
@@ -378,11 +382,8 @@ class Solver:
             return self._stop(f"the loss, {state.loss:.6g}, has reached the target {options.target:g}", True)
         if state.small_decreases >= SMALL_DECREASES:
             relative = options.smallest_decrease
-            what = (
-                f"no more than {relative:g} max(|loss|, 1)"
-                if relative
-                else "nothing, so it is at the limit of its precision"
-            )
+            limit = "nothing, so it is at the limit of its precision"
+            what = f"no more than {relative:g} max(|loss|, 1)" if relative else limit
             return self._stop(f"{SMALL_DECREASES} iterations in a row lowered the loss by {what}", relative > 0)
         return []
 

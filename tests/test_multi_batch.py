@@ -169,6 +169,20 @@ def test_a_batch_in_which_no_step_helps_is_passed_over(batch: int, iterations: i
     assert (found.iterations, found.reason) == (iterations, f"the limit of {iterations} iterations was reached")
 
 
+def test_a_batch_whose_gradient_is_zero_is_passed_over() -> None:
+    """As one that is classified well already: the next one need not be."""
+    solver = Solver(Options(history=3, search="overlapping"))
+    flat = Sealed([[0.0] * 3] * 3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True)
+    steep = Sealed([[0.0] * 3, [0.0] * 3, [0.0, 0.0, 1.0]], 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, True)
+    solver.begin()
+    for _ in range(2):
+        assert solver.tell(1.0, flat, (1.0, 1.0))[-1] == Evaluate(0.0, ())
+    following = solver.tell(1.0, steep, (1.0, 1.0))[-1]
+    assert isinstance(following, Evaluate)
+    assert following.t > 0
+    assert solver.iteration == 2
+
+
 def test_when_no_batch_helps_any_more_it_ends_and_says_what_may_go_further() -> None:
     solver = Solver(Options(history=3, search="overlapping"))
     solver.begin()
