@@ -7,7 +7,7 @@ answer; what is in memory is there sooner than another thread could be asked.
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -114,6 +114,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple | list):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
+
+
+def size_of(batch: Any) -> int:
+    """Bytes of the tensors in a mini-batch, or in an output."""
+    if isinstance(batch, torch.Tensor):
+        return batch.numel() * batch.element_size()  # nbytes is not known of all that are sparse
+    if isinstance(batch, Mapping):
+        return sum(map(size_of, batch.values()))
+    return sum(map(size_of, batch)) if isinstance(batch, tuple | list) else 0
 
 
 def _like(before: dict[Any, Any], items: dict[Any, Any]) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 from distbelief.beginning import take_mean_buffers
 from distbelief.channel.frames import DTYPES, NAMES
 from distbelief.coordinator import Coordinator
-from distbelief.data_shard import collect, pair, to_device
+from distbelief.data_shard import collect, pair, size_of, to_device
 from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Home
 from distbelief.errors import ConfigurationError
 from distbelief.model_replica import Part, load_parameters, scalar
@@ -27,6 +27,8 @@ from distbelief.partition.group import Group
 
 Metric = Callable[[Any, Any], torch.Tensor | float]
 EVALUATION_BATCH = 1024
+EVALUATION_BYTES = 1 << 26
+"""A mini-batch and its output that take more than this are not made larger than those that are trained on."""
 POLL_SECONDS = 0.1
 INSTEAD = "evaluate=(model, test set) -> metrics"
 
@@ -40,6 +42,9 @@ class Measures:
     metrics: Mapping[str, Metric]
     evaluate: Callable[[nn.Module, Any], Mapping[str, float]] | None
     batch_size: int
+    """Examples of the first mini-batch."""
+    largest: int
+    """Examples of the others, as far as they are small."""
 
     def measure(self, module: nn.Module, dataset: Any, device: torch.device) -> tuple[float | None, dict[str, float]]:
         """(mean loss, metrics) over the data set, weighted by examples; the module is in eval mode meanwhile."""
@@ -48,10 +53,10 @@ class Measures:
             if self.evaluate is not None:
                 return None, _numbers(self.evaluate(module, dataset))
             sums: dict[str, float] = dict.fromkeys(self.metrics, 0.0)
-            loss_sum = 0.0
-            for start in range(0, len(dataset), self.batch_size):
-                indices = torch.arange(start, min(start + self.batch_size, len(dataset)))
-                batch = to_device(collect(dataset, indices), device)
+            loss_sum, start, size = 0.0, 0, self.batch_size
+            while start < len(dataset):
+                indices = torch.arange(start, min(start + size, len(dataset)))
+                batch, output = to_device(collect(dataset, indices), device), None
                 if self.step is not None:
                     with torch.enable_grad():  # a step may differentiate, by its input or by parameters
                         loss_sum += float(scalar(self.step(module, batch)).detach()) * len(indices)
@@ -62,6 +67,10 @@ class Measures:
                         loss_sum += float(self.loss(output, target)) * len(indices)
                     for name, metric in self.metrics.items():
                         sums[name] += _number(name, metric(output, target)) * len(indices)
+                if start == 0:
+                    fitting = EVALUATION_BYTES * len(indices) // max(1, size_of(batch) + size_of(output))
+                    size = max(size, min(self.largest, fitting))
+                start += len(indices)
             return loss_sum / len(dataset), {name: value / len(dataset) for name, value in sums.items()}
 
 

@@ -167,8 +167,9 @@ class Job:
     def measures(self) -> Measures:
         """What to measure on the test set."""
         own = isinstance(self.algorithm, Downpour) and (self.step or self.collate)  # full batches are cut anyhow
-        size = self.batch_size if own else EVALUATION_BATCH
-        return Measures(self.loss, self.step, dict(self.metrics), self.evaluate, size)
+        largest = self.batch_size if own else EVALUATION_BATCH
+        first = min(self.batch_size, largest)
+        return Measures(self.loss, self.step, dict(self.metrics), self.evaluate, first, largest)
 
     @property
     def grouping(self) -> Groups | None:

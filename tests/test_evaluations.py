@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a job evaluates: at each so many examples, one at a time, and at its end what it led to."""
+"""When a job evaluates: at each so many examples, one at a time, and at its end what it led to; how much at once."""
 
 import math
 
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import distbelief as db
+from distbelief import evaluator
 from distbelief.evaluations import Evaluations
 
 
@@ -102,3 +109,36 @@ def test_what_is_not_finite_is_told_as_not_known() -> None:
     assert told.metrics == {"loss": None, "accuracy": None, "top5": 0.5}
     unmeasured = Evaluations(100, wanted=True).finished(7, None, {"top5": 0.5}, 1.0, 7)
     assert (unmeasured.loss, unmeasured.metrics) == (None, {"top5": 0.5})
+
+
+def measured_at_once(monkeypatch: pytest.MonkeyPatch, wide: int, inputs: Tensor) -> tuple[list[int], float | None]:
+    """How many examples a model of so many outputs is given at once, where a megabyte is large; and their mean loss."""
+    monkeypatch.setattr(evaluator, "EVALUATION_BYTES", 1 << 20)
+    model, given = nn.Linear(inputs.shape[1], wide, bias=False), list[int]()
+    nn.init.ones_(model.weight)
+    model.register_forward_hook(lambda _, arguments, output: given.append(len(output)))
+    data = TensorDataset(inputs, torch.zeros(len(inputs)))
+    job = db.Job(model=nn.Identity, loss=lambda output, target: output.mean(), data=data, batch_size=8)
+    loss, _ = job.measures.measure(model, data, torch.device("cpu"))
+    return given, loss
+
+
+def test_small_examples_are_measured_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.arange(2000.0).view(-1, 1)
+    given, loss = measured_at_once(monkeypatch, 1, inputs)
+    assert given == [8, 1024, 968]
+    assert loss == pytest.approx(999.5)
+
+
+@pytest.mark.parametrize(("wide", "long"), [(1, 100_000), (100_000, 1)])
+def test_of_large_examples_or_outputs_no_more_are_measured_at_once_than_are_trained_on(
+    wide: int, long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, loss = measured_at_once(monkeypatch, wide, torch.arange(20.0).view(-1, 1).expand(-1, long))
+    assert given == [8, 8, 4]
+    assert loss == pytest.approx(9.5 * long)
+
+
+def test_of_examples_in_between_as_many_are_measured_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, _ = measured_at_once(monkeypatch, 1, torch.zeros(100, 8190))  # with target and output 32 KiB each
+    assert given == [8, 32, 32, 28]
