@@ -243,10 +243,34 @@ def test_without_a_terminal_each_notable_event_is_one_line() -> None:
 
 @pytest.mark.parametrize(("seconds_between", "expected"), [(0.0, 2), (0.25, 6), (1.0, 21)])
 def test_without_a_terminal_progress_is_at_most_one_line_a_second(seconds_between: float, expected: int) -> None:
-    reports = [progress(0.5 * number, 30 * number, 0.5) for number in range(21)]
+    reports = [progress(0.3 * number, 30 * number, 0.5) for number in range(21)]
     lines = [line for line in plain(reports, seconds_between) if "examples/s" in line]
     assert len(lines) == expected
     assert "epoch 1 | 60 % | 100 examples/s | loss 0.5 | staleness 1 | 4.0 s left" in lines[-1]
+
+
+def test_of_slow_mini_batches_the_rate_and_the_time_left_are_told_as_they_are() -> None:
+    seconds = [0.5 * number for number in range(1, 121)]  # 10 of the 1,000 examples each 5 s, after a second
+    lines = plain([started(), *(progress(now, 10 * int((now - 1) // 5), 0.5) for now in seconds)], seconds_between=0.5)
+    told = [line.split(" | ") for line in lines if "examples/s" in line]
+    steady = told[20:]
+    assert len(steady) >= 35
+    assert all(1.4 <= float(rate.split()[0]) <= 2.0 for _, _, rate, *_ in steady)
+    assert all(7 <= int(left.split()[0]) <= 11 and " min " in left for *_, left in steady), "and not from 1 to 60"
+
+
+def test_while_nothing_is_settled_the_time_left_grows() -> None:
+    still = [progress(1.0 * second, min(20 * second, 500), 0.5) for second in range(1, 125)]
+    lines = plain([started(), *still], seconds_between=1.0)
+    assert "| 20.0 examples/s |" in lines[25]
+    assert "| 25 s left" in lines[25]
+    assert float(lines[-1].split(" | ")[2].split()[0]) < 2
+
+
+def test_a_resumed_run_tells_the_rate_of_this_start() -> None:
+    lines = plain([started(resumed_examples=600), progress(2.0, 700, 0.5)], seconds_between=1.0)
+    assert "50.0 examples/s" in lines[-1]
+    assert "6.0 s left" in lines[-1]
 
 
 def test_progress_lines_get_rarer_in_a_long_run() -> None:
@@ -297,7 +321,7 @@ def test_the_live_view_shows_the_state_within_the_width(width: int) -> None:
     assert any("1,000  of 1,000 " in f"{line} " for line in lines), "and not what was done in the last moment"
     assert max(map(len, lines)) <= width
     halfway = live(eventful_run()[:12], width)
-    for words in ("500  of 1,000, 100 per second", "10.0 per second, 1 refused"):
+    for words in ("500  of 1,000, 500 per second", "10.0 per second, 1 refused"):
         assert sum(words in line for line in halfway) == 1, words
 
 

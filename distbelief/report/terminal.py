@@ -47,12 +47,33 @@ NOTABLE_SHOWN = 5
 METRICS_SHOWN = 8
 SILENCE_SECONDS = 10.0
 """After so long without an event the view says so."""
-SMOOTHING = 0.1
-"""Weight of the newest rate in the average from which the remaining time is estimated."""
+FADING = 0.9
+"""Weight that what was known of the rate keeps whenever examples are settled: the last ten times count most."""
 NUMBERS = (JobStarted, Evaluated, EpochFinished)
 """Events that the live view shows as numbers, not as notable."""
 REPLACED = (CheckpointWritten, PushRefused)
 """Notable events that replace one of their kind, so that a row of them does not push out what matters."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Examples and the seconds that they took, of which older ones fade; slow mini-batches are settled now and then."""
+
+    now: float = 0.0
+    settled: int = 0
+    examples: float = 0.0
+    seconds: float = 0.0
+
+    def after(self, now: float, settled: int) -> "Pace":
+        """The pace once so many examples are settled; while none are, only the time goes on."""
+        kept = FADING if settled > self.settled else 1.0
+        examples, seconds = self.examples + settled - self.settled, self.seconds + now - self.now
+        return Pace(now, settled, kept * examples, kept * seconds)
+
+    @property
+    def rate(self) -> float:
+        """Examples per second."""
+        return self.examples / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -67,8 +88,7 @@ class View:
     iterated: Iterated | None = None
     loss: float | None = None
     """The last training loss that was reported."""
-    rate: float = 0.0
-    """Examples per second, smoothed."""
+    pace: Pace = field(default_factory=Pace)
     tested: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     refused: int = 0
@@ -81,9 +101,10 @@ class View:
         view = replace(self, seconds=observation.seconds)._noted(observation)
         match observation.event:
             case JobStarted() as event:
-                return replace(view, started=event, batch=None, iterated=None, ended=False)
+                pace = Pace(observation.seconds, event.resumed_examples)
+                return replace(view, started=event, batch=None, iterated=None, pace=pace, ended=False)
             case BatchProgress() as event:
-                return replace(view, batch=event, rate=_smoothed(view.rate, event.examples_per_second))
+                return replace(view, batch=event)
             case Iterated() as event:
                 return replace(view, iterated=event)
             case Progress() as event:
@@ -91,7 +112,7 @@ class View:
                     view,
                     progress=event,
                     loss=view.loss if event.loss is None else event.loss,
-                    rate=_smoothed(view.rate, event.examples_per_second),
+                    pace=view.pace.after(observation.seconds, event.examples),
                 )
             case Evaluated() as event:
                 tested = values_of(event)
@@ -124,13 +145,9 @@ class View:
         if self.batch is not None and self.batch.iteration and not self.ended:
             left = self.batch.max_iterations - self.batch.iteration
             return left * self.seconds / self.batch.iteration
-        if self.progress is None or self.rate <= 0 or self.ended:
+        if self.progress is None or self.pace.rate <= 0 or self.ended:
             return None
-        return max(0, self.progress.total_examples - self.progress.examples) / self.rate
-
-
-def _smoothed(before: float, now: float) -> float:
-    return before + SMOOTHING * (now - before) if before else now
+        return max(0, self.progress.total_examples - self.progress.examples) / self.pace.rate
 
 
 class Terminal:
@@ -251,7 +268,7 @@ def progress_line(view: View) -> str:
     parts = [
         f"epoch {progress.epoch + 1}",
         f"{100 * progress.examples // max(1, progress.total_examples)} %",
-        *([] if _is_over(progress) else [f"{rate(progress.examples_per_second)} examples/s"]),
+        *([] if _is_over(progress) else [f"{rate(view.pace.rate)} examples/s"]),
         f"loss {'-' if view.loss is None else number(view.loss)}",
         f"staleness {progress.staleness_median:g}",
     ]
@@ -348,7 +365,7 @@ def _numbers(view: View) -> "RenderableType":
         refused = f", {view.refused:,} refused" if view.refused else ""
         over = _is_over(progress)
         examples = f"of {progress.total_examples:,}"
-        examples += "" if over else f", {rate(progress.examples_per_second)} per second"
+        examples += "" if over else f", {rate(view.pace.rate)} per second"
         pushes = f"applied{refused}" if over else f"{rate(progress.pushes_per_second)} per second{refused}"
         staleness = f"median, 95 % of pushes at most {progress.staleness_p95:g}"
         grid.add_row(_bold("examples"), f"{progress.examples:,}", examples)
