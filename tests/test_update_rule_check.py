@@ -35,6 +35,16 @@ class ClipsByNorm(Descent):
         super().step()
 
 
+class Counted(Descent):
+    """Knows how often it was made."""
+
+    made = 0
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        Counted.made += 1
+
+
 class CentresRows(Descent):
     """Not elementwise on matrices only."""
 
@@ -177,6 +187,15 @@ def test_groups_that_are_out_of_range_or_keep_other_state_are_refused() -> None:
         rules.check(rules.sgd(0.1), [(("lr", 0.1), ("rate", 0.2))])
     with pytest.raises(ConfigurationError, match="c -1"):
         rules.check(rules.adaptive_revision(0.1), [(("c", -1.0),)])
+
+
+def test_options_are_tried_once_however_many_parameters_have_them() -> None:
+    made = []
+    for parameters in (1, 1000):
+        before = Counted.made
+        rules.check(rules.optimizer(Counted), [(("lr", 0.2),)] * parameters + [()] * parameters)
+        made.append(Counted.made - before)
+    assert made[0] == made[1] > 0
 
 
 def test_rules_are_equal_after_pickling_and_print_what_differs_from_torch() -> None:

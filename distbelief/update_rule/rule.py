@@ -85,10 +85,10 @@ def check(rule: object, groups: Iterable[Options] = (), examples: int = 1, dtype
             f"update_rule={getattr(rule, '__name__', repr(rule))} is no update rule",
             hint="use adagrad(0.05), or optimizer(torch.optim.RMSprop, lr=0.01) for an optimizer class",
         )
-    groups = tuple(groups)
+    groups = tuple(dict.fromkeys(groups))  # each is tried, and thousands of parameters may have the same
     rule.check(groups)
     check_schedule(getattr(rule, "schedule", None), examples)
-    for options in {*groups, ()}:
+    for options in groups or ((),):
         values, span = torch.zeros(1, dtype=dtype), Span(0, 1)
         bound: BoundRule = rule.bind(values, [Segment(span, options)], span)
         bound.apply(torch.zeros(1, dtype=dtype), reader=0, version=0, base_version=0, examples=0)
