@@ -20,7 +20,7 @@ from distbelief.errors import ConfigurationError
 from distbelief.events import Observation
 from distbelief.report import Terminal, write_plots
 from distbelief.report.plots import COLOURS, FAULT_COLOUR, collect
-from distbelief.report.words import duration
+from distbelief.report.words import duration, shortened
 
 STALENESS = {0: 4, 1: 10, 2: 5, 7: 1}
 
@@ -158,6 +158,22 @@ def test_values_that_are_not_finite_are_not_drawn(tmp_path: Path) -> None:
 
 def test_a_run_without_measurements_has_no_pictures(tmp_path: Path) -> None:
     assert write_plots([started()], tmp_path) == []
+
+
+def test_of_more_metrics_than_there_is_room_for_the_first_are_drawn_and_the_title_says_so() -> None:
+    def tested(metrics: int) -> Observation:
+        values = {f"metric {number}": 0.5 for number in range(metrics)}
+        return Observation(1.0, events.Evaluated(examples=1, loss=0.5, metrics=values, evaluation_seconds=0.1))
+
+    few, many = collect([started(), tested(7)]), collect([started(), tested(300)])
+    assert list(many.test) == list(few.test) == ["loss", *(f"metric {number}" for number in range(7))]
+    assert few.title == "runs/digits: Downpour, 2 replicas, 1 shard"
+    assert many.title == f"{few.title}; the first 8 of 301 metrics"
+
+
+def test_of_a_name_that_is_longer_than_a_panel_the_beginning_is_drawn() -> None:
+    assert shortened("a" * 30) == "a" * 30
+    assert shortened("b" * 3000) == "b" * 27 + "..."
 
 
 def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from distbelief.events import (
     staleness_quantile,
 )
 from distbelief.report.summary import one_clock
-from distbelief.report.words import count, values_of
+from distbelief.report.words import METRICS_SHOWN, count, shortened, values_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,6 +144,9 @@ def collect(observations: Iterable[Observation]) -> Curves:
                 curves.marks.append(Mark(seconds, examples, kind))
             case JobFinished():
                 curves.staleness = dict(event.staleness)
+    if len(curves.test) > METRICS_SHOWN:
+        curves.title += f"; the first {METRICS_SHOWN} of {len(curves.test)} metrics"
+        curves.test = dict(islice(curves.test.items(), METRICS_SHOWN))
     return curves
 
 
@@ -170,7 +173,7 @@ def _curves(curves: Curves, across: str, x: Callable[[Point | Mark], float]) -> 
     for position, name in enumerate(others):
         panel = panels[1 + position, 0]
         _draw_test(panel, curves.test[name], x, COLOURS[(2 + position) % len(COLOURS)])
-        panel.set_ylabel(name)
+        panel.set_ylabel(shortened(name))
     for panel in panels[:, 0]:
         _mark(panel, curves.marks, x, named=panel is top)
         _tidy(panel)

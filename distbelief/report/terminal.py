@@ -27,6 +27,7 @@ from distbelief.events import (
 )
 from distbelief.report.batch import batch_parts, batch_rows
 from distbelief.report.words import (
+    METRICS_SHOWN,
     better,
     count,
     duration,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 REDRAWS_PER_SECOND = 4
 NOTABLE_SHOWN = 5
-METRICS_SHOWN = 8
 SILENCE_SECONDS = 10.0
 """After so long without an event the view says so."""
 FADING = 0.9

@@ -26,6 +26,9 @@ from distbelief.events import (
     ShardRestored,
 )
 
+METRICS_SHOWN = 8
+"""Metrics for which the live view and a picture have room: the first ones. The events hold all."""
+NAME_LENGTH = 30
 SMALLER_IS_BETTER = ("loss", "error", "perplexity", "mse", "mae", "rmse", "nll", "cross_entropy")
 """Words that, in the name of a metric, say that less is better."""
 
@@ -100,6 +103,11 @@ def better(name: str, value: float, than: float) -> bool:
 def smaller_is_better(name: str) -> bool:
     """Whether the metric's name says so: it contains loss, error, perplexity and the like."""
     return any(word in name.lower() for word in SMALLER_IS_BETTER)
+
+
+def shortened(name: str) -> str:
+    """A name as a picture has room for it."""
+    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 3]}..."
 
 
 def count(number: int, noun: str) -> str:
