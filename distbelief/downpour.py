@@ -33,6 +33,8 @@ AccrueName = Literal["mean", "sum"]
 REPORT_SECONDS = 0.25
 BUFFERS_SECONDS = 0.25
 """Evaluations and checkpoints use buffers that may be so old, or a longer mini-batch, with newer parameters."""
+BUFFERS_SHARE = 0.05
+"""Of a replica's time goes into sending buffers at the most: large ones are sent more rarely."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,14 +337,16 @@ class DownpourReplica:
 
         Until then this replica has no part in the mean: its buffers are the ones that it was given, or constants.
         """
-        if self.home.now() - self.report.buffers_sent < seconds:
+        now, pause = self.home.now(), max(seconds, self.report.buffers_took / BUFFERS_SHARE)
+        if seconds and now - self.report.buffers_sent < pause:
             return
-        self.report.buffers_sent = self.home.now()
+        self.report.buffers_sent = now
         own = self.model.part.buffers.values()
         if not all(map(torch.equal, own, self.buffers)):
             self.buffers = [buffer.clone() for buffer in own]
             given = self.model.buffers()
             self.coordinator.call(DownpourCoordinator.take_buffers, self.index, self.group.index, given).result()
+        self.report.buffers_took = self.home.now() - now
 
     def load_buffers(self) -> None:
         """Begin with the mean of the buffers of replicas at work."""
@@ -356,6 +360,7 @@ class Tally:
 
     def __init__(self, now: float) -> None:
         self.sent = self.buffers_sent = now
+        self.buffers_took = 0.0
         self.settled: list[tuple[int, int]] = []
         self.refused: list[Refusal] = []
         self.mini_batches_ever = 0

@@ -250,10 +250,8 @@ def with_a_table() -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("model", [with_a_table, problems.normalised_classifier])
-def test_buffers_travel_when_training_changed_them_and_constant_ones_never(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def buffers_taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, torch.Tensor]]:
+    """Which replica's buffers the coordinator takes from now on, and what they are."""
     taken: list[tuple[int, torch.Tensor]] = []
     take = Coordinator.take_buffers
 
@@ -263,6 +261,14 @@ def test_buffers_travel_when_training_changed_them_and_constant_ones_never(
         take(self, replica, partition, values)
 
     monkeypatch.setattr(Coordinator, "take_buffers", note)
+    return taken
+
+
+@pytest.mark.parametrize("model", [with_a_table, problems.normalised_classifier])
+def test_buffers_travel_when_training_changed_them_and_constant_ones_never(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = buffers_taken(monkeypatch)
     # The second replica is given nothing before the last examples but two mini-batches.
     job = problems.job(model=model, algorithm=db.Downpour(warmstart=1248, cooldown=0))
     result = trained(job, tmp_path, costs=db.Costs(example_seconds=0.01))
@@ -277,6 +283,30 @@ def test_buffers_travel_when_training_changed_them_and_constant_ones_never(
     assert len([replica for replica, _ in taken if replica == 1]) <= 1
     assert all(values.any() for _, values in taken)
     assert int(kept["1.num_batches_tracked"]) > 0
+
+
+def counted(module: nn.Module, _: object) -> None:
+    if module.training:
+        module.get_buffer("counter").add_(1)
+
+
+def with_a_long_counter() -> nn.Module:
+    """With a buffer, much larger than the parameters, that counts mini-batches."""
+    module = problems.classifier()
+    module.register_buffer("counter", torch.zeros(10_000))
+    module.register_forward_pre_hook(counted)
+    return module
+
+
+def test_buffers_that_take_long_to_send_are_sent_more_rarely_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = buffers_taken(monkeypatch)
+    job = problems.job(model=with_a_long_counter, cluster=db.Cluster(replicas=1, shards=1, engine="simulated"))
+    costs = db.Costs(bytes_per_second=1e5, example_seconds=0.01)  # 0.8 s for the buffers, hundredths for parameters
+    result = trained(job, tmp_path, costs=costs)
+    assert 2 <= len(taken) <= 3, "in 12.8 s of training"
+    assert int(taken[-1][1][0]) == int(result.model.get_buffer("counter")[0]) == result.summary.mini_batches
 
 
 def test_a_slow_replica_does_not_hold_up_the_others(tmp_path: Path) -> None:
