@@ -42,9 +42,9 @@ class Measures:
     metrics: Mapping[str, Metric]
     evaluate: Callable[[nn.Module, Any], Mapping[str, float]] | None
     batch_size: int
-    """Examples of the first mini-batch."""
+    """Examples of a mini-batch, at the least."""
     largest: int
-    """Examples of the others, as far as they are small."""
+    """Examples of a mini-batch, as far as they are small."""
 
     def measure(self, module: nn.Module, dataset: Any, device: torch.device) -> tuple[float | None, dict[str, float]]:
         """(mean loss, metrics) over the data set, weighted by examples; the module is in eval mode meanwhile."""
@@ -53,10 +53,10 @@ class Measures:
             if self.evaluate is not None:
                 return None, _numbers(self.evaluate(module, dataset))
             sums: dict[str, float] = dict.fromkeys(self.metrics, 0.0)
-            loss_sum, start, size = 0.0, 0, self.batch_size
-            while start < len(dataset):
+            loss_sum, size = 0.0, self._at_once(module, dataset, device)
+            for start in range(0, len(dataset), size):
                 indices = torch.arange(start, min(start + size, len(dataset)))
-                batch, output = to_device(collect(dataset, indices), device), None
+                batch = to_device(collect(dataset, indices), device)
                 if self.step is not None:
                     with torch.enable_grad():  # a step may differentiate, by its input or by parameters
                         loss_sum += float(scalar(self.step(module, batch)).detach()) * len(indices)
@@ -67,11 +67,16 @@ class Measures:
                         loss_sum += float(self.loss(output, target)) * len(indices)
                     for name, metric in self.metrics.items():
                         sums[name] += _number(name, metric(output, target)) * len(indices)
-                if start == 0:
-                    fitting = EVALUATION_BYTES * len(indices) // max(1, size_of(batch) + size_of(output))
-                    size = max(size, min(self.largest, fitting))
-                start += len(indices)
             return loss_sum / len(dataset), {name: value / len(dataset) for name, value in sums.items()}
+
+    def _at_once(self, module: nn.Module, dataset: Any, device: torch.device) -> int:
+        """Examples of a mini-batch; how large they and their outputs are, a small one tells."""
+        if min(self.largest, len(dataset)) <= self.batch_size:
+            return self.batch_size
+        batch = to_device(collect(dataset, torch.arange(self.batch_size)), device)
+        output = module(pair(batch)[0]) if self.step is None else None
+        fitting = EVALUATION_BYTES * self.batch_size // max(1, size_of(batch) + size_of(output))
+        return max(self.batch_size, min(self.largest, fitting))
 
 
 def _numbers(found: Any) -> dict[str, float]:
