@@ -53,7 +53,7 @@ class Job:
     test: Any = None
     """Held-out data, like `data`; None for no evaluation. Its loss and metrics are means over mini-batches in the data
     set's own order: of `batch_size` under Downpour with `step` or `collate`, where they may depend on the mini-batch,
-    else of 1024."""
+    else of 1024, or, of large examples or outputs, of as many as take 64 MB, and no fewer than `batch_size`."""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     """Name -> (output, target) -> mean over the mini-batch."""
     evaluate: Callable[[nn.Module, Any], Mapping[str, float]] | None = None

@@ -144,6 +144,7 @@ def test_a_rule_that_divides_by_what_the_parameters_cannot_hold_is_refused() -> 
         with pytest.raises(ConfigurationError, match=message):
             rules.check(rule, options, dtype=torch.float16)
     rules.check(rules.adam(eps=1e-4), groups[1:], dtype=torch.float16)
+    rules.check(rules.adam(), [(("eps", 1e-4),)], dtype=torch.float16)  # no parameter has the rule's own
 
 
 def infinite_later(examples: int) -> float:
