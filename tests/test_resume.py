@@ -158,6 +158,9 @@ class Strange:
     def bind(self, parameters: torch.Tensor, segments: Any, span: Any) -> Any:
         return self
 
+    def apply(self, gradient: torch.Tensor, **of_push: int) -> None:
+        """Does nothing."""
+
     def load(self, vectors: Any, scalars: Any) -> None:
         vectors["momentum"]
 
