@@ -12,6 +12,7 @@ NAMES = (
     "push_fetch",
     "throughput",
     "accuracy",
+    "rules",
     "memory",
     "partition",
     "figure_3",
@@ -19,7 +20,8 @@ NAMES = (
     "network",
     "failures",
 )
-HEAR_RECORDINGS = ("accuracy", "network")
+HEAR_RECORDINGS = ("accuracy", "rules", "network")
+NEED_RECORDINGS = ("accuracy", "rules")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,7 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: under a minute, wider spread")
     parser.add_argument(
-        "--data", metavar="PATH", help="accuracy and network only: the Free Spoken Digit recordings, folder or tar"
+        "--data",
+        metavar="PATH",
+        help="accuracy, rules and network only: the Free Spoken Digit recordings, folder or tar",
     )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="figure_3 only: draw it into this PNG file")
     options = parser.parse_args(arguments)
@@ -37,8 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
         path = getattr(options, name)
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"--{name} {path}: there is no folder {path.absolute().parent}; create it first")
-    if options.name == "accuracy" and options.data is None:
-        parser.error("accuracy needs --data PATH: the Free Spoken Digit recordings, a folder or a tar")
+    if options.name in NEED_RECORDINGS and options.data is None:
+        parser.error(f"{options.name} needs --data PATH: the Free Spoken Digit recordings, a folder or a tar")
     if options.name not in HEAR_RECORDINGS and options.data is not None:
         parser.error(f"{options.name} uses no recordings; leave --data out")
     if options.name != "figure_3" and options.picture is not None:

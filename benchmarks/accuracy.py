@@ -7,6 +7,7 @@ at once, as if there were as many of them as it takes: mean staleness is then th
 """
 
 import contextlib
+import inspect
 import io
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,7 +25,6 @@ from distbelief.cluster import EngineName
 from examples import speech
 
 METRIC = "frame_accuracy"
-RATE = 0.01
 PLAIN = "plain loop"
 SHARDS = 2
 SEEDS = (0, 1, 2)
@@ -60,17 +60,13 @@ def run(data: str, quick: bool) -> list[Row]:
 
     Quick: one seed, one epoch over every tenth frame; it shows that everything runs, the accuracies mean nothing.
     """
-    job = speech.job(data)
-    train, test = job.data(), job.test()
-    if quick:
-        train = Subset(train, range(0, len(train), 10))
-    job = replace(job, data=train, test=test, epochs=1 if quick else 3, batch_size=32)
+    job = speech_job(data, quick)
     seeds = SEEDS[:1] if quick else SEEDS
     with tempfile.TemporaryDirectory() as folder:
         measured = {PLAIN: _each_seed(PLAIN, seeds, partial(plain_accuracy, job))}
         for way in WAYS:
             measured[way.name] = _each_seed(way.name, seeds, partial(downpour_accuracy, job, way, Path(folder)))
-    print(_table(measured, len(train), job.epochs, quick))
+    print(_table(measured, job, quick))
     return _rows(measured, quick)
 
 
@@ -83,11 +79,22 @@ def _each_seed(name: str, seeds: Sequence[int], train: Callable[[int], float]) -
     return measured
 
 
+def speech_job(data: str, quick: bool) -> db.Job:
+    """The speech example on the recordings at `data`, read; quick: one epoch over every tenth frame."""
+    job = speech.job(data)
+    train, test = job.data(), job.test()
+    if quick:
+        train = Subset(train, range(0, len(train), 10))
+    return replace(job, data=train, test=test, epochs=1 if quick else 3, batch_size=32)
+
+
 def plain_accuracy(job: db.Job, seed: int) -> float:
-    """Train `job`'s model in one process with torch.optim.Adagrad and no distbelief; returns the test accuracy."""
+    """Train `job`'s model in one process with its rule's optimizer and no distbelief; returns the test accuracy."""
     torch.manual_seed(seed)
     model: torch.nn.Module = job.model()
-    optimizer = torch.optim.Adagrad(model.parameters(), lr=RATE, fused=True)
+    rule: Any = job.algorithm.update_rule
+    fused = {"fused": True} if "fused" in inspect.signature(rule.optimizer).parameters else {}
+    optimizer = rule.optimizer(model.parameters(), **dict(rule.options), **fused)
     dataset: Any = job.data
     for _ in range(job.epochs):
         for indices in torch.randperm(len(dataset)).split(job.batch_size):  # type: ignore[no-untyped-call]
@@ -109,14 +116,19 @@ def downpour_accuracy(job: db.Job, way: Way, folder: Path, seed: int) -> float:
     return float(result.test[METRIC])
 
 
-def _table(measured: dict[str, Measured], examples: int, epochs: int, quick: bool) -> str:
+def title(job: db.Job) -> str:
+    """What the accuracies of a table are."""
+    epochs = f"{job.epochs} epoch{'s' if job.epochs > 1 else ''}"
+    return f"frame accuracy after {epochs} of {len(job.data):,} frames, batch 32"
+
+
+def _table(measured: dict[str, Measured], job: db.Job, quick: bool) -> str:
     lines = []
     for row in _rows(measured, quick):
         failed = row["failure"] is not None
         accuracies = ["failed", "-"] if failed else [f"{row['mean']:.4f}", f"{row['low']:.4f}..{row['high']:.4f}"]
         lines.append([str(row["method"]), *accuracies, str(row["standing"] or "-"), verdict(row["reached"])])
-    title = f"frame accuracy after {epochs} epoch{'s' if epochs > 1 else ''} of {examples:,} frames, batch 32"
-    text = table_text(title, ["method", "mean", "range", "to the plain loop's range", "reached"], lines)
+    text = table_text(title(job), ["method", "mean", "range", "to the plain loop's range", "reached"], lines)
     return text + ("\nquick: too short to judge accuracy by" if quick else "")
 
 

@@ -154,11 +154,16 @@ def verdict(reached: Cell) -> str:
     return {True: "yes", False: "NO"}[reached] if isinstance(reached, bool) else "-"
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def machine() -> dict[str, str]:
     """Processor, memory, system and versions, by name."""
     described = {
         "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(cores()),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

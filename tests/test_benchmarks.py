@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from benchmarks import (
     partition_peers,
     partition_product,
     push_fetch_peers,
+    rules,
     throughput_peers,
 )
 from benchmarks.__main__ import main
@@ -123,7 +125,8 @@ def test_a_mean_stands_within_above_or_below_a_range_or_within_the_margin_below_
     [
         (["push_fetch", "--json", "missing_folder/rows.json"], "create it first"),
         (["push_fetch", "--data", "recordings.tar"], "leave --data out"),
-        (["accuracy"], "needs --data PATH"),
+        (["accuracy"], "accuracy needs --data PATH"),
+        (["rules"], "rules needs --data PATH"),
         (["speed"], "invalid choice"),
         (["partition", "--picture", "plan.png"], "leave --picture out"),
         (["figure_3", "--picture", "missing_folder/figure_3.png"], "create it first"),
@@ -135,6 +138,21 @@ def test_a_wrong_command_line_is_refused_before_anything_runs(
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_rule_loses_what_lies_between_its_plain_loop_and_many_replicas_and_a_failed_training_says_why() -> None:
+    def ended(*outcomes: float | Exception) -> list[Future[float]]:
+        futures: list[Future[float]] = [Future() for _ in outcomes]
+        for future, outcome in zip(futures, outcomes, strict=True):
+            future.set_exception(outcome) if isinstance(outcome, Exception) else future.set_result(outcome)
+        return futures
+
+    plain, diverged = rules.collected(ended(0.25, 0.75)), rules.collected(ended(0.25, ValueError("it diverged")))
+    assert rules.row(db.adam(), None, plain, plain)["lost"] == 0
+    row = rules.row(db.adam(), rules.WAYS[1], rules.collected(ended(0.25, 0.5)), plain)
+    assert (row["rule"], row["mean"], row["seeds"], row["lost"]) == ("adam(0.001)", 0.375, 2, 0.125)
+    failed = rules.row(db.adam(), rules.WAYS[1], diverged, plain)
+    assert (failed["mean"], failed["lost"], failed["failure"]) == (None, None, "ValueError: it diverged")
 
 
 def test_columns_of_a_table_are_aligned() -> None:
