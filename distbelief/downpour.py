@@ -25,6 +25,7 @@ from distbelief.model_replica import ModelReplica
 from distbelief.parameter_server import ParameterServer
 from distbelief.roster import Granted, Refusal, Report
 from distbelief.section import Applied, Offer, Stamp
+from distbelief.training_loss import Losses
 from distbelief.update_rule import UpdateRule, adagrad
 
 FetchName = Literal["fresh", "overlapped", "awaited"]
@@ -364,7 +365,6 @@ class Tally:
         self.settled: list[tuple[int, int]] = []
         self.refused: list[Refusal] = []
         self.mini_batches_ever = 0
-        self._examples = 0
         self._losses: list[tuple[torch.Tensor, int]] = []
         self._slowest = 0.0
         self.mini_batch_seconds = 0.0
@@ -373,17 +373,20 @@ class Tally:
     def count(self, loss: torch.Tensor, examples: int, seconds: float) -> None:
         """Count one mini-batch; the loss stays on its device, so counting does not wait for it."""
         self._losses.append((loss, examples))
-        self._examples += examples
         self._slowest = max(self._slowest, seconds)
         self.mini_batch_seconds = seconds
         self.mini_batches_ever += 1
 
     def take(self, replica: int, incarnation: int, now: float) -> Report:
         """The report, leaving nothing."""
-        report = Report(
-            replica, incarnation, tuple(self.settled), self._examples,
-            sum(float(loss) * examples for loss, examples in self._losses), self._slowest, tuple(self.refused),
-        )  # fmt: skip
-        self.settled, self.refused, self._examples, self._losses = [], [], 0, []
+        losses = [(float(loss), examples) for loss, examples in self._losses]
+        sums = Losses(
+            len(losses),
+            sum(examples for _, examples in losses),
+            sum(loss * examples for loss, examples in losses),
+            sum(loss * loss * examples for loss, examples in losses),
+        )
+        report = Report(replica, incarnation, tuple(self.settled), sums, self._slowest, tuple(self.refused))
+        self.settled, self.refused, self._losses = [], [], []
         self.sent = now
         return report

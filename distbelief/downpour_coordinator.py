@@ -17,6 +17,7 @@ from distbelief.leases import Leases, Release
 from distbelief.parameter_server import ParameterServerShard
 from distbelief.progress import Meter
 from distbelief.roster import Granted, Refusal, Report, Settings
+from distbelief.training_loss import Trend
 
 
 @final
@@ -30,6 +31,7 @@ class DownpourCoordinator(Coordinator):
         super().__init__(engine, settings, buffers, manifest, emit)
         self.leases, self._release = leases, release
         self._meter = Meter(engine.now(), leases.settled_examples)
+        self._trend = Trend(leases.total_examples)
         self._refused_pushes = 0
         self._released = self.at_work
         self._epoch, self._repeated_before = leases.epoch, leases.repeated
@@ -52,7 +54,9 @@ class DownpourCoordinator(Coordinator):
         """Take a replica's report; the answer is whether it should stop. Raises Fenced."""
         record = self.hear(report.replica, report.incarnation)
         record.slowest_seconds = max(record.slowest_seconds, report.slowest_seconds)
-        self._meter.count(report.loss_sum, report.examples)
+        self._meter.count(report.losses)
+        if (rise := self._trend.rise(report.losses, self.at_work)) is not None:
+            self.emit(events.LossRose(lowest=rise.lowest, loss=rise.loss, replicas=rise.replicas))
         for refusal in report.refused:
             self._refuse(report.replica, refusal)
         self._settle(report.replica, report.settled)

@@ -91,6 +91,17 @@ class PushRefused(Event, frozen=True):
     reason: str
 
 
+class LossRose(Event, frozen=True):
+    """The training loss has risen well above its lowest while more than one replica trained; told once."""
+
+    lowest: float
+    """The lowest mean per example of a window of mini-batches so far."""
+    loss: float
+    """The mean of the latest window."""
+    replicas: int
+    """The most that were at work in it."""
+
+
 class Progress(Event, frozen=True):
     """The state of the job, about twice a second."""
 
@@ -255,6 +266,7 @@ AnyEvent = (
     | LeasesReturned
     | ShardRestored
     | PushRefused
+    | LossRose
     | Progress
     | BatchProgress
     | Iterated

@@ -9,6 +9,7 @@ from distbelief.events import Progress, staleness_quantile
 from distbelief.leases import Leases
 from distbelief.parameter_server import shard_name
 from distbelief.section import SectionStatus, ShardStatus
+from distbelief.training_loss import Losses
 
 
 @final
@@ -110,12 +111,11 @@ class Meter:
 
     def __init__(self, now: float, examples: int) -> None:
         self._since, self._examples, self._pushes = now, examples, 0
-        self._loss_sum, self._loss_examples = 0.0, 0
+        self._losses = Losses()
 
-    def count(self, loss_sum: float, examples: int) -> None:
-        """Take in the training loss of some examples, summed over them."""
-        self._loss_sum += loss_sum
-        self._loss_examples += examples
+    def count(self, losses: Losses) -> None:
+        """Take in the training losses of some mini-batches."""
+        self._losses = self._losses.plus(losses)
 
     def progress(self, now: float, leases: Leases, counters: Counters, alive: int) -> Progress:
         """The event of this moment; counting starts anew."""
@@ -125,7 +125,7 @@ class Meter:
             epoch=min(leases.epoch, leases.epochs - 1),
             examples=examples,
             total_examples=leases.total_examples,
-            loss=self._loss_sum / self._loss_examples if self._loss_examples else None,
+            loss=self._losses.mean if self._losses.examples else None,
             examples_per_second=(examples - self._examples) / elapsed,
             pushes_per_second=(pushes - self._pushes) / elapsed,
             pushes=pushes,
@@ -135,5 +135,5 @@ class Meter:
             replicas_alive=alive,
         )
         self._since, self._examples, self._pushes = now, examples, pushes
-        self._loss_sum, self._loss_examples = 0.0, 0
+        self._losses = Losses()
         return event

@@ -12,6 +12,7 @@ import torch
 from distbelief.leases import Lease
 from distbelief.parameters import Span
 from distbelief.section import Awaited
+from distbelief.training_loss import Losses
 
 EVALUATOR = "evaluator"
 PATIENCE = 20.0
@@ -47,8 +48,8 @@ class Report(msgspec.Struct, array_like=True, frozen=True):
     incarnation: int
     settled: tuple[tuple[int, int], ...]
     """(lease, position): every shard has acknowledged the lease's examples before the position."""
-    examples: int
-    loss_sum: float
+    losses: Losses
+    """Of the mini-batches computed."""
     slowest_seconds: float
     """The slowest mini-batch so far."""
     refused: tuple[Refusal, ...]

@@ -14,7 +14,8 @@ from torch.utils.data import TensorDataset
 
 import distbelief as db
 from distbelief.coordinator import Coordinator
-from distbelief.events import Evaluated, Observation, Progress, ReplicasReleased
+from distbelief.events import Evaluated, LossRose, Observation, Progress, ReplicasReleased
+from distbelief.update_rule.rule import UpdateRule
 from tests import problems
 
 AWAITED = functools.partial(db.Downpour, fetch="awaited")
@@ -176,6 +177,23 @@ def test_warmstart_lets_one_replica_train_first_and_releases_the_others_in_stage
     assert released[0].examples >= 320
     first = next(one.event for one in heard if isinstance(one.event, ReplicasReleased))
     assert first.examples < 640
+
+
+def test_a_loss_that_rises_when_too_many_train_for_the_rate_is_told_and_stands_in_the_summary(tmp_path: Path) -> None:
+    def rises(replicas: int, rule: UpdateRule) -> list[LossRose]:
+        heard: list[Observation] = []
+        cluster = db.Cluster(replicas=replicas, shards=2, engine="simulated")
+        job = problems.job(cluster=cluster, algorithm=db.Downpour(update_rule=rule), epochs=12)
+        result = trained(job, tmp_path, listeners=[heard.append])
+        told = [one.event for one in heard if isinstance(one.event, LossRose)]
+        assert [fault.type for fault in result.summary.faults] == ["LossRose"] * len(told)
+        return told
+
+    steep = db.sgd(1.0, momentum=0.9)
+    assert rises(1, steep) == rises(8, db.adagrad()) == []
+    (rise,) = rises(8, steep)
+    assert rise.loss > 2 * rise.lowest
+    assert rise.replicas > 1
 
 
 def test_local_steps_of_plain_sgd_between_fetches_follow_the_sequential_loop(tmp_path: Path) -> None:

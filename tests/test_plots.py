@@ -197,6 +197,7 @@ def eventful_run() -> list[Observation]:
         Observation(1.7, events.RoleStarted(role="replica/1", incarnation=1, again=True)),
         Observation(1.7, events.RoleStarted(role="replica/7", incarnation=1)),
         evaluated(1.8, 500, 0.875),
+        Observation(2.9, events.LossRose(lowest=0.5, loss=0.75, replicas=2)),
         Observation(3.0, events.ShardRestored(shard=0, version=12)),
         Observation(3.1, events.PushRefused(replica=0, step=12, examples=10, reason="not finite")),
         Observation(3.2, events.CheckpointFailed(path="c/2", reason="no space left on device")),

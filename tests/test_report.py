@@ -89,6 +89,7 @@ def checkpoint(examples: int) -> events.CheckpointWritten:
 
 
 LOST = events.RoleLost(role="replica/1", incarnation=0, reason="killed by signal 9")
+ROSE = events.LossRose(lowest=0.5, loss=0.625, replicas=2)
 RESTORED = events.ShardRestored(shard=0, version=12)
 
 
@@ -105,6 +106,7 @@ def scripted_run() -> list[Observation]:
         Observation(2.1, events.EpochFinished(epoch=0, seen=100, repeated=7)),
         Observation(2.2, checkpoint(100)),
         Observation(2.3, evaluated(100, loss=0.7, accuracy=0.75)),
+        Observation(2.4, ROSE),
         Observation(3.0, RESTORED),
         Observation(3.1, events.PushRefused(replica=0, step=12, examples=10, reason="not finite")),
         Observation(3.2, events.CheckpointFailed(path="runs/digits/checkpoints/2", reason="no space left on device")),
@@ -160,6 +162,12 @@ def test_a_summary_says_what_the_events_of_a_finished_run_add_up_to() -> None:
         "checkpoints": {"written": 1, "failed": 1, "rejected": 1, "last_failed": True},
         "faults": [
             {"seconds": 1.5, "type": "RoleLost", "text": "replica 1 was lost: killed by signal 9"},
+            {
+                "seconds": 2.4,
+                "type": "LossRose",
+                "text": "training loss rose from 0.5 to 0.625 with 2 replicas at work: "
+                "lower the rate or the momentum, or use fewer",
+            },
             {
                 "seconds": 3.0,
                 "type": "ShardRestored",

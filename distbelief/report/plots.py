@@ -20,6 +20,7 @@ from distbelief.events import (
     Iterated,
     JobFinished,
     JobStarted,
+    LossRose,
     Observation,
     Progress,
     RoleLost,
@@ -142,6 +143,8 @@ def collect(observations: Iterable[Observation]) -> Curves:
             case RoleLost() | ShardRestored():
                 kind = "lost" if isinstance(event, RoleLost) else "shard restored"
                 curves.marks.append(Mark(seconds, examples, kind))
+            case LossRose():
+                curves.marks.append(Mark(seconds, examples, "loss rose"))
             case JobFinished():
                 curves.staleness = dict(event.staleness)
     if len(curves.test) > METRICS_SHOWN:
@@ -216,12 +219,12 @@ def _draw_test(panel: "Axes", points: list[Point], x: Callable[[Point | Mark], f
 
 
 def _mark(panel: "Axes", marks: list[Mark], x: Callable[[Point | Mark], float], named: bool) -> None:
-    styles = {"lost": "--", "shard restored": ":", "resumed": "-."}
-    names = {"lost": "replica or shard lost", "shard restored": "shard restored", "resumed": "resumed"}
+    styles = {"lost": "--", "shard restored": ":", "resumed": "-.", "loss rose": (0, (1, 4))}
+    names = {"lost": "replica or shard lost"}
     for kind in dict.fromkeys(mark.kind for mark in marks):
         places = [x(mark) for mark in marks if mark.kind == kind]
         for position, place in enumerate(places):
-            label = f"{names[kind]} ({len(places)})" if named and position == 0 else None
+            label = f"{names.get(kind, kind)} ({len(places)})" if named and position == 0 else None
             panel.axvline(place, color=FAULT_COLOUR, linestyle=styles[kind], linewidth=1.2, label=label)
 
 

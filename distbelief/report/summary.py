@@ -8,6 +8,7 @@ pushes is taken as said about the whole job; what was refused is counted from th
 
 import functools
 import shlex
+import textwrap
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -24,6 +25,7 @@ from distbelief.events import (
     JobFinished,
     JobStarted,
     LeasesReturned,
+    LossRose,
     Observation,
     Progress,
     PushRefused,
@@ -39,10 +41,12 @@ KILLED = "killed: no end was recorded"
 RUNNING = "still running"
 """The reason of one that somebody is training."""
 
-FAULTS = (RoleLost, ShardRestored, EvaluationLost, CheckpointFailed, CheckpointRejected)
+FAULTS = (RoleLost, ShardRestored, EvaluationLost, LossRose, CheckpointFailed, CheckpointRejected)
 """What went wrong and was survived: listed in the summary, marked in the plots."""
 
 FAULTS_PRINTED = 20
+LINE = 66
+"""Columns beside the labels."""
 
 
 class Examples(msgspec.Struct, frozen=True):
@@ -78,7 +82,7 @@ class Fault(msgspec.Struct, frozen=True):
 
     seconds: float
     type: str
-    """The name of the event: RoleLost, ShardRestored, EvaluationLost, CheckpointFailed, CheckpointRejected."""
+    """The name of the event, one of FAULTS."""
     text: str
 
 
@@ -298,9 +302,10 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
     )
     for position, (reason, number_of_them) in enumerate(sorted(summary.strangers.items())):
         yield "" if position else "strangers", f"{count(number_of_them, 'caller')} refused that {reason}"
-    yield "faults", _fault_counts(summary.faults)
+    for position, line in enumerate(textwrap.wrap(_fault_counts(summary.faults), LINE)):
+        yield "" if position else "faults", line
     for fault in summary.faults[:FAULTS_PRINTED]:
-        yield f"{duration(fault.seconds):>12}  ", fault.text if len(fault.text) <= 66 else f"{fault.text[:63]}..."
+        yield f"{duration(fault.seconds):>12}  ", textwrap.shorten(fault.text, LINE, placeholder=" ...")
     if len(summary.faults) > FAULTS_PRINTED:
         yield "", f"and {len(summary.faults) - FAULTS_PRINTED:,} more in summary.json"
     nothing = "not possible: no checkpoint is kept"
@@ -341,11 +346,13 @@ def _fault_counts(faults: tuple[Fault, ...]) -> str:
     lost = sum(fault.type == "RoleLost" for fault in faults)
     restored = sum(fault.type == "ShardRestored" for fault in faults)
     evaluations = sum(fault.type == "EvaluationLost" for fault in faults)
-    files = len(faults) - lost - restored - evaluations
+    rises = sum(fault.type == "LossRose" for fault in faults)
+    files = len(faults) - lost - restored - evaluations - rises
     parts = {
         f"{count(lost, 'role')} lost": lost,
         f"{count(restored, 'shard')} restored": restored,
         f"{count(evaluations, 'evaluation')} computed again": evaluations,
+        "the training loss rose": rises,
         f"{count(files, 'checkpoint')} failed or damaged": files,
     }
     return ", ".join(words for words, number in parts.items() if number) or "none"

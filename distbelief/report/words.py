@@ -17,6 +17,7 @@ from distbelief.events import (
     JobStarted,
     JobStopping,
     LeasesReturned,
+    LossRose,
     Progress,
     PushRefused,
     ReplicasReleased,
@@ -52,6 +53,9 @@ def sentence(event: AnyEvent) -> str | None:
             return f"shard {shard} was restored from its checkpoint at version {version:,}{more}"
         case PushRefused(replica=replica, step=step, reason=reason):
             return f"replica {replica} refused its push of step {step:,}: {first_line(reason)}"
+        case LossRose(lowest=lowest, loss=loss, replicas=replicas):
+            risen = f"training loss rose from {number(lowest)} to {number(loss)}"
+            return f"{risen} with {count(replicas, 'replica')} at work: lower the rate or the momentum, or use fewer"
         case Progress() | BatchProgress() | Iterated():
             return None
         case SearchBegun(loss=now, loss_before=before):
