@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Subset, TensorDataset, default_collate
 
 from distbelief.channel.base import Future
+from distbelief.draws import begin_draws, draws_kept
 from distbelief.engine.base import Home
 from distbelief.errors import ConfigurationError
 from distbelief.leases import Lease
@@ -141,15 +142,22 @@ class DataShard:
     The data set is asked for one mini-batch at a time, by the role's own thread or by its second one; after it has
     failed there, as one that is bound to a thread does, by the role's own. Without a `seed` the examples come in the
     data set's own order.
+
+    With `draws`, a seed, the random numbers that the data set draws for a mini-batch depend on that and on the
+    mini-batch alone, as the partitions of a replica need, whose models draw others. A second thread would draw from
+    the model's, so it is not asked.
     """
 
-    def __init__(self, home: Home, dataset: Any, batch_size: int, seed: int | None) -> None:
+    def __init__(
+        self, home: Home, dataset: Any, batch_size: int, seed: int | None, draws: int | None = None
+    ) -> None:  # fmt: skip
         self._home, self._dataset, self._batch_size, self._seed = home, dataset, batch_size, seed
+        self._draws = draws
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
         self._seconds = 0.0
         """What it took to prepare the latest mini-batch."""
-        self._bound = False
+        self._bound = draws is not None
         """Whether only the role's own thread may ask."""
         self._ahead: tuple[Lease, Future[Any]] | None = None
         """The mini-batch that is being prepared beside, as the part of its lease that it is."""
@@ -199,8 +207,13 @@ class DataShard:
         return self._prepare(part)
 
     def _prepare(self, part: Lease) -> Any:
-        started = self._home.now()
-        batch = collect(self._dataset, self._indices(part))
+        started, indices = self._home.now(), self._indices(part)
+        if self._draws is None:
+            batch = collect(self._dataset, indices)
+        else:
+            with draws_kept():
+                begin_draws(hash((self._draws, part.epoch, part.start)) % (1 << 63))
+                batch = collect(self._dataset, indices)
         self._seconds = self._home.now() - started
         return batch
 

@@ -85,7 +85,8 @@ def replica_role(
         data = DataShard(home, prepared.data, micro_batch, None)
         return SandblasterReplica(home, index, model, data, server)
     seat.part.module.train()
-    data = DataShard(home, prepared.data, job.batch_size, job.seed)
+    draws = None if prepared.cut is None else seed
+    data = DataShard(home, prepared.data, job.batch_size, job.seed, draws)
     return DownpourReplica(home, index, model, data, server, job.algorithm)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of one replica's examples, against torch's DataLoader over the epoch's permutation."""
 
+import random
 import threading
 import time
 from collections import OrderedDict, defaultdict
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from conftest import threads
@@ -247,6 +249,31 @@ def test_a_data_set_in_memory_is_asked_by_the_replicas_own_thread_alone(beside: 
     before = threads()
     assert len(list(shard.mini_batches(Lease(0, 0, 0, EXAMPLES)))) == 14
     assert threads() == before
+
+
+def test_partitions_draw_the_same_numbers_for_a_mini_batch_whatever_their_models_draw(beside: Home) -> None:
+    def noisy(index: int) -> torch.Tensor:
+        time.sleep(data_shard.PREFETCH_SECONDS)
+        return torch.tensor([torch.rand(()), numpy.random.random(), random.random(), float(index)])
+
+    def epoch(model_draws: int) -> list[torch.Tensor]:
+        shard, found = DataShard(beside, Mapped(noisy), BATCH, SEED, draws=3), []
+        for _, _, batch in shard.mini_batches(Lease(0, 0, 0, 24)):
+            found.append(batch)
+            torch.rand(model_draws)
+        return found
+
+    one, other = epoch(0), epoch(7)
+    assert all(map(torch.equal, one, other))
+    assert len(torch.cat(one).unique()) == 4 * 24
+
+
+def test_the_model_draws_on_as_if_the_data_set_of_a_partition_had_drawn_nothing(beside: Home) -> None:
+    shard = DataShard(beside, Mapped(lambda index: torch.rand(3)), BATCH, SEED, draws=3)
+    torch.manual_seed(SEED)
+    drawn = [torch.rand(2) for _ in shard.mini_batches(Lease(0, 0, 0, 12))]
+    torch.manual_seed(SEED)
+    assert torch.equal(torch.cat(drawn), torch.rand(6))
 
 
 @pytest.mark.parametrize("error", [ValueError("broken image"), SystemExit("no more")])

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,37 @@ def test_accruing_clipping_and_parameter_groups_do_not_depend_on_the_cut(tmp_pat
 
 def slower_biases(name: str, parameter: nn.Parameter) -> dict[str, float]:
     return {"rate": 0.01} if name.endswith("bias") else {}
+
+
+class Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """Random inputs and what they are, as an autoencoder learns; each process notes what it was given."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        given = torch.rand(12)
+        with (self.folder / str(os.getpid())).open("a") as notes:
+            notes.write(f"{index} {given.tolist()}\n")
+        return given, given
+
+
+def dropping() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 24), nn.Dropout(0.5), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 12))
+
+
+def test_random_data_are_the_same_on_all_stages_though_one_of_them_drops_states(tmp_path: Path) -> None:
+    (notes := tmp_path / "notes").mkdir()
+    trained(
+        tmp_path, Plan.stages(2), model=dropping, data=Noisy(notes), loss=nn.functional.mse_loss, test=None,
+        metrics={}, algorithm=db.Downpour(),
+    )  # fmt: skip
+    first, second = sorted((path.read_text() for path in notes.iterdir()), key=len)[-2:]
+    assert first == second
+    assert first.count("\n") == 64
 
 
 def test_two_replicas_of_two_partitions_on_three_shards_see_every_example_once_and_learn(tmp_path: Path) -> None:
