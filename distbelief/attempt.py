@@ -31,16 +31,17 @@ def attempt(prepared: Prepared) -> None:
     job, data, test = prepared.job, prepared.data, prepared.test
     if "://" in (job.checkpoints or "") and job.cluster.engine == "ray":  # of this machine the coordinator tries it
         _attempt_store(str(job.checkpoints))
+    sample = sample_of(job, data)
+    if isinstance(job.algorithm, Sandblaster):
+        check_data(sample, sample_of(job, data))  # before the model, which may change what it is given
     if prepared.cut is not None:
-        _attempt_loss(job, prepared.cut, data, *sample_of(job, data))
+        _attempt_loss(job, prepared.cut, data, *sample)
         if test is not None and job.evaluate is None and not isinstance(prepared.cut.plan, StagePlan):
             some = first(test, job.batch_size)
             prepared.cut.output(input_of(job, collect(some, torch.arange(len(some)))))
         return
     module, _ = build(job.model, job.seed, job.grouping, prepared.layout)
-    sample = sample_of(job, data)
     if isinstance(job.algorithm, Sandblaster):
-        check_data(sample, sample_of(job, data))  # before the model, which may change what it is given
         _attempt_gradient(job.objective, module, sample)
         check_repeatable(module, job.objective, sample)
         parameters = [parameter for _, parameter in trainable(module)]

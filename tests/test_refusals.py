@@ -293,8 +293,10 @@ class Noisy(TensorDataset):
         return inputs + torch.randn(inputs.shape), target
 
 
-def test_sandblaster_refuses_data_that_are_others_each_time(tmp_path: Path) -> None:
-    said = refused(tmp_path, data=functools.partial(draws, 64), algorithm=db.Sandblaster())
+@pytest.mark.parametrize("partitions", [1, 2, db.Plan.stages(2)], ids=["uncut", "units", "stages"])
+def test_sandblaster_refuses_data_that_are_others_each_time(partitions: Any, tmp_path: Path) -> None:
+    cluster = db.Cluster(replicas=1, shards=1, partitions=partitions)
+    said = refused(tmp_path, data=functools.partial(draws, 64), algorithm=db.Sandblaster(), cluster=cluster)
     assert "the data set gives other values each time it is asked for the same examples" in said
 
 
