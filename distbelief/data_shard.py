@@ -7,7 +7,7 @@ answer; what is in memory is there sooner than another thread could be asked.
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -20,6 +20,8 @@ from distbelief.engine.base import Home
 from distbelief.errors import ConfigurationError
 from distbelief.leases import Lease
 
+UNLIKE = (RuntimeError, TypeError, KeyError)
+"""What default_collate raises for examples that do not fit together."""
 PREFETCH_SECONDS = 1e-3
 """Mini-batches that take longer to prepare are prepared beside the computing: ten times what the hand-over costs."""
 
@@ -52,35 +54,64 @@ def first(dataset: Any, examples: int) -> Any:
 def collect(dataset: Any, indices: torch.Tensor) -> Any:
     """The mini-batch of these examples.
 
-    A TensorDataset is indexed at once. A dataset with `__getitems__` is asked once for all; a tuple or dict of tensors
-    it returns is the mini-batch, a list of examples is collated. Any other dataset is asked example by example.
-    Raises ConfigurationError where examples do not fit together.
+    A TensorDataset is indexed at once. A dataset with `__getitems__` is asked once for all; a tuple or mapping of
+    tensors it returns is the mini-batch, a list of examples is collated. Any other dataset is asked example by example.
+    Raises ConfigurationError where examples do not fit together, and what the dataset raises.
     """
     if isinstance(dataset, Collated):
         return dataset.collate(_examples(dataset.examples, indices))
     if type(dataset) is TensorDataset:
-        return tuple(tensor[indices] for tensor in dataset.tensors)
+        return tuple(tensor.index_select(0, indices) for tensor in dataset.tensors)  # takes sparse ones, too
     found = _examples(dataset, indices)
-    if isinstance(found, tuple | dict):
+    if isinstance(found, tuple | Mapping):
         return found
     try:
         return default_collate(found)
-    except (RuntimeError, TypeError) as error:
+    except UNLIKE as error:
         if missing := [index for index, each in zip(indices.tolist(), found, strict=False) if each is None]:
             raise ConfigurationError(
                 f"the data set gives None for example {missing[0]:,}",
                 hint="leave such examples out of the data set, for example with torch.utils.data.Subset",
             ) from error
+        why = _unlike(found, indices.tolist()) or error
         raise ConfigurationError(
-            f"{len(found)} examples cannot be put together as a mini-batch: {error}",
+            f"{len(found)} examples cannot be put together as a mini-batch: {why}",
             hint="give Job(collate=...), a function of a list of examples, as DataLoader's collate_fn",
         ) from error
 
 
 def _examples(dataset: Any, indices: torch.Tensor) -> Any:
-    if hasattr(dataset, "__getitems__"):
-        return dataset.__getitems__(indices.tolist())
-    return [dataset[index] for index in indices.tolist()]
+    numbers = indices.tolist()
+    try:
+        return dataset.__getitems__(numbers) if hasattr(dataset, "__getitems__") else [dataset[i] for i in numbers]
+    except Exception as error:
+        if (number := _failing(dataset, numbers, error)) is not None:
+            error.add_note(
+                f"raised for example {number:,} of the data set\n"
+                "hint: mend the example, or leave it out, for example with torch.utils.data.Subset"
+            )
+        raise
+
+
+def _failing(dataset: Any, numbers: list[int], error: Exception) -> int | None:
+    """The first of these examples for which the data set raises it again; it was asked for many at once, maybe."""
+    for number in numbers:
+        try:
+            dataset[number]
+        except Exception as again:
+            return number if (type(again), str(again)) == (type(error), str(error)) else None
+    return None
+
+
+def _unlike(found: Sequence[Any], numbers: list[int]) -> str | None:
+    """Why the first of these examples cannot be put together with the first other one with which it cannot."""
+    for number, each in zip(numbers, found, strict=False):
+        try:
+            default_collate([found[0], each])
+        except UNLIKE as error:
+            why = f"only one of them has {error}" if isinstance(error, KeyError) else error
+            return f"examples {numbers[0]:,} and {number:,}: {why}" if each is not found[0] else None
+    return None
 
 
 def kind(batch: Any) -> str:

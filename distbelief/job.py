@@ -303,13 +303,14 @@ def _check_is_data(data: Any, name: str) -> None:
     lengths = {len(part) if getattr(part, "shape", ()) else 0 for part in parts}
     tensors = len(lengths) == 1 and min(lengths) > len(parts)
     table = hasattr(data, "iloc")  # of pandas, whose items are columns
-    splits = list(data) if isinstance(data, Mapping) and 0 not in data else []
+    keyed = isinstance(data, Mapping) and not hasattr(data, "__getitems__") and 0 not in data
+    splits = list(data) if keyed else []
     if splits and all(isinstance(each, Dataset) or hasattr(each, "__getitems__") for each in data.values()):
         raise ConfigurationError(
             f"Job({name}=...) is a {type(data).__name__} of data sets",
             hint=f"give one of its splits, such as data[{('train' if 'train' in splits else splits[0])!r}]",
         )
-    if tensors or table or isinstance(data, str | bytes) or (isinstance(data, Mapping) and 0 not in data):
+    if tensors or table or isinstance(data, str | bytes) or keyed:
         what = f"{type(data).__name__} of {len(parts)} tensors" if tensors else type(data).__name__
         raise ConfigurationError(
             f"Job({name}=...) is a {what}, which is no data set",

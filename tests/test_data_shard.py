@@ -4,7 +4,7 @@
 import random
 import threading
 import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -20,7 +20,10 @@ from distbelief.data_shard import DataShard, collect, epoch_order, to_device
 from distbelief.engine.base import Home
 from distbelief.engine.local import LocalEngine
 from distbelief.engine.simulated import SimulatedEngine
+from distbelief.errors import ConfigurationError
+from distbelief.job import prepare
 from distbelief.leases import Lease, Leases
+from tests import problems
 
 EXAMPLES, BATCH, SEED = 53, 4, 9
 INPUTS = torch.arange(EXAMPLES * 3.0).view(EXAMPLES, 3)
@@ -179,6 +182,79 @@ def test_a_tuple_of_tensors_from_getitems_is_the_batch_itself() -> None:
 
     for _, _, batch in DataShard(SimulatedEngine(), Tensors(None), BATCH, SEED).mini_batches(Lease(0, 0, 0, EXAMPLES)):
         assert torch.equal(batch[0][:, 0] / 3 * 10, batch[1].float())
+
+
+def test_a_mapping_of_tensors_that_is_asked_for_many_at_once_is_the_batch_itself_of_its_kind() -> None:
+    class Table(UserDict[str, torch.Tensor]):
+        """As a TensorDict: it has columns by name, and rows by number."""
+
+        def __contains__(self, key: object) -> bool:
+            assert isinstance(key, str), "names alone"
+            return key in self.data
+
+        def __len__(self) -> int:
+            return EXAMPLES
+
+        def __getitem__(self, key: Any) -> Any:
+            return self.data[key] if isinstance(key, str) else self.__getitems__(key)
+
+        def __getitems__(self, indices: Any) -> Any:
+            return Table({name: tensor[indices] for name, tensor in self.data.items()})
+
+    table = Table(x=INPUTS, y=TARGETS)
+    prepared, _ = prepare(problems.job(data=table, step=lambda model, batch: model(batch["x"]).mean(), loss=None))
+    batch = collect(prepared.data, torch.tensor([7, 3]))
+    assert type(batch) is Table
+    assert torch.equal(batch["y"], torch.tensor([70, 30]))
+
+
+def test_sparse_tensors_of_a_data_set_become_a_sparse_mini_batch() -> None:
+    inputs, targets = collect(TensorDataset(INPUTS.to_sparse(), TARGETS), torch.tensor([7, 3]))
+    assert inputs.is_sparse
+    assert torch.equal(inputs.to_dense(), INPUTS[[7, 3]])
+    assert targets.tolist() == [70, 30]
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: Subset(data, range(0, EXAMPLES))])
+def test_what_the_data_set_raises_names_the_example(wrap: Any) -> None:
+    def broken(index: int) -> tuple[torch.Tensor, int]:
+        if index in (17, 30):
+            raise OSError("image file is truncated")
+        return pair(index)
+
+    told = r"^image file is truncated\nraised for example 30 of the data set\nhint: mend the example, or leave it out"
+    with pytest.raises(OSError, match=told):
+        collect(wrap(Mapped(broken)), torch.tensor([5, 30, 17]))
+
+
+def test_what_is_raised_once_only_names_no_example() -> None:
+    errors = [OSError("timed out")]
+
+    def flaky(index: int) -> tuple[torch.Tensor, int]:
+        if errors:
+            raise errors.pop()
+        return pair(index)
+
+    with pytest.raises(OSError, match="timed out") as caught:
+        collect(Mapped(flaky), torch.tensor([5, 30]))
+    assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        (
+            {"x": INPUTS[0, :2], "y": 1},
+            r"stack expects each tensor to be equal size, but got \[3\] at entry 0 and \[2\]",
+        ),
+        ({"x": INPUTS[0]}, "only one of them has 'y'"),
+    ],
+)
+def test_examples_that_do_not_go_together_are_named(odd: dict[str, Any], said: str) -> None:
+    data = Mapped(lambda index: odd if index == 17 else {"x": INPUTS[index], "y": 1})
+    words = rf"^4 examples cannot be put together as a mini-batch: examples 5 and 17: {said}"
+    with pytest.raises(ConfigurationError, match=words):
+        collect(data, torch.tensor([5, 30, 17, 2]))
 
 
 def test_an_order_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:
