@@ -9,7 +9,7 @@ from torch import nn
 
 from distbelief.buffers import flat_buffers
 from distbelief.checkpoint import try_store
-from distbelief.data_shard import Collated, collect, first
+from distbelief.data_shard import Collated, cloned, collect, first
 from distbelief.errors import ConfigurationError
 from distbelief.files import path_of
 from distbelief.frozen import Frozen
@@ -33,7 +33,7 @@ def attempt(prepared: Prepared) -> None:
         _attempt_store(str(job.checkpoints))
     sample = sample_of(job, data)
     if isinstance(job.algorithm, Sandblaster):
-        check_data(sample, sample_of(job, data))  # before the model, which may change what it is given
+        check_data(sample, sample_of(job, data))
     if prepared.cut is not None:
         _attempt_loss(job, prepared.cut, data, *sample)
         if test is not None and job.evaluate is None and not isinstance(prepared.cut.plan, StagePlan):
@@ -42,10 +42,10 @@ def attempt(prepared: Prepared) -> None:
         return
     module, _ = build(job.model, job.seed, job.grouping, prepared.layout)
     if isinstance(job.algorithm, Sandblaster):
-        _attempt_gradient(job.objective, module, sample)
+        _attempt_gradient(job.objective, module, cloned(sample))
         check_repeatable(module, job.objective, sample)
         parameters = [parameter for _, parameter in trainable(module)]
-        _check_parts(job, data, sample, lambda batch: job.objective(module, batch), parameters)
+        _check_parts(job, data, sample, lambda batch: job.objective(module, cloned(batch)), parameters)
     else:
         _attempt_gradient(job.objective, module.train(), sample)
     if test is not None and job.evaluate is None:

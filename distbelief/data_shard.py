@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.data import Subset, TensorDataset, default_collate
 
 from distbelief.channel.base import Future
@@ -146,6 +147,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple | list):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
+
+
+def cloned(batch: Any) -> Any:
+    """The mini-batch anew, for a model that may change what it is given."""
+    return tree_map(lambda each: each.clone() if isinstance(each, torch.Tensor) else each, batch)
 
 
 def size_of(batch: Any) -> int:

@@ -327,14 +327,16 @@ def _build_data(data: Any, name: str) -> Any:
     if isinstance(built, DataLoader):
         raise ConfigurationError(
             f"Job({name}=...) is a DataLoader; replicas make mini-batches themselves",
-            hint="give its data set, loader.dataset, and batch_size= and collate= to the job",
+            hint="give its data set, loader.dataset, and batch_size= and collate= to the job; what a sampler of your "
+            "own draws is torch.utils.data.Subset(loader.dataset, list(loader.sampler))",
         )
     _check_is_data(built, name)
     indexed = hasattr(built, "__getitem__") and hasattr(built, "__len__")
     if not indexed or isinstance(built, IterableDataset):
         raise ConfigurationError(
             f"Job({name}=...) is a {type(built).__name__}, which has no length or cannot be indexed",
-            hint="give a map-style data set (with __len__ and __getitem__), or a function that builds one",
+            hint="give a map-style data set (with __len__ and __getitem__), or a function that builds one; of what can "
+            "only be iterated over, list(data) is one, if it fits into memory",
         )
     if name == "test" and len(built) == 0:
         raise ConfigurationError("the test set is empty", hint="give test=None for no evaluation")

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from distbelief.batch_section import Keeping
+from distbelief.data_shard import cloned
 from distbelief.errors import ConfigurationError
 from distbelief.model_replica import Objective
 from distbelief.parameters import Layout, trainable
@@ -152,7 +153,7 @@ def _at(module: nn.Module, objective: Objective, sample: Any, found: Sequence[_G
     with torch.no_grad():
         for parameter, gradient in found:
             parameter.add_(gradient, alpha=step)
-    loss = float(objective(module, sample).detach())
+    loss = float(objective(module, cloned(sample)).detach())
     with torch.no_grad():
         for (parameter, _), value in zip(found, before, strict=True):
             parameter.copy_(value)
@@ -162,7 +163,7 @@ def _at(module: nn.Module, objective: Objective, sample: Any, found: Sequence[_G
 def _loss_and_gradient(module: nn.Module, objective: Objective, sample: Any) -> tuple[torch.Tensor, list[_Gradient]]:
     """The loss, and the gradient of each parameter that it depends on."""
     parameters = [parameter for _, parameter in trainable(module)]
-    loss = objective(module, sample)
+    loss = objective(module, cloned(sample))
     gradients = zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True)
     return loss.detach(), [(each, _dense(gradient)) for each, gradient in gradients if gradient is not None]
 

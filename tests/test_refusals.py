@@ -2,6 +2,7 @@
 """What a model, a loss or a data set may not be, said before anything starts; and odd ones that are trained right."""
 
 import functools
+import re
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -241,6 +242,18 @@ def chained() -> Dataset[Any]:
     return ChainDataset([Counted()])
 
 
+@pytest.mark.parametrize(
+    ("data", "instead"),
+    [
+        (loader, "torch.utils.data.Subset(loader.dataset, list(loader.sampler))"),
+        (chained, "list(data) is one, if it fits"),
+    ],
+)
+def test_who_gives_a_loader_or_a_stream_is_told_what_to_give_instead(data: Any, instead: str) -> None:
+    with pytest.raises(db.ConfigurationError, match=f"hint: .*{re.escape(instead)}"):
+        prepare(problems.job(data=data))
+
+
 def halved() -> nn.Module:
     return problems.classifier().half()
 
@@ -430,13 +443,29 @@ def in_place() -> nn.Module:
     return nn.Sequential(nn.ReLU(inplace=True), nn.Linear(FEATURES, CLASSES))
 
 
+class Scaling(nn.Linear):
+    """Scales its input in place, and would scale it once more if it were given it again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sub_(0.5).mul_(0.5))
+
+
+def scaling() -> nn.Module:
+    return Scaling(FEATURES, CLASSES)
+
+
 def scripted() -> nn.Module:
     return torch.jit.script(problems.normalised_classifier())
 
 
 @pytest.mark.filterwarnings("default:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize(
-    ("model", "algorithm"), [(in_place, db.Sandblaster(max_iterations=3)), (scripted, db.Downpour())]
+    ("model", "algorithm"),
+    [
+        (in_place, db.Sandblaster(max_iterations=3)),
+        (scaling, db.Sandblaster(max_iterations=3)),
+        (scripted, db.Downpour()),
+    ],
 )
 def test_models_that_change_their_input_and_scripts_are_trained(model: Any, algorithm: Any, tmp_path: Path) -> None:
     result = db.train(problems.job(model=model, algorithm=algorithm, run=tmp_path / "run"), view=False)
