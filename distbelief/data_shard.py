@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Subset, TensorDataset, default_collate
 
 from distbelief.channel.base import Future
-from distbelief.draws import begin_draws, draws_kept
+from distbelief.draws import draws_of
 from distbelief.engine.base import Home
 from distbelief.errors import ConfigurationError
 from distbelief.leases import Lease
@@ -248,8 +248,7 @@ class DataShard:
         if self._draws is None:
             batch = collect(self._dataset, indices)
         else:
-            with draws_kept():
-                begin_draws(hash((self._draws, part.epoch, part.start)) % (1 << 63))
+            with draws_of(hash((self._draws, part.epoch, part.start)) % (1 << 63)):
                 batch = collect(self._dataset, indices)
         self._seconds = self._home.now() - started
         return batch

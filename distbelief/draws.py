@@ -12,6 +12,11 @@ import torch
 def begin_draws(seed: int) -> None:
     """Begin all of them; roles would share them, as forks of one process."""
     torch.manual_seed(seed)
+    _begin_on_host(seed)
+
+
+def _begin_on_host(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
     numpy.random.seed(seed % (1 << 32))
     random.seed(seed)
 
@@ -27,3 +32,11 @@ def draws_kept() -> Iterator[None]:
         finally:
             numpy.random.set_state(of_numpy)
             random.setstate(of_python)
+
+
+@contextlib.contextmanager
+def draws_of(seed: int) -> Iterator[None]:
+    """Draw those of another seed meanwhile, on the host: to begin those of accelerators takes longer than all else."""
+    with draws_kept():
+        _begin_on_host(seed)
+        yield
