@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from distbelief import shard_file
-from distbelief.errors import CheckpointError, OutOfReach
+from distbelief.errors import CheckpointError, OtherFormat, OutOfReach
 from distbelief.files import MALFORMED, AnyPath, children, copy, open_over, path_of, remove
 from distbelief.lbfgs import SolverState
 from distbelief.leases import LeaseState
@@ -121,6 +121,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     shards: list[ShardFile]
     buffers: ShardFile | None = None
     """Filled in by `commit`."""
+
+
+class Versioned(msgspec.Struct, frozen=True):
+    """What a manifest of any version holds."""
+
+    format: int
 
 
 class Proved(msgspec.Struct, frozen=True):
@@ -312,6 +318,11 @@ def read_manifest(folder: AnyPath) -> Manifest:
         sealed = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Proved)
         if zlib.crc32(sealed.manifest) != sealed.crc32:
             raise CheckpointError(f"{folder / MANIFEST} was changed since it was written")
+        if (written := msgspec.json.decode(sealed.manifest, type=Versioned).format) != FORMAT:
+            raise OtherFormat(
+                f"{folder} was written by another version of distbelief: it has format {written}, this version reads "
+                f"{FORMAT}\nhint: go on with the version that wrote it, or train anew in another run folder"
+            )
         manifest = msgspec.json.decode(sealed.manifest, type=Manifest)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} was not completed") from error
@@ -319,15 +330,16 @@ def read_manifest(folder: AnyPath) -> Manifest:
         if isinstance(error, OSError) and not isinstance(folder, Path):
             raise OutOfReach(folder / MANIFEST, error) from error
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"{folder} has format {manifest.format}, this version reads {FORMAT}")
     for file in (*manifest.shards, *([manifest.buffers] if manifest.buffers else [])):
         shard_file.check(folder, file)
     return manifest
 
 
 def newest(run: Path, rejected: Callable[[AnyPath, str], None]) -> tuple[AnyPath, Manifest]:
-    """The newest checkpoint that is whole; `rejected` hears of each damaged one passed over. Raises CheckpointError."""
+    """The newest checkpoint that is whole; `rejected` hears of each damaged one passed over. Raises CheckpointError.
+
+    One of another version is not damaged: what was trained since the one before it would be lost.
+    """
     try:
         found = folders(run)
     except OSError as error:
@@ -336,7 +348,7 @@ def newest(run: Path, rejected: Callable[[AnyPath, str], None]) -> tuple[AnyPath
     for folder in found:
         try:
             return folder, read_manifest(folder)
-        except OutOfReach:
+        except (OtherFormat, OutOfReach):
             raise  # an older one would be whole, but not the newest
         except CheckpointError as error:
             rejected(folder, str(error))

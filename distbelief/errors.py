@@ -6,6 +6,7 @@ DistbeliefError
 ├── UserCodeError           a function of the user raised; the message begins with its traceback
 ├── TrainingFailed          the job stopped without reaching its end
 ├── CheckpointError         a checkpoint cannot be read, or is of another model
+│   ├── OtherFormat         another version of distbelief wrote it, in a way that this one does not read
 │   └── OutOfReach          its store could not be asked
 └── ChannelError            a call did not come back with an answer
     ├── PeerLost            the other side is gone; the call may or may not have run
@@ -47,6 +48,10 @@ class TrainingFailed(DistbeliefError):
 
 class CheckpointError(DistbeliefError):
     """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class OtherFormat(CheckpointError):
+    """A checkpoint is whole, and another version of distbelief wrote it in a way that this one does not read."""
 
 
 class OutOfReach(CheckpointError):

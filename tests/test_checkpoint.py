@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from distbelief import checkpoint, shard_file
 from distbelief.checkpoint import BUFFERS, MANIFEST, LayoutRecord, Manifest
-from distbelief.errors import CheckpointError, ConfigurationError
+from distbelief.errors import CheckpointError, ConfigurationError, OtherFormat
 from distbelief.export import export, write_template
 from distbelief.leases import Lease, LeaseState
 from distbelief.parameters import Layout, Piece, Span, cut, lay_out, trainable
@@ -113,12 +114,6 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(text)
 
 
-def of_a_later_version(path: Path) -> None:
-    folder = path.parent
-    manifest = msgspec.structs.replace(checkpoint.read_manifest(folder), format=99)
-    checkpoint.commit(folder, manifest, [BUFFER_VALUES])
-
-
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a shard's file is gone": ("shard-1.safetensors", Path.unlink, "is missing"),
     "a shard's file is empty": ("shard-0.safetensors", lambda path: cut_off(path, 0), "has 0 bytes"),
@@ -132,7 +127,6 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "the manifest is gone": (MANIFEST, Path.unlink, "was not completed"),
     "the manifest is empty": (MANIFEST, lambda path: cut_off(path, 0), "cannot be read"),
     "the manifest is cut off": (MANIFEST, lambda path: cut_off(path, -2), "cannot be read"),
-    "the manifest is of a later version": (MANIFEST, of_a_later_version, "has format 99, this version reads 2"),
 }
 
 
@@ -162,6 +156,18 @@ def test_a_flipped_bit_in_any_byte_of_the_manifest_is_noticed(tmp_path: Path) ->
         (folder / MANIFEST).write_bytes(damaged)
         with pytest.raises(CheckpointError, match=MANIFEST):
             checkpoint.read_manifest(folder)
+
+
+@pytest.mark.parametrize("text", [b'{"format": 99}', b'{"format": 1, "pieces": [], "layout": 3}'])
+def test_the_checkpoint_of_another_version_is_not_damaged_and_no_older_one_is_taken_for_it(
+    text: bytes, tmp_path: Path
+) -> None:
+    take(tmp_path, 1.0)
+    after = take(tmp_path, 2.0)
+    written = checkpoint.Proved(zlib.crc32(text), msgspec.Raw(text))
+    (after / MANIFEST).write_bytes(msgspec.json.encode(written))
+    with pytest.raises(OtherFormat, match=r"has format (99|1), this version reads 2\nhint: go on with"):
+        newest(tmp_path)
 
 
 @pytest.mark.parametrize("done", ["nothing", "one shard", "all shards", "the buffers", "the manifest's bytes"])
