@@ -26,6 +26,7 @@ from distbelief.parameters import Layout
 from distbelief.partition.group import Group
 
 Metric = Callable[[Any, Any], torch.Tensor | float]
+Evaluation = Callable[[nn.Module, Any], Mapping[str, torch.Tensor | float]]
 EVALUATION_BATCH = 1024
 EVALUATION_BYTES = 1 << 26
 """A mini-batch and its output that take more than this are not made larger than those that are trained on."""
@@ -40,7 +41,7 @@ class Measures:
     loss: Callable[[Any, Any], torch.Tensor] | None
     step: Callable[[nn.Module, Any], torch.Tensor] | None
     metrics: Mapping[str, Metric]
-    evaluate: Callable[[nn.Module, Any], Mapping[str, float]] | None
+    evaluate: Evaluation | None
     batch_size: int
     """Examples of a mini-batch, at the least."""
     largest: int

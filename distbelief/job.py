@@ -17,7 +17,7 @@ from distbelief.cluster import Cluster
 from distbelief.data_shard import Collated, collect, kind, to_device
 from distbelief.downpour import Downpour
 from distbelief.errors import ConfigurationError
-from distbelief.evaluator import EVALUATION_BATCH, Measures, Metric
+from distbelief.evaluator import EVALUATION_BATCH, Evaluation, Measures, Metric
 from distbelief.model_partition import CutModel, cut_model
 from distbelief.model_replica import Objective, Step, build
 from distbelief.parameters import Groups, Layout, trainable
@@ -56,7 +56,7 @@ class Job:
     else of 1024, or, of large examples or outputs, of as many as take 64 MB, and no fewer than `batch_size`."""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     """Name -> (output, target) -> mean over the mini-batch."""
-    evaluate: Callable[[nn.Module, Any], Mapping[str, float]] | None = None
+    evaluate: Evaluation | None = None
     """(model, test set) -> metrics, instead of `loss` and `metrics` on the test set."""
     algorithm: Downpour | Sandblaster = field(default_factory=Downpour)
     """Downpour: asynchronous stochastic gradient descent. Sandblaster: full-batch L-BFGS."""

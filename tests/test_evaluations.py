@@ -2,6 +2,7 @@
 """When a job evaluates: at each so many examples, one at a time, and at its end what it led to; how much at once."""
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -142,3 +143,14 @@ def test_of_large_examples_or_outputs_no_more_are_measured_at_once_than_are_trai
 def test_of_examples_in_between_as_many_are_measured_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     given, _ = measured_at_once(monkeypatch, 1, torch.zeros(100, 8190))  # with target and output 32 KiB each
     assert given == [8, 32, 32, 32, 4]
+
+
+def test_what_evaluate_may_return_for_a_metric_is_what_a_metric_may_return_to_types_as_in_fact() -> None:
+    def evaluate(model: nn.Module, test: TensorDataset) -> dict[str, Tensor]:
+        return {"mean": model(test.tensors[0]).mean()}
+
+    measures = db.Job(model=nn.Identity, data=None, loss=nn.functional.mse_loss, test=True, evaluate=evaluate).measures
+    test = TensorDataset(torch.arange(5.0))
+    assert measures.measure(nn.Identity(), test, torch.device("cpu")) == (None, {"mean": 2.0})
+    (evaluation, _) = get_args(get_type_hints(db.Job)["evaluate"])
+    assert get_args(get_args(evaluation)[1])[1] == get_args(evaluator.Metric)[1]
