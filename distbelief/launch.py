@@ -61,6 +61,18 @@ def of_main(job: Job) -> Launch:
     return Launch(str(Path(path).resolve()))
 
 
+def check_text(*paths: Path | str | None) -> None:
+    """Raise ConfigurationError for a path whose bytes are no text, which events and manifests could not name."""
+    for path in paths:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigurationError(
+                f"the path {str(path)!a} is no text in {sys.getfilesystemencoding()}, the encoding of file names here",
+                hint="rename that file or folder, or use another",
+            ) from error
+
+
 def in_package() -> bool:
     """Whether what is running is a module of a package, or `__main__.py`, and cannot be started again as a file."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)

@@ -34,7 +34,7 @@ from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.events import AnyEvent, Listener, Observation
 from distbelief.export import STATE, write_template
 from distbelief.job import Facts, Job, prepare
-from distbelief.launch import LAUNCH, Launch, of_main
+from distbelief.launch import LAUNCH, Launch, check_text, of_main
 from distbelief.model_replica import check_device
 from distbelief.parameters import Span, cut
 from distbelief.recut import recut
@@ -100,6 +100,8 @@ def train(
     if job.cluster.engine != "ray":  # this process computes nothing, and other hosts have other devices
         check_device(job.cluster.device)
     run, shown = _choose_run(job, resume)
+    launched = launch or of_main(job)
+    check_text(run, launched.script, job.checkpoints)
     engine = engine_of(job, faults, costs)
     with contextlib.ExitStack() as alone, contextlib.closing(engine):
         alone.enter_context(_untouched(engine))
@@ -122,7 +124,6 @@ def train(
             )
             checkpoint.check_same_model(restore[1], model.module, restore[0])
             check_resume(job, facts, *restore)
-        launched = launch or of_main(job)
         with _run_folder(run):
             if restore is not None:
                 restore = recut(*restore, facts.layout, facts.buffers, model.buffers)
