@@ -49,16 +49,16 @@ def _command(arguments: list[str]) -> None:
         "train": _train, "plan": _plan, "resume": _resume, "export": _export, "show": _show,
     }  # fmt: skip
     if arguments == ["--version"]:
-        print(metadata.version("distbelief"))
+        _run(lambda: _say(metadata.version("distbelief")))
         return
-    if not arguments or arguments[0] not in verbs:
-        asked = arguments in (["-h"], ["--help"])
-        said = f"there is no command {arguments[0]}\n\n" if arguments and not asked else ""
-        print(said + USAGE, file=sys.stdout if asked else sys.stderr)
-        sys.exit(0 if asked else 2)
+    asked = arguments in (["-h"], ["--help"])
+    if not asked and (not arguments or arguments[0] not in verbs):
+        said = f"there is no command {arguments[0]}\n\n" if arguments else ""
+        print(said + USAGE, file=sys.stderr)
+        sys.exit(2)
     about_paths = arguments[0] in ("export", "show")  # whose arguments are no options
-    if arguments[-1] in ("-h", "--help") and (len(arguments) == 2 or about_paths):
-        print(USAGE)
+    if asked or (arguments[-1] in ("-h", "--help") and (len(arguments) == 2 or about_paths)):
+        _run(lambda: _say(USAGE))
         return
     _run(lambda: verbs[arguments[0]](arguments[1:]))
 

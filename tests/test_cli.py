@@ -3,6 +3,7 @@
 
 import fcntl
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -349,7 +350,9 @@ def test_what_is_shown_to_nobody_leaves_no_traceback(
     assert said in told.stderr
 
 
-@pytest.mark.parametrize("words", ["plan small.py --cluster.partitions 2", "train small.py --help"])
+@pytest.mark.parametrize(
+    "words", ["plan small.py --cluster.partitions 2", "train small.py --help", "--help", "show --help", "--version"]
+)
 def test_a_reader_who_goes_away_early_is_no_error(words: str, tmp_path: Path) -> None:
     (tmp_path / "small.py").write_text(PLANNED)
     reading, writing = os.pipe()
@@ -462,6 +465,20 @@ def test_the_type_of_the_result_need_not_be_there(run: Callable[..., None]) -> N
     run("train", "rules_script.py", "--run", "a")
     assert "Missing" in Path("rules_script.py").read_text()
     assert Path("a/summary.json").exists()
+
+
+@pytest.mark.parametrize("words", ["--run ../a", "--run b"])
+def test_a_path_that_is_no_text_is_refused_by_name(
+    words: str, run: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = Path(os.fsdecode(b"h\xf6he"))
+    odd.mkdir()
+    (odd / "rules_script.py").write_text(SCRIPT)
+    monkeypatch.chdir(odd)
+    said = refused(run, capsys, "train", "rules_script.py", *words.split())
+    assert re.search(r"the path '.*h\\udcf6he.*' is no text in utf-8, .*\nhint: rename", said)
+    assert {path.name for path in Path().iterdir()} <= {"rules_script.py", "__pycache__"}
+    assert not Path("../a").exists()
 
 
 def test_a_file_behind_a_link_is_trained_as_the_file_that_it_is(run: Callable[..., None]) -> None:
