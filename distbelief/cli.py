@@ -66,7 +66,8 @@ def _command(arguments: list[str]) -> None:
 def main(make_job: Callable[..., Job]) -> None:
     """The command line of a script: `make_job`'s parameters and the job's fields are the options.
 
-    `make_job` is a function of the script with typed keyword parameters that all have defaults.
+    `make_job` is a function of the script with typed keyword parameters that all have defaults. `distbelief resume`
+    can go on with the run where the script calls it `job`.
     """
 
     def start() -> None:
@@ -75,10 +76,11 @@ def main(make_job: Callable[..., Job]) -> None:
                 f"distbelief.main was given a {type(make_job).__name__}, not a function that makes a job",
                 hint="give the function, or call distbelief.train(job)",
             )
-        script = Path(inspect.getfile(make_job)).resolve()
+        script = Path(inspect.getfile(inspect.unwrap(make_job))).resolve()
         if not launch.in_package():
             launch.check_name(script)
-        kept = Launch(None if launch.in_package() else str(script))
+        found = getattr(sys.modules.get(make_job.__module__), "job", None) is make_job
+        kept = Launch(str(script)) if found and not launch.in_package() else Launch()
         _start(make_job, kept, sys.argv[1:], f"python {sys.argv[0]}", None)
 
     _run(start)

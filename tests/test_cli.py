@@ -2,6 +2,7 @@
 """Laws of the command line: what is given there replaces what the file says, and is kept for resuming."""
 
 import fcntl
+import functools
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from distbelief import checkpoint, cli
+from distbelief import checkpoint, cli, launch
 from distbelief.report import read_summary
 
 SCRIPT = """
@@ -465,6 +466,51 @@ def test_the_type_of_the_result_need_not_be_there(run: Callable[..., None]) -> N
     run("train", "rules_script.py", "--run", "a")
     assert "Missing" in Path("rules_script.py").read_text()
     assert Path("a/summary.json").exists()
+
+
+MAIN = """
+import distbelief as db
+from tests import problems
+from tests.test_cli import wrapped
+
+job = problems.job(epochs=7)
+
+{decorator}
+def {name}(width: int = 3):
+    return problems.job(epochs=1)
+
+if __name__ == "__main__":
+    db.main({name})
+"""
+
+
+def wrapped(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator of another file."""
+
+    @functools.wraps(make)
+    def made(**options: Any) -> Any:
+        return make(**options)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "decorator", "kept"),
+    [("make", "", None), ("job", "@wrapped", "small.py")],
+)
+def test_a_script_is_resumed_by_a_command_if_its_job_is_the_very_function_that_made_the_job(
+    name: str, decorator: str, kept: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "small.py").write_text(MAIN.format(name=name, decorator=decorator))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "small.py", "--run", "a"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=60)
+    script = launch.read(tmp_path / "a").script
+    assert script == (kept and str(tmp_path / kept))
+    resumed = read_summary(tmp_path / "a/summary.json").resume_command
+    assert resumed == (
+        "distbelief resume a --epochs 2" if kept else "distbelief.train(dataclasses.replace(job, epochs=2), resume='a')"
+    )
 
 
 @pytest.mark.parametrize("words", ["--run ../a", "--run b"])
