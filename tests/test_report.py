@@ -344,7 +344,9 @@ def test_files_that_are_missing_or_damaged_are_refused_with_their_name(tmp_path:
     with pytest.raises(ConfigurationError, match=r"there is no file .*events\.jsonl"):
         read_events(tmp_path / "events.jsonl")
     (tmp_path / "summary.json").write_text('{"run": ')
-    with pytest.raises(ConfigurationError, match=r"summary\.json is not a summary"):
+    with pytest.raises(
+        ConfigurationError, match=r"summary\.json is not a summary(.|\n)*hint: remove it: .*distbelief show"
+    ):
         read_summary(tmp_path / "summary.json")
 
 

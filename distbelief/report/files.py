@@ -115,7 +115,7 @@ def read_summary(path: Path) -> Summary:
     except MALFORMED as problem:
         raise ConfigurationError(
             f"{path} is not a summary of this version: {problem}",
-            hint="remove it and summarize the events.jsonl beside it",
+            hint="remove it: without it `distbelief show` makes the summary of the events.jsonl beside it",
         ) from problem
 
 
