@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import TensorDataset
 
 from distbelief.coordinator import Coordinator
 from distbelief.data_shard import DataShard
@@ -85,7 +86,8 @@ def replica_role(
         data = DataShard(home, prepared.data, micro_batch, None)
         return SandblasterReplica(home, index, model, data, server)
     seat.part.module.train()
-    draws = None if prepared.cut is None else seed
+    # What is in memory draws nothing.
+    draws = None if prepared.cut is None or type(prepared.data) is TensorDataset else seed
     data = DataShard(home, prepared.data, job.batch_size, job.seed, draws)
     return DownpourReplica(home, index, model, data, server, job.algorithm)
 
