@@ -56,7 +56,7 @@ class DownpourCoordinator(Coordinator):
         record.slowest_seconds = max(record.slowest_seconds, report.slowest_seconds)
         self._meter.count(report.losses)
         if (rise := self._trend.rise(report.losses, self.at_work)) is not None:
-            self.emit(events.LossRose(lowest=rise.lowest, loss=rise.loss, replicas=rise.replicas))
+            self.emit(rise)
         for refusal in report.refused:
             self._refuse(report.replica, refusal)
         self._settle(report.replica, report.settled)

@@ -99,7 +99,7 @@ class LossRose(Event, frozen=True):
     loss: float
     """The mean of the latest window."""
     replicas: int
-    """The most that were at work in it."""
+    """The most that were at work since the lowest."""
 
 
 class Progress(Event, frozen=True):

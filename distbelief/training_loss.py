@@ -7,9 +7,11 @@ less; so the loss itself is watched.
 """
 
 import math
-from typing import NamedTuple, final
+from typing import final
 
 import msgspec
+
+from distbelief.events import LossRose
 
 WINDOW_MINI_BATCHES = 30
 WINDOW_SHARE = 0.01
@@ -18,6 +20,8 @@ GIVEN_BACK = 0.25
 """A rise counts from this share of what was won, the difference between the first mean and the lowest."""
 STANDARD_ERRORS = 8.0
 """And from so many standard errors: of a hundred means the lowest and the highest may be 5 apart by chance."""
+RESOLUTION = 1e-6
+"""Losses are rounded to float32 or less: what differs by a smaller share of their size is taken to differ by this."""
 
 
 class Losses(msgspec.Struct, array_like=True, frozen=True):
@@ -45,18 +49,8 @@ class Losses(msgspec.Struct, array_like=True, frozen=True):
     @property
     def error(self) -> float:
         """The standard error of the mean, from the differences between mini-batches."""
-        return math.sqrt(max(0.0, self.squares / self.examples - self.mean**2) / self.mini_batches)
-
-
-class Rise(NamedTuple):
-    """What has become of the loss."""
-
-    lowest: float
-    """The lowest mean of a window so far."""
-    loss: float
-    """The mean of the latest window."""
-    replicas: int
-    """The most that were at work in it."""
+        variance = self.squares / self.examples - self.mean**2
+        return math.sqrt(max((RESOLUTION * self.mean) ** 2, variance) / self.mini_batches)
 
 
 @final
@@ -65,27 +59,29 @@ class Trend:
 
     def __init__(self, total_examples: int) -> None:
         self._least_examples = WINDOW_SHARE * total_examples
-        self._window, self._at_work = Losses(), 0
+        self._window = Losses()
         self._first: Losses | None = None
         self._lowest: Losses | None = None
+        self._at_work = 0
+        """The most since the lowest."""
         self._told = False
 
-    def rise(self, losses: Losses, at_work: int) -> Rise | None:
+    def rise(self, losses: Losses, at_work: int) -> LossRose | None:
         """Take in what a replica reports while so many are at work; a rise is told once."""
         self._window, self._at_work = self._window.plus(losses), max(self._at_work, at_work)
-        window, most = self._window, self._at_work
+        window = self._window
         if window.mini_batches < WINDOW_MINI_BATCHES or window.examples < self._least_examples:
             return None
-        self._window, self._at_work = Losses(), 0
+        self._window = Losses()
         if not math.isfinite(window.squares):
             return None
-        if self._first is None or self._lowest is None:
-            self._first = self._lowest = window
+        if self._first is None:
+            self._first = window
+        if self._lowest is None or window.mean < self._lowest.mean:
+            self._lowest, self._at_work = window, 0
         risen, won = window.mean - self._lowest.mean, self._first.mean - self._lowest.mean
-        if risen < 0:
-            self._lowest = window
         chance = STANDARD_ERRORS * math.hypot(window.error, self._lowest.error)
-        if self._told or most == 1 or risen <= max(GIVEN_BACK * won, chance):
+        if self._told or self._at_work <= 1 or risen <= max(GIVEN_BACK * won, chance):
             return None
         self._told = True
-        return Rise(self._lowest.mean, window.mean, most)
+        return LossRose(lowest=self._lowest.mean, loss=window.mean, replicas=self._at_work)

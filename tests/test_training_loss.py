@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The laws of the watch over the training loss: what counts as a rise, and what does not."""
 
+import functools
+import random
 from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 
-from distbelief.training_loss import WINDOW_MINI_BATCHES, Losses, Rise, Trend
+from distbelief.events import LossRose
+from distbelief.training_loss import WINDOW_MINI_BATCHES, Losses, Trend
 
 BATCH = 32
 
@@ -24,8 +27,13 @@ def window(mean: float, spread: float = 0.1) -> Losses:
     return reported([mean - spread, mean + spread] * (WINDOW_MINI_BATCHES // 2))
 
 
-def told(trend: Trend, means: Iterable[float], at_work: int = 4) -> list[Rise | None]:
+def told(trend: Trend, means: Iterable[float], at_work: int = 4) -> list[LossRose | None]:
     return [trend.rise(window(mean), at_work) for mean in means]
+
+
+def rose(lowest: float, loss: float, replicas: int) -> LossRose:
+    """To so many digits."""
+    return LossRose(lowest=pytest.approx(lowest), loss=pytest.approx(loss), replicas=replicas)
 
 
 def test_the_mean_weighs_examples_and_its_error_is_that_of_the_mean_of_mini_batches() -> None:
@@ -41,7 +49,7 @@ def test_a_rise_of_more_than_a_quarter_of_what_was_won_is_told_once() -> None:
     assert told(Trend(0), [2.0, 1.0, 1.2, 1.25]) == [None] * 4
     found = told(Trend(0), [2.0, 1.0, 1.3, 1.0, 1.9])
     assert found[:2] == [None, None]
-    assert found[2] == pytest.approx((1.0, 1.3, 4))
+    assert found[2] == rose(1.0, 1.3, 4)
     assert found[3:] == [None, None]
 
 
@@ -63,14 +71,25 @@ def _told_at(change: Callable[[float], float], means: list[float]) -> int | None
 def test_where_one_replica_trains_no_rise_is_told_and_one_that_lasts_is_told_when_others_have_joined() -> None:
     trend = Trend(0)
     assert told(trend, [2.0, 1.0, 3.0], at_work=1) == [None] * 3
-    assert told(trend, [3.0]) == [pytest.approx((1.0, 3.0, 4))]
+    assert told(trend, [3.0]) == [rose(1.0, 3.0, 4)]
 
 
-def test_a_rise_is_laid_to_the_most_replicas_of_its_window_though_some_have_left() -> None:
+def test_a_rise_is_laid_to_the_most_replicas_since_the_lowest_though_some_have_left() -> None:
     trend = Trend(0)
-    told(trend, [2.0, 1.0])
-    assert trend.rise(reported([3.0]), at_work=8) is None
-    assert trend.rise(window(3.0), at_work=1) == pytest.approx((1.0, 3.0, 8))
+    told(trend, [2.0], at_work=16)
+    told(trend, [1.0], at_work=4)
+    assert trend.rise(window(3.0, spread=3.0), at_work=8) is None  # it may be chance
+    assert trend.rise(reported([3.0]), at_work=2) is None
+    assert trend.rise(window(3.0), at_work=1) == rose(1.0, 3.0, 8)
+
+
+@pytest.mark.parametrize("loss", [0.1, -0.1, 1e-9 / 3, 1e12 / 7])
+def test_what_rounding_does_to_a_loss_that_stays_the_same_is_no_rise(loss: float) -> None:
+    draws = random.Random(0)
+    trend = Trend(0)
+    for _ in range(1000):
+        mini_batches = [reported([loss], draws.choice([1, 7, BATCH])) for _ in range(draws.randrange(1, 60))]
+        assert trend.rise(functools.reduce(Losses.plus, mini_batches), 4) is None
 
 
 @pytest.mark.parametrize("heavy", [False, True])
@@ -98,4 +117,4 @@ def test_a_window_is_a_hundredth_of_the_job_and_at_least_thirty_mini_batches_how
 def test_losses_that_are_not_finite_are_passed_over() -> None:
     trend = Trend(0)
     assert told(trend, [2.0, float("nan"), 1.0, float("inf"), 1.1]) == [None] * 5
-    assert told(trend, [1.5]) == [pytest.approx((1.0, 1.5, 4))]
+    assert told(trend, [1.5]) == [rose(1.0, 1.5, 4)]
