@@ -267,6 +267,16 @@ def test_a_summary_with_many_faults_prints_the_first_and_counts_all() -> None:
     assert "and 30 more in summary.json" in page
 
 
+def test_the_summary_tells_a_rise_of_the_loss_with_what_to_do_and_of_long_words_as_much_as_two_lines_hold() -> None:
+    folder = "/" + 90 * "x"
+    failed = events.CheckpointFailed(path=folder, reason="no space left on device")
+    page = text(summarize([Observation(0.0, started()), Observation(1.0, ROSE), Observation(2.0, failed)]))
+    told = " ".join(page.split())
+    assert "with 2 replicas at work: lower the rate or the momentum, or use fewer" in told
+    assert folder[:50] in told
+    assert max(len(line) for line in page.splitlines()) <= 80
+
+
 # the files
 
 

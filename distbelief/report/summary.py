@@ -305,7 +305,8 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
     for position, line in enumerate(textwrap.wrap(_fault_counts(summary.faults), LINE)):
         yield "" if position else "faults", line
     for fault in summary.faults[:FAULTS_PRINTED]:
-        yield f"{duration(fault.seconds):>12}  ", textwrap.shorten(fault.text, LINE, placeholder=" ...")
+        for position, line in enumerate(textwrap.wrap(fault.text, LINE, max_lines=2, placeholder=" ...")):
+            yield "" if position else f"{duration(fault.seconds):>12}  ", line
     if len(summary.faults) > FAULTS_PRINTED:
         yield "", f"and {len(summary.faults) - FAULTS_PRINTED:,} more in summary.json"
     nothing = "not possible: no checkpoint is kept"
