@@ -55,7 +55,7 @@ class DownpourCoordinator(Coordinator):
         record = self.hear(report.replica, report.incarnation)
         record.slowest_seconds = max(record.slowest_seconds, report.slowest_seconds)
         self._meter.count(report.losses)
-        if (rise := self._trend.rise(report.losses, self.at_work)) is not None:
+        if (rise := self._trend.rise(report.losses, self.at_work, self.examples)) is not None:
             self.emit(rise)
         for refusal in report.refused:
             self._refuse(report.replica, refusal)

@@ -100,6 +100,8 @@ class LossRose(Event, frozen=True):
     """The mean of the latest window."""
     replicas: int
     """The most that were at work since the lowest."""
+    examples: int
+    """Settled by then."""
 
 
 class Progress(Event, frozen=True):

@@ -66,8 +66,8 @@ class Trend:
         """The most since the lowest."""
         self._told = False
 
-    def rise(self, losses: Losses, at_work: int) -> LossRose | None:
-        """Take in what a replica reports while so many are at work; a rise is told once."""
+    def rise(self, losses: Losses, at_work: int, examples: int) -> LossRose | None:
+        """Take in what a replica reports while so many are at work, with `examples` settled; a rise is told once."""
         self._window, self._at_work = self._window.plus(losses), max(self._at_work, at_work)
         window = self._window
         if window.mini_batches < WINDOW_MINI_BATCHES or window.examples < self._least_examples:
@@ -84,4 +84,4 @@ class Trend:
         if self._told or self._at_work <= 1 or risen <= max(GIVEN_BACK * won, chance):
             return None
         self._told = True
-        return LossRose(lowest=self._lowest.mean, loss=window.mean, replicas=self._at_work)
+        return LossRose(lowest=self._lowest.mean, loss=window.mean, replicas=self._at_work, examples=examples)

@@ -137,6 +137,11 @@ def test_a_fault_is_a_vertical_line(tmp_path: Path) -> None:
     assert tallest(run(with_fault=False), "without") == 0.0
 
 
+def test_a_rise_of_the_loss_is_marked_at_the_examples_of_its_event_not_of_the_progress_before_it() -> None:
+    (mark,) = (mark for mark in collect(eventful_run()).marks if mark.kind == "loss rose")
+    assert (mark.seconds, mark.examples) == (2.9, 700)
+
+
 def test_over_examples_what_resuming_undid_is_left_out() -> None:
     killed = [started(), progress(1.0, 100, 0.9), progress(2.0, 200, 0.8), lost(2.5), progress(3.0, 300, 0.7)]
     resumed = [started(resumed_examples=100), progress(1.0, 200, 0.85), progress(2.0, 300, 0.75)]
@@ -197,7 +202,7 @@ def eventful_run() -> list[Observation]:
         Observation(1.7, events.RoleStarted(role="replica/1", incarnation=1, again=True)),
         Observation(1.7, events.RoleStarted(role="replica/7", incarnation=1)),
         evaluated(1.8, 500, 0.875),
-        Observation(2.9, events.LossRose(lowest=0.5, loss=0.75, replicas=2)),
+        Observation(2.9, events.LossRose(lowest=0.5, loss=0.75, replicas=2, examples=700)),
         Observation(3.0, events.ShardRestored(shard=0, version=12)),
         Observation(3.1, events.PushRefused(replica=0, step=12, examples=10, reason="not finite")),
         Observation(3.2, events.CheckpointFailed(path="c/2", reason="no space left on device")),
@@ -245,6 +250,7 @@ def test_without_a_terminal_each_notable_event_is_one_line() -> None:
         "replica 1 gave back 1 lease of 20 examples, 7 of them applied already",
         "replica 1 is back, incarnation 1",
         "tested after 500 examples: accuracy 0.875",
+        "training loss rose from 0.5 to 0.75: lower the rate or the momentum, or use fewer than 2 replicas",
         "shard 0 was restored from its checkpoint at version 12",
         "replica 0 refused its push of step 12: not finite",
         "checkpoint c/2 could not be written: no space left on device",
@@ -318,6 +324,12 @@ def live(observations: list[Observation], width: int) -> list[str]:
             terminal(observation)
     # every redraw erases the lines of the view before
     return [Text.from_ansi(line).plain for line in file.getvalue().rpartition("\x1b[2K")[2].splitlines()]
+
+
+def test_a_rise_of_the_loss_is_told_at_80_columns_with_what_to_do() -> None:
+    rose = events.LossRose(lowest=0.12345, loss=0.23456, replicas=16, examples=500)
+    (line,) = (line for line in live([started(), Observation(1.0, rose)], 80) if "loss rose" in line)
+    assert "0.1235 to 0.2346: lower the rate" in line
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -89,7 +89,7 @@ def checkpoint(examples: int) -> events.CheckpointWritten:
 
 
 LOST = events.RoleLost(role="replica/1", incarnation=0, reason="killed by signal 9")
-ROSE = events.LossRose(lowest=0.5, loss=0.625, replicas=2)
+ROSE = events.LossRose(lowest=0.5, loss=0.625, replicas=2, examples=120)
 RESTORED = events.ShardRestored(shard=0, version=12)
 
 
@@ -165,8 +165,8 @@ def test_a_summary_says_what_the_events_of_a_finished_run_add_up_to() -> None:
             {
                 "seconds": 2.4,
                 "type": "LossRose",
-                "text": "training loss rose from 0.5 to 0.625 with 2 replicas at work: "
-                "lower the rate or the momentum, or use fewer",
+                "text": "training loss rose from 0.5 to 0.625: "
+                "lower the rate or the momentum, or use fewer than 2 replicas",
             },
             {
                 "seconds": 3.0,
@@ -272,7 +272,7 @@ def test_the_summary_tells_a_rise_of_the_loss_with_what_to_do_and_of_long_words_
     failed = events.CheckpointFailed(path=folder, reason="no space left on device")
     page = text(summarize([Observation(0.0, started()), Observation(1.0, ROSE), Observation(2.0, failed)]))
     told = " ".join(page.split())
-    assert "with 2 replicas at work: lower the rate or the momentum, or use fewer" in told
+    assert "lower the rate or the momentum, or use fewer than 2 replicas" in told
     assert folder[:50] in told
     assert max(len(line) for line in page.splitlines()) <= 80
 

@@ -12,6 +12,7 @@ from distbelief.events import LossRose
 from distbelief.training_loss import WINDOW_MINI_BATCHES, Losses, Trend
 
 BATCH = 32
+SETTLED = 1000
 
 
 def reported(losses: Iterable[float], examples: int = BATCH) -> Losses:
@@ -28,12 +29,12 @@ def window(mean: float, spread: float = 0.1) -> Losses:
 
 
 def told(trend: Trend, means: Iterable[float], at_work: int = 4) -> list[LossRose | None]:
-    return [trend.rise(window(mean), at_work) for mean in means]
+    return [trend.rise(window(mean), at_work, SETTLED) for mean in means]
 
 
 def rose(lowest: float, loss: float, replicas: int) -> LossRose:
     """To so many digits."""
-    return LossRose(lowest=pytest.approx(lowest), loss=pytest.approx(loss), replicas=replicas)
+    return LossRose(lowest=pytest.approx(lowest), loss=pytest.approx(loss), replicas=replicas, examples=SETTLED)
 
 
 def test_the_mean_weighs_examples_and_its_error_is_that_of_the_mean_of_mini_batches() -> None:
@@ -63,7 +64,7 @@ def _told_at(change: Callable[[float], float], means: list[float]) -> int | None
     trend = Trend(0)
     for position, mean in enumerate(means):
         around = reported(change(mean + spread) for spread in (-0.1, 0.1) for _ in range(WINDOW_MINI_BATCHES // 2))
-        if trend.rise(around, at_work=2) is not None:
+        if trend.rise(around, 2, SETTLED) is not None:
             return position
     return None
 
@@ -78,9 +79,9 @@ def test_a_rise_is_laid_to_the_most_replicas_since_the_lowest_though_some_have_l
     trend = Trend(0)
     told(trend, [2.0], at_work=16)
     told(trend, [1.0], at_work=4)
-    assert trend.rise(window(3.0, spread=3.0), at_work=8) is None  # it may be chance
-    assert trend.rise(reported([3.0]), at_work=2) is None
-    assert trend.rise(window(3.0), at_work=1) == rose(1.0, 3.0, 8)
+    assert trend.rise(window(3.0, spread=3.0), 8, SETTLED) is None  # it may be chance
+    assert trend.rise(reported([3.0]), 2, SETTLED) is None
+    assert trend.rise(window(3.0), 1, SETTLED) == rose(1.0, 3.0, 8)
 
 
 @pytest.mark.parametrize("loss", [0.1, -0.1, 1e-9 / 3, 1e12 / 7])
@@ -89,7 +90,7 @@ def test_what_rounding_does_to_a_loss_that_stays_the_same_is_no_rise(loss: float
     trend = Trend(0)
     for _ in range(1000):
         mini_batches = [reported([loss], draws.choice([1, 7, BATCH])) for _ in range(draws.randrange(1, 60))]
-        assert trend.rise(functools.reduce(Losses.plus, mini_batches), 4) is None
+        assert trend.rise(functools.reduce(Losses.plus, mini_batches), 4, SETTLED) is None
 
 
 @pytest.mark.parametrize("heavy", [False, True])
@@ -99,15 +100,15 @@ def test_what_chance_does_to_a_loss_that_stays_the_same_is_no_rise(heavy: bool) 
         draws = torch.rand(100, WINDOW_MINI_BATCHES, generator=generator)
         losses = draws**-0.3 if heavy else draws
         trend = Trend(0)
-        assert [trend.rise(reported(each), 16) for each in losses.tolist()] == [None] * 100
+        assert [trend.rise(reported(each), 16, SETTLED) for each in losses.tolist()] == [None] * 100
 
 
 def test_a_window_is_a_hundredth_of_the_job_and_at_least_thirty_mini_batches_however_they_are_reported() -> None:
     def windows(total_examples: int, mini_batches: int) -> int | None:
         trend = Trend(total_examples)
         for _ in range(mini_batches):
-            trend.rise(reported([1.0]), 2)
-        return next((one for one in range(1, 1000) if trend.rise(reported([9.0]), 2)), None)
+            trend.rise(reported([1.0]), 2, SETTLED)
+        return next((one for one in range(1, 1000) if trend.rise(reported([9.0]), 2, SETTLED)), None)
 
     assert windows(0, 30) == 30
     assert windows(100 * BATCH * 50, 50) == 50

@@ -144,7 +144,7 @@ def collect(observations: Iterable[Observation]) -> Curves:
                 kind = "lost" if isinstance(event, RoleLost) else "shard restored"
                 curves.marks.append(Mark(seconds, examples, kind))
             case LossRose():
-                curves.marks.append(Mark(seconds, examples, "loss rose"))
+                curves.marks.append(Mark(seconds, event.examples, "loss rose"))
             case JobFinished():
                 curves.staleness = dict(event.staleness)
     if len(curves.test) > METRICS_SHOWN:
