@@ -16,8 +16,9 @@ from distbelief.events import LossRose
 WINDOW_MINI_BATCHES = 30
 WINDOW_SHARE = 0.01
 """Means are taken over this share of the job's examples, and no fewer mini-batches than the above."""
-GIVEN_BACK = 0.25
-"""A rise counts from this share of what was won, the difference between the first mean and the lowest."""
+GIVEN_BACK = 0.5
+"""A rise counts from this share of what was won, the difference between the first mean and the lowest: less is often
+won again, such as what is lost when the number of replicas doubles or the rate is raised."""
 STANDARD_ERRORS = 8.0
 """And from so many standard errors: of a hundred means the lowest and the highest may be 5 apart by chance."""
 RESOLUTION = 1e-6

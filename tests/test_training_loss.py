@@ -46,18 +46,18 @@ def test_the_mean_weighs_examples_and_its_error_is_that_of_the_mean_of_mini_batc
     assert reported([1.0], examples=30).plus(reported([5.0], examples=10)).mean == 2.0
 
 
-def test_a_rise_of_more_than_a_quarter_of_what_was_won_is_told_once() -> None:
-    assert told(Trend(0), [2.0, 1.0, 1.2, 1.25]) == [None] * 4
-    found = told(Trend(0), [2.0, 1.0, 1.3, 1.0, 1.9])
+def test_a_rise_of_more_than_half_of_what_was_won_is_told_once() -> None:
+    assert told(Trend(0), [2.0, 1.0, 1.45, 1.5]) == [None] * 4
+    found = told(Trend(0), [2.0, 1.0, 1.55, 1.0, 1.9])
     assert found[:2] == [None, None]
-    assert found[2] == rose(1.0, 1.3, 4)
+    assert found[2] == rose(1.0, 1.55, 4)
     assert found[3:] == [None, None]
 
 
 def test_a_rise_is_judged_alike_whatever_the_losses_are_shifted_and_scaled_by() -> None:
     for change in (lambda loss: loss - 5.0, lambda loss: 1e-6 * loss, lambda loss: 1e6 * loss - 3e6):
-        assert _told_at(change, [2.0, 1.0, 1.2]) is None
-        assert _told_at(change, [2.0, 1.0, 1.2, 1.3]) == 3
+        assert _told_at(change, [2.0, 1.0, 1.45]) is None
+        assert _told_at(change, [2.0, 1.0, 1.45, 1.55]) == 3
 
 
 def _told_at(change: Callable[[float], float], means: list[float]) -> int | None:
@@ -117,5 +117,5 @@ def test_a_window_is_a_hundredth_of_the_job_and_at_least_thirty_mini_batches_how
 
 def test_losses_that_are_not_finite_are_passed_over() -> None:
     trend = Trend(0)
-    assert told(trend, [2.0, float("nan"), 1.0, float("inf"), 1.1]) == [None] * 5
-    assert told(trend, [1.5]) == [rose(1.0, 1.5, 4)]
+    assert told(trend, [2.0, float("nan"), 1.0, float("inf"), 1.45]) == [None] * 5
+    assert told(trend, [1.55]) == [rose(1.0, 1.55, 4)]
