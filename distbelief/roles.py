@@ -86,7 +86,7 @@ def replica_role(
         data = DataShard(home, prepared.data, micro_batch, None)
         return SandblasterReplica(home, index, model, data, server)
     seat.part.module.train()
-    # What is in memory draws nothing.
+    # A TensorDataset draws nothing.
     draws = None if prepared.cut is None or type(prepared.data) is TensorDataset else seed
     data = DataShard(home, prepared.data, job.batch_size, job.seed, draws)
     return DownpourReplica(home, index, model, data, server, job.algorithm)
