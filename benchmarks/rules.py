@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frame accuracy of the speech example by update rule: what asynchrony costs each, beside a plain loop of the same one.
 
-The plain loop takes torch's optimizer with the same options; Downpour runs with its default settings on the simulated
-engine, as in `accuracy`. A rule's rate is the one with which the plain loop ends best with seed 0, of rates a factor of
-about three apart: none was chosen for many replicas. Nothing is timed, so as many trainings run at once as there are
-cores.
+The plain loop takes torch's optimizer with the same options; Downpour runs with its default settings otherwise on the
+simulated engine, as in `accuracy`. Momentum is once the rule's and once each replica's. A rule's rate is the one with
+which the plain loop ends best with seed 0, of rates a factor of about three apart: none was chosen for many replicas.
+Nothing is timed, so as many trainings run at once as there are cores.
 """
 
 import multiprocessing
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,12 +22,26 @@ from benchmarks.accuracy import PLAIN, SEEDS, Way, downpour_accuracy, plain_accu
 from benchmarks.table import Measured, Row, cores, one_line, table_text
 from distbelief.update_rule.rule import UpdateRule
 
-RULES: tuple[UpdateRule, ...] = (
-    db.adagrad(0.01),
-    db.sgd(0.3),
-    db.sgd(0.03, momentum=0.9),
-    db.adam(0.001),
-    db.optimizer(torch.optim.RMSprop, lr=0.001),
+
+@dataclass(frozen=True)
+class Case:
+    """What the plain loop trains by, and if that is another rule, by what Downpour does so with its `momentum`."""
+
+    plain: UpdateRule
+    shards: UpdateRule | None = None
+    momentum: float = 0.0
+
+    def __str__(self) -> str:
+        return repr(self.plain) if self.shards is None else f"Downpour({self.shards!r}, momentum={self.momentum})"
+
+
+CASES = (
+    Case(db.adagrad(0.01)),
+    Case(db.sgd(0.3)),
+    Case(db.sgd(0.03, momentum=0.9)),
+    Case(db.sgd(0.03, momentum=0.9, nesterov=True), db.sgd(0.03), momentum=0.9),
+    Case(db.adam(0.001)),
+    Case(db.optimizer(torch.optim.RMSprop, lr=0.001)),
 )
 WAYS = (None, Way(4, "simulated"), Way(16, "simulated"), Way(64, "simulated"))
 """None is the plain loop."""
@@ -43,26 +57,27 @@ def run(data: str, quick: bool) -> list[Row]:
     lines = []
     with ProcessPoolExecutor(cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
         trained = {
-            (rule, way): [pool.submit(accuracy, data, quick, rule, way, seed) for seed in seeds]
-            for rule in RULES
+            (case, way): [pool.submit(accuracy, data, quick, case, way, seed) for seed in seeds]
+            for case in CASES
             for way in WAYS
         }
-        for rule in RULES:
-            measured = [collected(trained[rule, way]) for way in WAYS]
-            found = [row(rule, way, one, measured[0]) for way, one in zip(WAYS, measured, strict=True)]
+        for case in CASES:
+            measured = [collected(trained[case, way]) for way in WAYS]
+            found = [row(case, way, one, measured[0]) for way, one in zip(WAYS, measured, strict=True)]
             rows += found
-            lines.append([str(rule), *map(_cell, found)])
+            lines.append([str(case), *map(_cell, found)])
             print(*lines[-1], sep="  ", flush=True)
     header = ["rule", *(PLAIN if way is None else f"{way.replicas} replicas" for way in WAYS)]
     print(table_text(f"{title(speech_job(data, quick))}, mean and range", header, lines))
     return rows
 
 
-def accuracy(data: str, quick: bool, rule: UpdateRule, way: Way | None, seed: int) -> float:
-    """Train the speech example once with `rule`; returns the test accuracy. `way` is None for the plain loop."""
-    job = replace(_job(data, quick), algorithm=db.Downpour(update_rule=rule))
+def accuracy(data: str, quick: bool, case: Case, way: Way | None, seed: int) -> float:
+    """Train the speech example once; returns the test accuracy. `way` is None for the plain loop."""
+    job = _job(data, quick)
     if way is None:
-        return plain_accuracy(job, seed)
+        return plain_accuracy(replace(job, algorithm=db.Downpour(update_rule=case.plain)), seed)
+    job = replace(job, algorithm=db.Downpour(update_rule=case.shards or case.plain, momentum=case.momentum))
     with tempfile.TemporaryDirectory() as folder:
         return downpour_accuracy(job, way, Path(folder), seed)
 
@@ -79,10 +94,10 @@ def collected(futures: Sequence[Future[float]]) -> Measured:
     return Measured((), one_line(errors[0])) if errors else Measured(tuple(future.result() for future in futures))
 
 
-def row(rule: UpdateRule, way: Way | None, measured: Measured, plain: Measured) -> Row:
+def row(case: Case, way: Way | None, measured: Measured, plain: Measured) -> Row:
     accuracies, reference = measured.spread, plain.spread
     return {
-        "rule": repr(rule),
+        "rule": str(case),
         "method": PLAIN if way is None else way.name,
         "mean": accuracies.mean if accuracies else None,
         "low": accuracies.low if accuracies else None,

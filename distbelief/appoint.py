@@ -181,19 +181,18 @@ def started(
 ) -> events.JobStarted:  # fmt: skip
     """The first event of the run; `resume` and `export` are the commands for it."""
     lengths, algorithm = [len(span) for span in spans], job.algorithm
-    if isinstance(algorithm, Sandblaster):
-        described, epochs, iterations = _described(algorithm), 0, algorithm.max_iterations
-    else:
-        described, epochs, iterations = f"Downpour, {algorithm.update_rule!r}", job.epochs, 0
+    epochs, iterations = (0, algorithm.max_iterations) if isinstance(algorithm, Sandblaster) else (job.epochs, 0)
     return events.JobStarted(
         run=str(run), replicas=job.cluster.replicas, shards=len(spans), parameters=facts.layout.length,
         examples_per_epoch=facts.examples, epochs=epochs, batch_size=job.batch_size, seed=job.seed,
-        algorithm=described, shard_balance=max(lengths) / (sum(lengths) / len(lengths)),
+        algorithm=_described(algorithm), shard_balance=max(lengths) / (sum(lengths) / len(lengths)),
         resumed_examples=resumed_examples, iterations=iterations, resume_command=resume, export_command=export,
     )  # fmt: skip
 
 
-def _described(algorithm: Sandblaster) -> str:
-    penalties = {"l1": algorithm.l1, "l2": algorithm.l2}
-    named = "".join(f", {name} {value:g}" for name, value in penalties.items() if value)
-    return f"Sandblaster L-BFGS, {algorithm.history} pairs{named}"
+def _described(algorithm: Downpour | Sandblaster) -> str:
+    if isinstance(algorithm, Sandblaster):
+        named, besides = f"Sandblaster L-BFGS, {algorithm.history} pairs", {"l1": algorithm.l1, "l2": algorithm.l2}
+    else:
+        named, besides = f"Downpour, {algorithm.update_rule!r}", {"momentum": algorithm.momentum}
+    return named + "".join(f", {name} {value:g}" for name, value in besides.items() if value)

@@ -60,6 +60,9 @@ class Downpour:
     """Examples that one replica trains on at the end, the others leaving in stages; None derives it, 0 is none."""
     local_rate: float | None = None
     """Rate of a local gradient step after each mini-batch, for n_fetch > 1; None for none."""
+    momentum: float = 0.0
+    """Nesterov momentum of a replica's own pushes, as torch.optim.SGD(nesterov=True) has it; 0 for none. Many replicas
+    bear it better than the update rule's, which sums what all of them push (DANA-Slim: Hakimi et al., 2019)."""
     clip_norm: float | None = None
     """Largest 2-norm of a pushed gradient; larger ones are scaled down."""
     backlog: int = 4
@@ -72,7 +75,7 @@ class Downpour:
 
     def __post_init__(self) -> None:
         check_whole(self, ("n_fetch", "n_push", "warmstart", "cooldown", "backlog", "refusals"))
-        check_number(self, ("local_rate", "clip_norm"))
+        check_number(self, ("local_rate", "momentum", "clip_norm"))
         for name, known in (("fetch", get_args(FetchName)), ("accrue", get_args(AccrueName))):
             if getattr(self, name) not in known:
                 raise ConfigurationError(
@@ -93,6 +96,10 @@ class Downpour:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigurationError(f"Downpour({name}={value}) must be positive", hint=f"use {name}=None for none")
+        if not 0 <= self.momentum < 1:
+            raise ConfigurationError(
+                f"Downpour(momentum={self.momentum}) is not in [0, 1)", hint="use 0.9, or 0 for none"
+            )
         if self.local_rate is not None and self.n_fetch % self.n_push:
             raise ConfigurationError(
                 f"Downpour(local_rate={self.local_rate}, n_fetch={self.n_fetch}, n_push={self.n_push}): a fetch would "
@@ -141,7 +148,7 @@ class DownpourReplica:
         """What this partition's acknowledged pushes carried; settled when the other partitions' are acknowledged."""
         self.pushed = 0, 0
         """Examples and mini-batches of the latest push."""
-        model.local_rate, server.held = downpour.local_rate, self.held
+        model.local_rate, model.momentum, server.held = downpour.local_rate, downpour.momentum, self.held
 
     def run(self) -> None:
         """Train until the coordinator has no more examples or says stop (paper, appendix, "Downpour SGD client")."""

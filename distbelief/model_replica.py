@@ -170,6 +170,10 @@ class ModelReplica:
         self._weight = 1.0
         self.local_rate: float | None = None
         """Rate of the local step after each mini-batch; None for none."""
+        self.momentum = 0.0
+        """What of the gradients before is added to each one that is taken."""
+        self._velocity: torch.Tensor | None = None
+        """Their sum, each less by `momentum` than the next; None before the first."""
         self._promised = [False] * len(self._parameters)
         """Whose place backward has been given, and has not yet handed back as the gradient."""
         self._aside: dict[int, torch.Tensor] = {}
@@ -298,29 +302,39 @@ class ModelReplica:
     def take_gradient(self, *, mean: bool, clip_norm: float | None) -> torch.Tensor | None:
         """The accrued gradient in host memory, shape (n,); accruing goes on in the other buffer.
 
-        None when it is not finite, on any partition. `clip_norm` bounds the norm over all partitions. The caller owns
-        the memory until it takes the next gradient.
+        `clip_norm` bounds the norm over all partitions, before momentum is added. None when the outcome is not finite,
+        on any partition; momentum then begins anew. The caller owns the memory until it takes the next gradient.
         """
         source = self._accruing[self._filling if len(self._accruing) == 2 else 0]
         if mean and self._mini_batches > 1:
             source.div_(self._mini_batches)
         self._written = [False] * len(self._parameters)
         self._mini_batches = 0
-        finite = math.isfinite(float(source.sum()))  # one pass; a sum that overflowed is looked at again below
-        finite = finite or bool(torch.isfinite(source).all())
-        if any(self.group.any(not finite)):
-            return None
         if clip_norm is not None:
             norm = torch.linalg.vector_norm(source)
             if self.group.size > 1:
                 norm = self.group.sum(norm.double().square().cpu().view(1)).sqrt().to(norm)
             source.mul_(torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
+        if self.momentum:
+            self._add_momentum(source)
+        finite = math.isfinite(float(source.sum()))  # one pass; a sum that overflowed is looked at again below
+        finite = finite or bool(torch.isfinite(source).all())
+        if any(self.group.any(not finite)):
+            self._velocity = None
+            return None
         host = self._host[2 + self._filling]
         if source is not host:
             host.copy_(source)
         self._filling = 1 - self._filling
         self._places = self._gradient_views[self._filling % len(self._gradient_views)]
         return host
+
+    def _add_momentum(self, gradient: torch.Tensor) -> None:
+        """`v = momentum * v + g; g += momentum * v`: what torch.optim.SGD steps by with `nesterov`."""
+        if self._velocity is None:
+            self._velocity = torch.zeros_like(gradient)
+        torch.add(gradient, self._velocity, alpha=self.momentum, out=self._velocity)
+        gradient.add_(self._velocity, alpha=self.momentum)
 
     # buffers
 

@@ -148,10 +148,10 @@ def test_a_rule_loses_what_lies_between_its_plain_loop_and_many_replicas_and_a_f
         return futures
 
     plain, diverged = rules.collected(ended(0.25, 0.75)), rules.collected(ended(0.25, ValueError("it diverged")))
-    assert rules.row(db.adam(), None, plain, plain)["lost"] == 0
-    row = rules.row(db.adam(), rules.WAYS[1], rules.collected(ended(0.25, 0.5)), plain)
+    assert rules.row(rules.Case(db.adam()), None, plain, plain)["lost"] == 0
+    row = rules.row(rules.Case(db.adam()), rules.WAYS[1], rules.collected(ended(0.25, 0.5)), plain)
     assert (row["rule"], row["mean"], row["seeds"], row["lost"]) == ("adam(0.001)", 0.375, 2, 0.125)
-    failed = rules.row(db.adam(), rules.WAYS[1], diverged, plain)
+    failed = rules.row(rules.Case(db.adam()), rules.WAYS[1], diverged, plain)
     assert (failed["mean"], failed["lost"], failed["failure"]) == (None, None, "ValueError: it diverged")
 
 

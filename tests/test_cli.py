@@ -65,6 +65,7 @@ def algorithm() -> str:
         ("--algorithm.update-rule adaptive_revision --algorithm.rate 0.2", "adaptive_revision(0.2, c=1e-10)"),
         ("--rule db.sgd(0.1,momentum=0.9) --algorithm.rate 0.05", "sgd(0.05, momentum=0.9)"),
         ("--rule db.adaptive_revision(0.1,c=1.0) --algorithm.rate 0.05", "adaptive_revision(0.05, c=1.0)"),
+        ("--algorithm.update-rule sgd --algorithm.rate 0.1 --algorithm.momentum 0.9", "sgd(0.1), momentum 0.9"),
         ("--rule Own()", "Own()"),
         ("--rule Own() --algorithm.update-rule adam", "adam(0.001)"),
     ],

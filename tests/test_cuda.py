@@ -51,7 +51,7 @@ def test_a_replica_on_the_accelerator_takes_the_steps_of_one_on_the_cpu(partitio
 
 @pytest.mark.parametrize(
     "algorithm",
-    [db.Downpour(n_push=3, n_fetch=2, clip_norm=1.0), db.Downpour(n_push=2, n_fetch=2, local_rate=0.01)],
+    [db.Downpour(n_push=3, n_fetch=2, clip_norm=1.0, momentum=0.5), db.Downpour(n_push=2, n_fetch=2, local_rate=0.01)],
 )
 def test_two_replicas_of_one_accelerator_learn(algorithm: db.Downpour, tmp_path: Path) -> None:
     result = trained(tmp_path, "cuda", algorithm=algorithm, cluster={"replicas": 2}, epochs=6)

@@ -221,6 +221,46 @@ def test_clipping_is_that_of_torch(tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_momentum_of_one_replica_is_that_of_torch_with_nesterov(tmp_path: Path) -> None:
+    job = problems.job(
+        cluster=db.Cluster(replicas=1, shards=2, engine="simulated"),
+        algorithm=AWAITED(update_rule=db.sgd(0.05), momentum=0.9),
+    )
+    reference = problems.fresh_model(job)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    problems.plain_loop(job, optimizer, reference)
+    for one, other in zip(trained(job, tmp_path).model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_many_replicas_bear_momentum_of_their_own_where_that_of_the_rule_ruins_training(tmp_path: Path) -> None:
+    # At a curvature of 1, rate / (1 - momentum) may be 0.34 for momentum of the rule where pushes are three late, 2.1
+    # for that of Downpour.
+    def ends_at(momentum: float, rule: UpdateRule) -> float:
+        job = db.Job(
+            model=Valley, step=lambda model, batch: model(batch), data=torch.zeros(1000, 1), batch_size=1,
+            algorithm=db.Downpour(update_rule=rule, momentum=momentum, warmstart=0, cooldown=0),
+            cluster=db.Cluster(replicas=4, shards=2, engine="simulated"),
+        )  # fmt: skip
+        result = trained(job, tmp_path, costs=db.Costs(example_seconds=5e-3))
+        return max(parameter.abs().max().item() for parameter in result.model.parameters())
+
+    assert ends_at(0.9, db.sgd(0.1)) < 1e-9
+    for nesterov in (False, True):
+        assert ends_at(0.0, db.sgd(0.1, momentum=0.9, nesterov=nesterov)) > 1e9
+
+
+class Valley(nn.Module):
+    """A loss of half the square of where it stands, whatever it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.ones(4))
+
+    def forward(self, _: Any) -> torch.Tensor:
+        return self.place.square().sum() / 2
+
+
 def test_the_learning_rate_follows_the_examples_applied_whatever_the_number_of_replicas(tmp_path: Path) -> None:
     # A schedule that ends at zero after one epoch: nothing moves in the second, on any number of replicas.
     for replicas in (1, 4):

@@ -323,6 +323,43 @@ def test_clipping_is_that_of_torch(clip_norm: float) -> None:
     assert torch.equal(gradient, before) == (clip_norm == 1e6)
 
 
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_momentum_is_that_of_torch_with_nesterov_and_comes_after_clipping(clip_norm: float | None) -> None:
+    replica, initial = Replica(), None
+    replica.it.momentum = 0.9
+    plain = torch.optim.SGD(replica.plain.parameters(), lr=1.0, momentum=0.9, nesterov=True)
+    for seed in range(5):
+        initial = flat_parameters(parameters_of(replica.plain), replica.layout)
+        replica.it.spare.copy_(initial)
+        replica.it.adopt()
+        given = batches(2, seed=seed)
+        for batch in given:
+            replica.it.compute(batch)
+        gradient = replica.it.take_gradient(mean=False, clip_norm=clip_norm)
+        assert gradient is not None
+        replica.plain_gradient(given)
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(replica.plain.parameters(), clip_norm)
+        plain.step()
+        found = flat_parameters(parameters_of(replica.plain), replica.layout)
+        torch.testing.assert_close(initial - gradient, found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spoilt", [float("nan"), 3e38])
+def test_momentum_begins_anew_after_a_gradient_that_is_not_finite_or_would_not_be_with_it(spoilt: float) -> None:
+    replica, given = Replica(), batches(1)
+    replica.it.momentum = 0.9
+    for taken in range(3):
+        replica.it.compute(given[0])
+        if taken == 1:
+            for buffer in replica.host[2:]:
+                buffer.fill_(spoilt)
+        gradient = replica.it.take_gradient(mean=True, clip_norm=None)
+        assert (gradient is None) == (taken == 1)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, 1.9 * replica.plain_gradient(given))
+
+
 @pytest.mark.parametrize("model", [perceptron, Tied, Sparse, convolutional])
 def test_local_steps_are_those_of_sgd_and_the_gradient_is_what_they_walked(model: Callable[[], nn.Module]) -> None:
     replica, rate = Replica(model), 0.05

@@ -82,8 +82,9 @@ def test_a_replica_cut_into_partitions_takes_the_steps_of_the_uncut_model(
     assert cut.summary.staleness.p95 == 0
 
 
-def test_accruing_clipping_and_parameter_groups_do_not_depend_on_the_cut(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"algorithm": awaited(n_push=3, n_fetch=3, clip_norm=0.05), "groups": slower_biases}
+def test_accruing_clipping_momentum_and_parameter_groups_do_not_depend_on_the_cut(tmp_path: Path) -> None:
+    algorithm = awaited(n_push=3, n_fetch=3, clip_norm=0.05, momentum=0.9)
+    options: dict[str, Any] = {"algorithm": algorithm, "groups": slower_biases}
     whole, cut = uncut(tmp_path, **options), trained(tmp_path, 2, **options)
     assert distance(cut.model, whole.model) < 1e-11
 

@@ -166,7 +166,7 @@ def test_a_summary_says_what_the_events_of_a_finished_run_add_up_to() -> None:
                 "seconds": 2.4,
                 "type": "LossRose",
                 "text": "training loss rose from 0.5 to 0.625: "
-                "lower the rate or the momentum, or use fewer than 2 replicas",
+                "lower the rate, use fewer than 2 replicas, or set momentum in Downpour, not in its rule",
             },
             {
                 "seconds": 3.0,
@@ -272,7 +272,7 @@ def test_the_summary_tells_a_rise_of_the_loss_with_what_to_do_and_of_long_words_
     failed = events.CheckpointFailed(path=folder, reason="no space left on device")
     page = text(summarize([Observation(0.0, started()), Observation(1.0, ROSE), Observation(2.0, failed)]))
     told = " ".join(page.split())
-    assert "lower the rate or the momentum, or use fewer than 2 replicas" in told
+    assert "lower the rate, use fewer than 2 replicas, or set momentum in Downpour, not in its rule" in told
     assert folder[:50] in told
     assert max(len(line) for line in page.splitlines()) <= 80
 

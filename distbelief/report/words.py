@@ -55,7 +55,8 @@ def sentence(event: AnyEvent) -> str | None:
             return f"replica {replica} refused its push of step {step:,}: {first_line(reason)}"
         case LossRose(lowest=lowest, loss=loss, replicas=replicas):
             risen = f"training loss rose from {number(lowest)} to {number(loss)}"
-            return f"{risen}: lower the rate or the momentum, or use fewer than {count(replicas, 'replica')}"
+            fewer = f"fewer than {count(replicas, 'replica')}"
+            return f"{risen}: lower the rate, use {fewer}, or set momentum in Downpour, not in its rule"
         case Progress() | BatchProgress() | Iterated():
             return None
         case SearchBegun(loss=now, loss_before=before):

@@ -37,8 +37,10 @@ def sgd(
     schedule: Schedule | None = None,
     damping: float = 0.0,
 ) -> TorchRule:
-    """Stochastic gradient descent; asynchronous replicas add momentum of their own, so use less than usual.
+    """Stochastic gradient descent.
 
+    momentum: of one replica. Of several it ruins training more easily than `Downpour(momentum=...)`, which each keeps.
+    weight_decay: added to what is pushed, so that `Downpour(momentum=m)` does not make it 1 / (1 - m) times as strong.
     `schedule` and `damping` as in `adagrad`.
     """
     options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
