@@ -5,6 +5,7 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -356,6 +357,20 @@ def test_who_calls_a_role_of_a_silent_host_finds_the_next_incarnation_long_befor
         lost.result()
     assert clerk.call(Clerk.who).result()[1] == 1
     assert time.monotonic() - started < 4.0
+
+
+@pytest.mark.slow
+def test_a_role_that_is_stopped_while_the_connection_to_its_keeper_breaks_ends_all_the_same(pair: Pair) -> None:
+    pids = pair.up(*NAMES[:2])
+    for host, name in enumerate(NAMES[:2]):
+        connection = pair.engine._keeper_peers[f"host{host}"]._connection
+        assert connection is not None
+        connection.socket.shutdown(socket.SHUT_RDWR)  # as a network ends it that was away for a while
+        pair.engine.stop(name)
+    pair.engine.start(NAMES[0], 1, Clerk)
+    wait_for(pair.engine, lambda: not any(map(is_alive, pids)), 3.0)
+    wait_for(pair.engine, lambda: pair.engine.deaths() == [] and NAMES[0] in pair.engine.processes)
+    assert pair.find(NAMES[0]).call(Clerk.who).result()[1] == 1
 
 
 @pytest.mark.slow

@@ -297,15 +297,17 @@ class Host:
             self._listeners[role] = listen(role), listen_over_tcp(self._address)
         listeners = self._listeners.get(role, ())
         if self._started.get(role, -1) < incarnation:
+            self._nursery.stop(role)  # an older one: what was to stop it may still be on its way
             self._started[role] = incarnation
             descriptors = self._lease.descriptor, *(listener.fileno() for listener in listeners)
             self._nursery.start(role, incarnation, payload, descriptors)
         return Place(self._name, *map(name_of, listeners)) if listeners else None
 
     @exported
-    def stop(self, role: str) -> None:
-        """End a role; not a death."""
-        self._nursery.stop(role)
+    def stop(self, role: str, incarnation: int) -> None:
+        """End this incarnation of a role; not a death. Asking again changes nothing."""
+        if self._nursery.alive.get(role) == incarnation:
+            self._nursery.stop(role)
 
     @exported
     def signal(self, role: str, number: int) -> None:

@@ -28,19 +28,12 @@ from distbelief.channel.wire import Wire
 from distbelief.engine.base import COORDINATOR, UNTIL_LOST_SECONDS, Death, Faults
 from distbelief.engine.home import ProcessHome
 from distbelief.engine.host import Host, HostWiring, Invitation, Prepared, birth, versions
+from distbelief.engine.insistent import Insistent
 from distbelief.engine.listener import listen, listen_over_tcp, name_of
 from distbelief.engine.pickles import Luggage, Pickler, pack, places
 from distbelief.engine.registry import Introduction, Nearest, Registry
 from distbelief.engine.script import Script
-from distbelief.errors import (
-    ChannelError,
-    ConfigurationError,
-    DeadlineExceeded,
-    DistbeliefError,
-    NotReady,
-    PeerLost,
-    TrainingFailed,
-)  # fmt: skip
+from distbelief.errors import ChannelError, ConfigurationError, DistbeliefError, NotReady, PeerLost, TrainingFailed
 
 T = TypeVar("T")
 
@@ -304,22 +297,19 @@ class HostsEngine(ProcessHome):
             devices=self._keepers.devices(name),
         )  # fmt: skip
         payload = Pickler.dumps(functools.partial(birth, name, incarnation, wiring, factory, arguments))
-        self._order_start(name, incarnation, host, payload)
-
-    def _order_start(self, name: str, incarnation: int, host: str, payload: bytes) -> None:
-        answer = self._keeper_peers[host].call(Host.start, name, incarnation, payload, name in self._listening)
+        order = self._keeper_peers[host].call
+        answer = Insistent(
+            self, functools.partial(order, Host.start, name, incarnation, payload, name in self._listening)
+        )  # fmt: skip
 
         def errand() -> bool:
-            if not answer.done():
-                return False
             if self._alive.get(name) != (incarnation, host):
                 return True
+            if not answer.done():
+                return False
             try:
-                place = answer.result()
-                if place is not None:
+                if (place := answer.result()) is not None:
                     self._registry.settle(name, place)
-            except (PeerLost, DeadlineExceeded):
-                self._order_start(name, incarnation, host, payload)
             except ChannelError as error:
                 self._end(name, Death(name, incarnation, f"host {host} could not start it: {error}"))
             return True
@@ -329,9 +319,10 @@ class HostsEngine(ProcessHome):
     def stop(self, name: str) -> None:
         """Kill the role's process; not a death."""
         if name in self._alive:
-            _, host = self._alive[name]
+            incarnation, host = self._alive[name]
             self._end(name, None)
-            self._keeper_peers[host].call(Host.stop, name)
+            answer = Insistent(self, functools.partial(self._keeper_peers[host].call, Host.stop, name, incarnation))
+            self._endpoint.attend(lambda: host not in self._hosts or answer.done())
 
     def signal(self, name: str, number: int) -> None:
         """Send a role a signal."""
