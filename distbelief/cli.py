@@ -24,7 +24,8 @@ from distbelief.report.plan import plan_text
 from distbelief.report.plan_picture import plan_picture
 from distbelief.report.plots import write_plots
 from distbelief.report.summary import RUNNING, moved, summarize, text
-from distbelief.train import is_held, train
+from distbelief.run_folder import is_held
+from distbelief.train import train
 
 USAGE = """\
 distbelief train FILE.py [--epochs 3] [--cluster.replicas 4] [--algorithm.rate 0.02]    train the job of a file

@@ -2,7 +2,6 @@
 """Start the roles, run the algorithm, return the Result."""
 
 import contextlib
-import fcntl
 import shlex
 import shutil
 import signal
@@ -10,7 +9,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
@@ -20,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from distbelief import checkpoint, events
+from distbelief import checkpoint, events, run_folder
 from distbelief.appoint import appoint, check_resume, started
 from distbelief.attempt import attempt
 from distbelief.coordinator import Coordinator
@@ -30,11 +28,11 @@ from distbelief.engine.hosts import HostsEngine
 from distbelief.engine.simulated import SimulatedEngine
 from distbelief.engine.virtual import Costs
 from distbelief.engines import engine_of
-from distbelief.errors import CheckpointError, ConfigurationError
+from distbelief.errors import ConfigurationError
 from distbelief.events import AnyEvent, Listener, Observation
-from distbelief.export import STATE, write_template
+from distbelief.export import write_template
 from distbelief.job import Facts, Job, prepare
-from distbelief.launch import LAUNCH, Launch, check_text, of_main
+from distbelief.launch import Launch, check_text, of_main
 from distbelief.model_replica import check_device
 from distbelief.parameters import Span, cut
 from distbelief.recut import recut
@@ -99,7 +97,7 @@ def train(
         )
     if job.cluster.engine != "ray":  # this process computes nothing, and other hosts have other devices
         check_device(job.cluster.device)
-    run, shown = _choose_run(job, resume)
+    run, shown = run_folder.choose(job, resume)
     launched = launch or of_main(job)
     check_text(run, launched.script, job.checkpoints)
     engine = engine_of(job, faults, costs)
@@ -111,9 +109,9 @@ def train(
             model = Uncut(job, facts)
         refused = alone.enter_context(contextlib.ExitStack())
         if resume is None:
-            _make_run(job, run, shown)
+            run_folder.make(job, run, shown)
             refused.callback(shutil.rmtree, run, ignore_errors=True)
-        alone.enter_context(_alone(run, resume=resume is not None))
+        alone.enter_context(run_folder.held(run, resume=resume is not None))
         if isinstance(engine, HostsEngine) and isinstance(home := checkpoint.home(run), Path):
             engine.check_visible(home if home.is_dir() else run)
         rejected: list[AnyEvent] = []
@@ -124,7 +122,7 @@ def train(
             )
             checkpoint.check_same_model(restore[1], model.module, restore[0])
             check_resume(job, facts, *restore)
-        with _run_folder(run):
+        with run_folder.writing(run):
             if restore is not None:
                 restore = recut(*restore, facts.layout, facts.buffers, model.buffers)
         record = Record(run)
@@ -139,7 +137,7 @@ def train(
                     coordinator.failure = coordinator.failure or error
 
             coordinator = appoint(job, engine, facts, run, spans, model, restore, tell)
-            with _run_folder(run):  # only now that all of it is accepted
+            with run_folder.writing(run):  # only now that all of it is accepted
                 launched.write(run)
                 write_template(run, model.module, model.values)
             refused.pop_all()
@@ -160,7 +158,7 @@ def train(
                     reason = f"failed: {type(error).__name__}" + (f": {said}" if said else "")
                     raise
                 finally:
-                    commands = _commands(shown, launched, coordinator) if _is_kept(run) else ("", "")
+                    commands = _commands(shown, launched, coordinator) if run_folder.is_kept(run) else ("", "")
                     try:
                         emit(coordinator.finished(reason, *commands))
                     finally:
@@ -178,42 +176,6 @@ def _spans(job: Job, facts: Facts) -> list[Span]:
     return cut(length, job.cluster.shards)
 
 
-def _choose_run(job: Job, resume: Path | str | None) -> tuple[Path, Path]:
-    """(the run folder: the one to resume, or a new one; how it was given). Raises ConfigurationError, CheckpointError.
-
-    The user's code may change the working folder while the job runs.
-    """
-    if resume is not None:
-        shown = Path(resume)
-        run = shown.absolute()
-        if not run.is_dir():
-            raise CheckpointError(f"{shown} is no run folder\nhint: give the folder that an earlier run printed")
-        return run, shown
-    name = getattr(job.model, "__name__", getattr(getattr(job.model, "func", None), "__name__", "model")).lower()
-    name = "model" if name == "<lambda>" else name
-    shown = Path(job.run) if job.run is not None else Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run = shown.absolute()
-    with _run_folder(shown):
-        if run.exists():
-            raise FileExistsError
-    return run, shown
-
-
-def _make_run(job: Job, run: Path, shown: Path) -> None:
-    """Make a new run folder, and try whether it can be written. Raises ConfigurationError."""
-    with _run_folder(shown):
-        run.mkdir(parents=True)
-        probe = run / "probe"
-        try:
-            probe.write_bytes(b"0" * 4096)
-            probe.unlink()
-        except OSError:
-            shutil.rmtree(run, ignore_errors=True)
-            raise
-    if job.checkpoints is not None:
-        _keep_elsewhere(run, job)
-
-
 @contextlib.contextmanager
 def _untouched(engine: Engine) -> Iterator[None]:
     """Compute as torch does by default, whatever is set around the call, and leave the user's random numbers alone."""
@@ -227,74 +189,6 @@ def _untouched(engine: Engine) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _alone(run: Path, *, resume: bool) -> Iterator[None]:
-    """Hold the run for this process; the system lets go of it however the process ends. Raises ConfigurationError."""
-    path = run / "events.jsonl"
-    if resume and not path.exists():
-        yield  # it may be no run
-        return
-    with _run_folder(run):
-        held = path.open("ab")
-    with held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigurationError(
-                f"{run} is being trained by another process, or by another thread of this one",
-                hint="wait until it has ended, or end it",
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                fcntl.flock(held, fcntl.LOCK_UN)  # for processes, too, that a listener may have forked
-
-
-def is_held(run: Path) -> bool:
-    """Whether somebody is training the run, where the file system has locks."""
-    with (run / "events.jsonl").open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-    return False
-
-
-def _keep_elsewhere(run: Path, job: Job) -> None:
-    store = job.checkpoints or ""
-    try:
-        if store.startswith("memory:") and job.cluster.engine != "simulated":
-            raise OSError("every process has a memory of its own")
-        checkpoint.keep_elsewhere(run, store if "://" in store else str(Path(store).absolute()))
-    except (OSError, CheckpointError) as error:
-        shutil.rmtree(run)
-        raise ConfigurationError(
-            f"checkpoints cannot be kept at {store}: {error}",
-            hint="give a place that every host can write, with the package that fsspec needs for it, and nothing in it",
-        ) from error
-
-
-@contextlib.contextmanager
-def _run_folder(run: Path) -> Iterator[None]:
-    """Raise what the disk refuses as a ConfigurationError."""
-    try:
-        yield
-    except FileExistsError as error:  # also when another job was quicker to make it
-        raise ConfigurationError(
-            f"the run folder {run} exists",
-            hint=f"choose another run folder, remove it, or go on from it with `distbelief resume {run}`",
-        ) from error
-    except OSError as error:
-        raise ConfigurationError(
-            f"the run folder {run} cannot be written: {error}", hint="give run=... on a disk with room and permission"
-        ) from error
-
-
 def _commands(run: Path, launched: Launch, coordinator: Coordinator) -> tuple[str, str]:
     """(what resumes the run, what exports its model) once there is a checkpoint; empty for a run that is not kept."""
     if not (launched.script or launched.call):
@@ -305,16 +199,6 @@ def _commands(run: Path, launched: Launch, coordinator: Coordinator) -> tuple[st
     else:
         resume = f"distbelief resume {folder}" + (f" {option}" if option else "")
     return resume, f"distbelief export {folder} model.safetensors"
-
-
-def _is_kept(run: Path) -> bool:
-    """Whether there is a checkpoint; a store that is out of reach now may be there again when it is wanted."""
-    if not ((run / LAUNCH).exists() and (run / STATE).exists()):
-        return False  # somebody has emptied it
-    try:
-        return bool(checkpoint.complete(run))
-    except OSError:
-        return True
 
 
 class Record:
@@ -346,7 +230,7 @@ def _reporting(
 ) -> Iterator[Callable[[AnyEvent], None]]:
     """Everything that hears events, for the time of the job; writes and prints the summary at the end."""
     console = Console()
-    with _run_folder(run):
+    with run_folder.writing(run):
         file = EventFile(run / "events.jsonl")
     board = tensorboard_files(run / "tensorboard")
     started = engine.now()
