@@ -56,7 +56,8 @@ class Result:
     def model(self) -> nn.Module:
         """The trained module: in eval mode, with the servers' parameters and the mean of the replicas' buffers.
 
-        One that was trained in partitions is put together, whole, when it is first asked for.
+        One that was trained in partitions is put together, whole, when it is first asked for, from the last checkpoint.
+        Raises CheckpointError where that could not be written.
         """
         return self._model().eval()
 
@@ -163,7 +164,8 @@ def train(
                         emit(coordinator.finished(reason, *commands))
                     finally:
                         _write_summary(run, record.summary())
-    return Result(record.summary(), run, partial(model.trained, run))
+    summary = record.summary()
+    return Result(summary, run, partial(model.trained, run, kept=not summary.checkpoints.last_failed))
 
 
 def _spans(job: Job, facts: Facts) -> list[Span]:

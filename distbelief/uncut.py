@@ -10,6 +10,7 @@ from distbelief.buffers import flat_buffers, load_buffers
 from distbelief.coordinator import Coordinator
 from distbelief.draws import draws_kept
 from distbelief.engine.base import Engine
+from distbelief.errors import CheckpointError
 from distbelief.export import Values, state_dict
 from distbelief.job import Facts, Job
 from distbelief.model_partition import initial_buffers
@@ -43,10 +44,18 @@ class Uncut:
             load_parameters(dict(self.module.named_parameters()), self._facts.layout, flat)
             load_buffers(dict(self.module.named_buffers()), coordinator.buffers()[0])
 
-    def trained(self, run: Path) -> nn.Module:
-        """The trained module; one that was in parts is put together from the last checkpoint."""
+    def trained(self, run: Path, *, kept: bool) -> nn.Module:
+        """The trained module; one that was in parts is put together from the last checkpoint, if that was `kept`.
+
+        Raises CheckpointError.
+        """
         if self.values is None:
             return self.module
+        if not kept:
+            raise CheckpointError(
+                f"the last checkpoint of {run} could not be written, and a model in partitions is put together from "
+                f"it\nhint: make room, and go on with distbelief.train(job, resume={str(run)!r})"
+            )
         with draws_kept():
             module = self._job.model()
         module.load_state_dict(state_dict(run))

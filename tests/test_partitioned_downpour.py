@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import distbelief as db
+from distbelief import checkpoint
 from distbelief.attempt import attempt
 from distbelief.events import Observation, RoleLost, RoleStarted
 from distbelief.job import prepare
@@ -80,6 +81,24 @@ def test_a_replica_cut_into_partitions_takes_the_steps_of_the_uncut_model(
     assert cut.test["accuracy"] == pytest.approx(whole.test["accuracy"], abs=1e-9)
     assert cut.summary.examples.seen == 320
     assert cut.summary.staleness.p95 == 0
+
+
+def test_a_model_whose_last_checkpoint_failed_is_not_put_together_from_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = checkpoint.commit
+
+    def fails(folder: Any, manifest: Any, buffers: Any, *, durable: bool) -> Any:
+        if manifest.examples:
+            raise OSError(28, "No space left on device")
+        return commit(folder, manifest, buffers, durable=durable)
+
+    monkeypatch.setattr(checkpoint, "commit", fails)
+    result = trained(tmp_path, 2)
+    assert result.summary.checkpoints.last_failed
+    message = f"(?s)^the last checkpoint of {result.run} could not be written, .*\nhint: make room, and go on with "
+    with pytest.raises(db.CheckpointError, match=message):
+        result.model  # noqa: B018
 
 
 def test_accruing_clipping_momentum_and_parameter_groups_do_not_depend_on_the_cut(tmp_path: Path) -> None:
