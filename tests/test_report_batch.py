@@ -11,6 +11,7 @@ from rich.console import Console
 from distbelief import events
 from distbelief.events import Observation
 from distbelief.report import Terminal, read_events, read_summary, summarize, text, write_plots
+from distbelief.report.terminal import View
 from tests.test_sandblaster import job, trained
 
 
@@ -88,6 +89,13 @@ def test_lines_in_a_log_say_where_the_search_is() -> None:
     )
     assert "the loss here was 0.25 and is 0.75: data or loss differ, a new search begins" in lines[1]
     assert "ended: the largest gradient" in lines[-1]
+
+
+def test_the_time_left_of_a_search_that_was_resumed_is_judged_by_what_it_did_since() -> None:
+    view = View()
+    for seconds, event in ((0.0, started()), (0.5, progress(20)), (10.5, progress(22))):
+        view = view.after(Observation(seconds, event))
+    assert view.remaining_seconds == pytest.approx((40 - 22) * 10 / 2)
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])

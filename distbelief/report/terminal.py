@@ -57,7 +57,10 @@ REPLACED = (CheckpointWritten, PushRefused)
 
 @dataclass(frozen=True)
 class Pace:
-    """Examples and the seconds that they took, of which older ones fade; slow mini-batches are settled now and then."""
+    """Examples and the seconds that they took, of which older ones fade; slow mini-batches are settled now and then.
+
+    Of Sandblaster it is iterations that are counted.
+    """
 
     now: float = 0.0
     settled: int = 0
@@ -104,7 +107,8 @@ class View:
                 pace = Pace(observation.seconds, event.resumed_examples)
                 return replace(view, started=event, batch=None, iterated=None, pace=pace, ended=False)
             case BatchProgress() as event:
-                return replace(view, batch=event)
+                now, done = observation.seconds, event.iteration
+                return replace(view, batch=event, pace=view.pace.after(now, done) if view.batch else Pace(now, done))
             case Iterated() as event:
                 return replace(view, iterated=event)
             case Progress() as event:
@@ -142,11 +146,11 @@ class View:
 
         Of Sandblaster it is the time to its limit of iterations: it mostly ends sooner.
         """
-        if self.batch is not None and self.batch.iteration and not self.ended:
-            left = self.batch.max_iterations - self.batch.iteration
-            return left * self.seconds / self.batch.iteration
-        if self.progress is None or self.pace.rate <= 0 or self.ended:
+        if self.pace.rate <= 0 or self.ended:
             return None
+        if self.batch is not None:
+            return (self.batch.max_iterations - self.batch.iteration) / self.pace.rate
+        assert self.progress is not None
         return max(0, self.progress.total_examples - self.progress.examples) / self.pace.rate
 
 
