@@ -10,7 +10,7 @@ What a dead replica had not settled goes back and is handed out first.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import final
 
 import msgspec
@@ -85,7 +85,7 @@ class Release:
         return allowed
 
 
-def lease_size(examples: int, batch_size: int, replicas: int, n_push: int = 1) -> int:
+def lease_size(examples: int, batch_size: int, replicas: int, n_push: int) -> int:
     """Examples per lease: whole mini-batches, at most 32, about 8 leases per replica and epoch, no less than a push."""
     mini_batches = -(-examples // batch_size) // (replicas * LEASES_PER_REPLICA_AND_EPOCH)
     return batch_size * max(1, n_push, min(MINI_BATCHES_PER_LEASE, mini_batches))
@@ -115,16 +115,17 @@ class Leases:
     @property
     def settled_examples(self) -> int:
         """Examples settled so far."""
-        left = sum(lease.examples for lease in self.unsettled())
-        epoch, index = divmod(self._issued, self.leases_per_epoch)
-        return epoch * self.examples_per_epoch + min(index * self.lease_examples, self.examples_per_epoch) - left
+        return self._issued_examples - sum(lease.examples for lease in self.unsettled())
 
     @property
     def examples_to_come(self) -> int:
         """Examples that have never been handed out."""
+        return self.total_examples - self._issued_examples
+
+    @property
+    def _issued_examples(self) -> int:
         epoch, index = divmod(self._issued, self.leases_per_epoch)
-        issued = epoch * self.examples_per_epoch + min(index * self.lease_examples, self.examples_per_epoch)
-        return self.total_examples - issued
+        return epoch * self.examples_per_epoch + index * self.lease_examples
 
     @property
     def finished(self) -> bool:
@@ -189,14 +190,11 @@ class Leases:
         before = self.repeated
         for holder, lease in list(self._held.values()):
             if holder == replica:
-                self._settle_applied(lease, shards)
+                reached = [max(lease.start, shard.get(lease.identifier, 0)) for shard in shards] or [lease.start]
+                self.repeated += max(reached) - min(reached)
+                self.settle(replica, lease.identifier, min(reached))
         gone = self.give_back(replica)
         return Loss(len(gone), sum(lease.examples for lease in gone), self.repeated - before)
-
-    def _settle_applied(self, lease: Lease, shards: list[Mapping[int, int]]) -> None:
-        reached = [max(lease.start, shard.get(lease.identifier, lease.start)) for shard in shards] or [lease.start]
-        self.repeated += max(reached) - min(reached)
-        self.settle(self._held[lease.identifier][0], lease.identifier, min(reached))
 
     def state(self) -> LeaseState:
         """For a checkpoint. Take it before the shards' snapshots: what is settled now is in all of them."""
@@ -234,10 +232,10 @@ class Loss:
 class Failures:
     """Decides when replacing the dead has stopped making sense."""
 
-    limit: int = 8
+    limit: int
     """Deaths without a settled example in between after which the job stops."""
     _count: int = 0
-    _settled: int = field(default=-1)
+    _settled: int = -1
 
     def died(self, settled_examples: int) -> bool:
         """Count a death; True when the job should stop."""
