@@ -410,13 +410,16 @@ def killed(prepared: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def ended(prepared: Any) -> None:
+    os._exit(0)
+
+
 @pytest.mark.slow
-def test_an_attempt_that_is_killed_is_said() -> None:
-    with (
-        closing(LocalEngine([])) as engine,
-        pytest.raises(UserCodeError, match="tried one mini-batch was killed by sig"),
-    ):
-        engine.load(prepare, 7, attempt=killed)
+@pytest.mark.parametrize(("attempt", "said"), [(killed, "killed by signal 9"), (ended, "ended with exit code 0")])
+def test_an_attempt_that_ends_its_process_is_said(attempt: Callable[[Any], None], said: str) -> None:
+    message = f"^the process that tried one mini-batch was {said}, before"
+    with closing(LocalEngine([])) as engine, pytest.raises(UserCodeError, match=message):
+        engine.load(prepare, 7, attempt=attempt)
 
 
 # processes
@@ -502,6 +505,27 @@ def test_when_the_process_that_starts_roles_is_killed_all_die_and_can_be_started
         again = [engine.find(name, Clerk).call(Clerk.pid).result() for name in NAMES[:3]]
         assert not set(again) & set(pids)
         assert engine.deaths() == []
+
+
+def prepare_from(path: Path) -> tuple[Any, int]:
+    return path.read_text(), 0
+
+
+@pytest.mark.slow
+def test_what_the_job_raises_when_it_is_loaded_again_is_why_its_roles_could_not_be_started(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("some")
+    with closing(LocalEngine(NAMES)) as engine:
+        engine.load(prepare_from, tmp_path / "data")
+        (tmp_path / "data").unlink()
+        os.kill(engine.processes["zygote"], signal.SIGKILL)
+        while "zygote" in engine.processes:
+            engine.sleep(0.02)
+        engine.start(NAMES[0], 0, Clerk, SHARED)
+        while not (deaths := engine.deaths()):
+            engine.sleep(0.02)
+        (death,) = deaths
+        assert (death.role, death.incarnation) == (NAMES[0], 0)
+        assert "FileNotFoundError" in str(death.failure)
 
 
 @pytest.mark.slow

@@ -146,6 +146,9 @@ class Nursery:
             case ("loaded", description, failure):
                 self.loaded = Loaded(description, failure)
                 queue, self._queue = self._queue, []
+                if failure is not None:  # an earlier zygote may have loaded it
+                    self._lose_roles("the job could not be loaded again", str(failure))
+                    queue = []
                 for told, descriptors in queue:
                     self._tell(told, descriptors)
             case ("started", role, incarnation, pid):
@@ -177,10 +180,12 @@ class Nursery:
             self.loaded = Loaded(
                 b"", TrainingFailed(f"the process that starts roles ended while it loaded the job (exit code {code})")
             )
-        for role, incarnation in self.alive.items():
-            self._deaths.append(Death(role, incarnation, "the process that starts roles was killed"))
-        self.alive.clear()
+        self._lose_roles("the process that starts roles was killed")
         self._changed()
+
+    def _lose_roles(self, reason: str, failure: str | None = None) -> None:
+        self._deaths += [Death(role, incarnation, reason, failure) for role, incarnation in self.alive.items()]
+        self.alive.clear()
 
     def close_zygote(self, seconds: float = 0.0) -> None:
         """End the zygote and with it every role; it has so long to do it in order."""

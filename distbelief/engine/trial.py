@@ -87,7 +87,7 @@ def try_apart(attempt: Callable[[], object], owner: socket.socket) -> None:
         end_group(pid)
         _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    if code:
+    if code or not text:
         ended = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise UserCodeError(f"the process that tried one mini-batch was {ended}, before anything was trained")
     failure: DistbeliefError | None = pickle.loads(text)
