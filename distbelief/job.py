@@ -212,12 +212,12 @@ def prepare(job: Job) -> tuple[Prepared, Facts]:
     if job.collate is not None:
         data = Collated(data, job.collate)
         test = test if test is None or job.evaluate else Collated(test, job.collate)
-    batch_size, test_examples = _batch_size(job, len(data)), 0 if test is None else len(test)
+    at_once, test_examples = computed_at_once(job, len(data)), 0 if test is None else len(test)
     if job.cluster.plan.partitions > 1:
         sample = sample_of(job, data)
         cut = cut_model(job.model, job.seed, job.grouping, input_of(job, sample), job.cluster.plan)
         if job.cluster.memory_bytes is not None:
-            check_memory(footprints(cut.plan, batch_size, cut.layout.dtype), job.cluster.memory_bytes)
+            check_memory(footprints(cut.plan, at_once, cut.layout.dtype), job.cluster.memory_bytes)
         _check_algorithm(job, cut.module, cut.layout, len(data), in_stages=isinstance(cut.plan, StagePlan))
         if isinstance(cut.plan, StagePlan):
             _check_target(sample[1])
@@ -238,11 +238,11 @@ def sample_of(job: Job, data: Any) -> Any:
 
 def trial(job: Job, data: Any) -> torch.Tensor:
     """The examples of the mini-batch that is tried, from all over the data, which may be sorted."""
-    size = _batch_size(job, len(data))
+    size = computed_at_once(job, len(data))
     return torch.arange(size) * len(data) // size
 
 
-def _batch_size(job: Job, examples: int) -> int:
+def computed_at_once(job: Job, examples: int) -> int:
     """Examples that a replica computes at once."""
     if isinstance(job.algorithm, Sandblaster) and examples:
         if job.algorithm.batch is not None and job.algorithm.batch >= examples:

@@ -2,7 +2,7 @@
 """What a job's partitions would hold and do, before anything starts."""
 
 from distbelief.errors import ConfigurationError
-from distbelief.job import Job, prepare
+from distbelief.job import Job, computed_at_once, prepare
 from distbelief.partition.box import Box, count
 from distbelief.partition.footprint import footprints
 from distbelief.partition.stages import StagePlan
@@ -19,18 +19,19 @@ def outline(job: Job) -> PlanTable:
             hint="say how many processes a replica spans: --cluster.partitions 2",
         )
     plan, dtype = prepared.cut.plan, prepared.cut.layout.dtype
-    held = footprints(plan, job.batch_size, dtype)
+    at_once = computed_at_once(job, len(prepared.data))
+    held = footprints(plan, at_once, dtype)
     partitions = tuple(
         PartitionRow(
             numbers.parameters, footprint.total, numbers.operations,
-            dtype.itemsize * (numbers.elements_in + numbers.elements_in_once / job.batch_size),
-            dtype.itemsize * (numbers.elements_out + numbers.elements_out_once / job.batch_size),
+            dtype.itemsize * (numbers.elements_in + numbers.elements_in_once / at_once),
+            dtype.itemsize * (numbers.elements_out + numbers.elements_out_once / at_once),
             numbers.messages_in + numbers.messages_out,
         )
         for numbers, footprint in zip(plan.numbers, held, strict=True)
     )  # fmt: skip
     kind = "stages" if isinstance(plan, StagePlan) else "units"
-    return PlanTable(type(prepared.cut.module).__name__, kind, job.batch_size, partitions, _layers(plan))
+    return PlanTable(type(prepared.cut.module).__name__, kind, at_once, partitions, _layers(plan))
 
 
 def _layers(plan: Blueprint | StagePlan) -> tuple[LayerRow, ...]:

@@ -98,6 +98,13 @@ def test_a_number_of_partitions_on_the_command_line_replaces_the_plan_of_the_fil
     assert "2 partitions" in plan("--by-hand", "Plan.units(3)", "--cluster.partitions", "2")
 
 
+def test_the_plan_of_a_search_over_all_data_is_for_as_many_examples_as_it_computes_at_once(
+    plan: Callable[..., str],
+) -> None:
+    cut = "--cluster.partitions", "2"
+    assert plan(*cut, "--algorithm", "sandblaster") == plan(*cut, "--batch-size", "8")
+
+
 def test_a_plan_in_stages_is_told_so(plan: Callable[..., str]) -> None:
     told = plan("--by-hand", "Plan.stages(['0', '4'], microbatches=2)")
     rows = partition_rows(told)[:2]
