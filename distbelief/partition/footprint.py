@@ -66,5 +66,6 @@ def check_memory(held: Sequence[Footprint], memory_bytes: int) -> None:
             f"partition {totals.index(most)} of {len(held)} takes {most:,} bytes of memory, of {memory_bytes:,} given: "
             f"{largest.parameters:,} for parameters and gradients, {largest.kept:,} for frozen parameters and buffers, "
             f"{largest.states:,} for the states of a mini-batch",
-            hint=f"use more partitions, a smaller batch_size, or Cluster(memory_bytes={most}) if there is so much",
+            hint="use more partitions, a smaller batch_size, of Sandblaster a smaller micro_batch, or "
+            f"Cluster(memory_bytes={most}) if there is so much",
         )
