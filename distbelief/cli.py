@@ -19,7 +19,7 @@ from distbelief.job import Job
 from distbelief.launch import Launch
 from distbelief.options import option, parse
 from distbelief.outline import outline
-from distbelief.report.files import read_events, read_summary
+from distbelief.report.files import EVENTS, SUMMARY, read_events, read_summary
 from distbelief.report.plan import plan_text
 from distbelief.report.plan_picture import plan_picture
 from distbelief.report.plots import write_plots
@@ -163,11 +163,11 @@ def _show(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise ConfigurationError("distbelief show takes a run folder", hint="distbelief show RUN")
     run = Path(arguments[0])
-    observations = read_events(run / "events.jsonl")
+    observations = read_events(run / EVENTS)
     # A run that was killed has no summary, or that of an earlier start.
     ended = isinstance(observations[-1].event, JobFinished) if observations else True
-    whole = ended and (run / "summary.json").exists()
-    summary = read_summary(run / "summary.json") if whole else summarize(observations)
+    whole = ended and (run / SUMMARY).exists()
+    summary = read_summary(run / SUMMARY) if whole else summarize(observations)
     if not ended and is_held(run):
         summary = replace(summary, reason=RUNNING)
     _say(text(moved(summary, str(run))))

@@ -13,6 +13,7 @@ from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.export import STATE
 from distbelief.job import Job
 from distbelief.launch import LAUNCH
+from distbelief.report.files import EVENTS
 
 
 def choose(job: Job, resume: Path | str | None) -> tuple[Path, Path]:
@@ -68,7 +69,7 @@ def _keep_elsewhere(run: Path, job: Job) -> None:
 @contextlib.contextmanager
 def held(run: Path, *, resume: bool) -> Iterator[None]:
     """Hold the run for this process; the system lets go of it however the process ends. Raises ConfigurationError."""
-    path = run / "events.jsonl"
+    path = run / EVENTS
     if resume and not path.exists():
         yield  # it may be no run
         return
@@ -93,7 +94,7 @@ def held(run: Path, *, resume: bool) -> Iterator[None]:
 
 def is_held(run: Path) -> bool:
     """Whether somebody is training the run, where the file system has locks."""
-    with (run / "events.jsonl").open("rb") as file:
+    with (run / EVENTS).open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -36,7 +36,7 @@ from distbelief.launch import Launch, check_text, of_main
 from distbelief.model_replica import check_device
 from distbelief.parameters import Span, cut
 from distbelief.recut import recut
-from distbelief.report.files import EventFile, read_events, write_summary
+from distbelief.report.files import EVENTS, SUMMARY, EventFile, read_events, write_summary
 from distbelief.report.summary import Summary, summarize, text
 from distbelief.report.tensorboard import tensorboard_files
 from distbelief.report.terminal import Terminal
@@ -207,7 +207,7 @@ class Record:
     """Remembers what the summary is made of: the run's earlier events, and this one's with only the latest progress."""
 
     def __init__(self, run: Path) -> None:
-        path = run / "events.jsonl"
+        path = run / EVENTS
         self._before = read_events(path) if path.exists() else []
         self._heard: list[Observation] = []
 
@@ -233,7 +233,7 @@ def _reporting(
     """Everything that hears events, for the time of the job; writes and prints the summary at the end."""
     console = Console()
     with run_folder.writing(run):
-        file = EventFile(run / "events.jsonl")
+        file = EventFile(run / EVENTS)
     board = tensorboard_files(run / "tensorboard")
     started = engine.now()
     with contextlib.ExitStack() as stack:
@@ -258,9 +258,9 @@ def _reporting(
 
 def _write_summary(run: Path, summary: Summary) -> None:
     try:
-        write_summary(run / "summary.json", summary)
+        write_summary(run / SUMMARY, summary)
     except OSError as error:
-        warnings.warn(f"{run / 'summary.json'} was not written: {error}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{run / SUMMARY} was not written: {error}", RuntimeWarning, stacklevel=3)
 
 
 @contextlib.contextmanager

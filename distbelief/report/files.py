@@ -17,6 +17,9 @@ from distbelief.events import Observation, from_line, to_line
 from distbelief.files import MALFORMED
 from distbelief.report.summary import Summary
 
+EVENTS, SUMMARY = "events.jsonl", "summary.json"
+"""Their names in the run folder."""
+
 
 class EventFile:
     """A listener that appends to `events.jsonl`; every event is handed to the operating system before it returns.
