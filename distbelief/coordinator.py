@@ -162,7 +162,7 @@ class Coordinator(ABC):
         """Start every role; the shards take the first replica's initial parameters, or a checkpoint's."""
         self.begun = restore is not None
         self._evaluations.begin(self.examples, at_once=self.settings.evaluate_at_once)
-        self.incarnations.start_all()
+        self.incarnations.start(self.settings.roles)
         if restore is not None:
             self.restore(*restore)
             return
@@ -271,8 +271,7 @@ class Coordinator(ABC):
                 self._restore_shard(int(index[0]))
             else:
                 self._give_up(self.settings.evaluator)
-                for member in self.settings.evaluator:
-                    self.incarnations.start(member)
+                self.incarnations.start(self.settings.evaluator)
 
     def _give_up(self, members: Sequence[RoleSpec]) -> None:
         """End what is left of a replica that lost a partition; those that saw it go are ending already."""
@@ -289,12 +288,11 @@ class Coordinator(ABC):
         record.left, record.slowest_seconds = self.stopping and self.begun, 0.0
         if not record.left:
             record.alive = True
-            for member in self.settings.replicas[index]:
-                self.incarnations.start(member)
+            self.incarnations.start(self.settings.replicas[index])
 
     def _restore_shard(self, index: int) -> None:
         """Start the shard again and give it the newest checkpoint, which is looked for beside the coordinator."""
-        self.incarnations.start(self.settings.shards[index])
+        self.incarnations.start([self.settings.shards[index]])
         if not self.begun:
             return  # the first replica gives it the initial parameters
         shard = self.shards[index]

@@ -17,7 +17,7 @@ class Incarnations:
         self, engine: Engine, roles: Sequence[RoleSpec], first: int, emit: Callable[[events.AnyEvent], None]
     ) -> None:
         """All roles begin at the incarnation `first`."""
-        self._engine, self._roles, self._emit = engine, roles, emit
+        self._engine, self._emit = engine, emit
         self._present = {spec.name: first for spec in roles}
         self._first = first
         self._failures = Failures(limit=max(8, 3 * len(roles)))
@@ -37,17 +37,13 @@ class Incarnations:
         newest = {index: self._present[role] - 1 for index, role in enumerate(roles)}
         return {index: incarnation for index, incarnation in newest.items() if incarnation >= self._first}
 
-    def start_all(self) -> None:
-        """Start every role."""
-        for spec in self._roles:
-            self.start(spec)
-
-    def start(self, spec: RoleSpec) -> None:
-        """Start the present incarnation of a role."""
-        incarnation = self._present[spec.name]
-        self._engine.start(spec.name, incarnation, spec.factory, *spec.arguments)
-        again = incarnation > self._first
-        self._emit(events.RoleStarted(role=spec.name, incarnation=incarnation, again=again))
+    def start(self, members: Sequence[RoleSpec]) -> None:
+        """Start the present incarnation of each of these roles."""
+        for member in members:
+            incarnation = self._present[member.name]
+            self._engine.start(member.name, incarnation, member.factory, *member.arguments)
+            again = incarnation > self._first
+            self._emit(events.RoleStarted(role=member.name, incarnation=incarnation, again=again))
 
     def give_up(self, members: Sequence[RoleSpec]) -> None:
         """End what is left of these roles; the next incarnation of each is the present one from now on."""
