@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Buffers of a module (BatchNorm statistics, counters) as one vector, so that their mean over replicas can be taken."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import final
 
 import torch
 from torch import nn
@@ -72,3 +73,36 @@ def load_buffers(buffers: Mapping[str, torch.Tensor], values: torch.Tensor) -> N
                 buffer, part = buffer.narrow(dimension, 0, 1), part.narrow(dimension, 0, 1)
         with torch.no_grad():
             buffer.copy_(part if buffer.dtype.is_floating_point else part.round())
+
+
+@final
+class SentBuffers:
+    """The buffers that replicas have sent, each a vector per partition, and their mean over replicas at work."""
+
+    def __init__(self, initial: Sequence[torch.Tensor], replicas: int) -> None:
+        self._kept = list(initial)
+        """Per partition, what the mean was when a replica died, or before there was one."""
+        self._sent: list[dict[int, torch.Tensor]] = [{} for _ in range(replicas)]
+
+    def take(self, replica: int, partition: int, values: torch.Tensor) -> None:
+        """What a replica has sent."""
+        self._sent[replica][partition] = values.clone()
+
+    def lose(self, replica: int, at_work: int) -> None:
+        """A replica died; what it sent counts as long as nobody of those at work has sent anything since."""
+        self._kept = self.mean(at_work)
+        for gone in (replica, *range(at_work, len(self._sent))):  # what the idle have sent is older than what is kept
+            self._sent[gone] = {}
+
+    def mean(self, at_work: int) -> list[torch.Tensor]:
+        """Per partition, the mean of what the first `at_work` replicas have sent, or any; else what is kept.
+
+        Who has nothing to do is left out: what it saw last belongs to parameters of long ago.
+        """
+        means = []
+        for partition, kept in enumerate(self._kept):
+            sent = [values.get(partition) for values in self._sent]
+            some = [values for values in sent[:at_work] if values is not None]
+            some = some or [values for values in sent if values is not None]
+            means.append(torch.stack(some).mean(0) if some else kept)
+        return means

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, final
 import torch
 
 from distbelief import events
+from distbelief.buffers import SentBuffers
 from distbelief.channel.base import Future, Out, exported
 from distbelief.checkpoint import Manifest
 from distbelief.checkpoint_writer import ROOM_HINT, CheckpointWriter, Writing
@@ -27,7 +28,7 @@ from distbelief.files import AnyPath
 from distbelief.incarnations import Incarnations
 from distbelief.parameter_server import ParameterServerShard
 from distbelief.progress import Counters
-from distbelief.roster import PATIENCE, ReplicaRecord, RoleSpec, Settings, awaited_offers, mean_buffers, silent_replicas
+from distbelief.roster import PATIENCE, ReplicaRecord, RoleSpec, Settings, awaited_offers, silent_replicas
 from distbelief.section import ShardStatus
 from distbelief.shard_file import ShardFile
 
@@ -50,7 +51,7 @@ class Coordinator(ABC):
         self.engine, self.settings, self.emit = engine, settings, emit
         self.interrupted: str | None = None
         """Set from outside (a signal handler) to make the job stop cleanly with this reason."""
-        self._initial_buffers = list(buffers)  # per partition
+        self._buffers = SentBuffers(buffers, len(settings.replicas))
         self._meetings: dict[str, bytes] = {}
         """What partitions tell each other to form a replica: by their replica, its incarnation, and a key of theirs."""
         self.begun = False
@@ -121,7 +122,7 @@ class Coordinator(ABC):
     @exported
     def take_buffers(self, replica: int, partition: int, values: torch.Tensor) -> None:
         """The BatchNorm statistics and counters of one partition of a replica, float64 of shape (b,)."""
-        self.replicas[replica].buffers[partition] = values.clone()
+        self._buffers.take(replica, partition, values)
 
     @exported
     def mean_buffers(self, partition: int, values: Out) -> None:
@@ -263,8 +264,8 @@ class Coordinator(ABC):
             kind, *index = death.role.split("/")
             if kind == "replica":
                 self._give_up(self.settings.replicas[int(index[0])])
-                record, self._initial_buffers = self.replicas[int(index[0])], self.buffers()
-                record.buffers, record.alive = {}, False
+                self._buffers.lose(int(index[0]), self.at_work)
+                self.replicas[int(index[0])].alive = False
                 self.lose_replica(int(index[0]), death.incarnation)
             elif kind == "shard":
                 self.incarnations.give_up([self.settings.shards[int(index[0])]])
@@ -368,8 +369,8 @@ class Coordinator(ABC):
 
     @final
     def buffers(self) -> list[torch.Tensor]:
-        """Per partition, the mean of the buffers of replicas at work; before any has reported, the initial ones."""
-        return mean_buffers(self.replicas, self.at_work, self._initial_buffers)
+        """Per partition, the mean of the buffers of replicas at work."""
+        return self._buffers.mean(self.at_work)
 
     # checkpoints
 

@@ -2,7 +2,7 @@
 """Who takes part in a job: how to start each role, what the coordinator knows of it, and what it reports."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,6 @@ class ReplicaRecord:
     slowest_seconds: float = 0.0
     left: bool = False
     alive: bool = True
-    buffers: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By partition."""
 
     def patience_seconds(self, least: float) -> float:
         """How long it may say nothing: `least`, or longer if its mini-batches are slow."""
@@ -144,19 +142,3 @@ def awaited_offers(replicas: Sequence[ReplicaRecord]) -> Awaited:
 def shard_silence_seconds(silence_seconds: float, spans: Sequence[Span], dtype: torch.dtype) -> float:
     """How long a shard may say nothing, and those that wait for it."""
     return silence_seconds + max(map(len, spans)) * dtype.itemsize / SHARD_BYTES_PER_SECOND
-
-
-def mean_buffers(
-    replicas: Sequence[ReplicaRecord], at_work: int, initial: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Per partition, the mean of the buffers that the first `at_work` replicas reported, or any; else the initial ones.
-
-    Who has nothing to do is left out: what it saw last belongs to parameters of long ago.
-    """
-    means = []
-    for partition, first in enumerate(initial):
-        reported = [record.buffers.get(partition) for record in replicas]
-        some = [values for values in reported[:at_work] if values is not None]
-        some = some or [values for values in reported if values is not None]
-        means.append(torch.stack(some).mean(0) if some else first)
-    return means

@@ -147,6 +147,20 @@ def test_the_death_of_the_only_replica_at_work_keeps_the_statistics_of_batch_nor
     assert int(result.model[1].num_batches_tracked) > 0.9 * 6 * 640 / 16  # type: ignore[index]
 
 
+def test_who_is_left_last_and_dies_is_followed_by_one_with_its_statistics_not_with_those_of_who_left_before(
+    tmp_path: Path,
+) -> None:
+    cluster = db.Cluster(replicas=2, shards=2, engine="simulated")
+    algorithm = db.Downpour(warmstart=0, cooldown=2400)
+    job = problems.job(model=problems.normalised_classifier, cluster=cluster, algorithm=algorithm, epochs=6)
+    undisturbed, _ = trained(job, tmp_path, costs=SLOW)
+    kill = ((undisturbed.summary.wall_seconds - 1.0, "replica/0"),)
+    result, heard = trained(job, tmp_path, faults=db.Faults(kill=kill), costs=SLOW)
+    assert len(of(RoleLost, heard)) == 1
+    counted, expected = (int(each.model[1].num_batches_tracked) for each in (result, undisturbed))  # type: ignore[index]
+    assert counted > 0.9 * expected
+
+
 def test_where_nothing_that_was_fetched_can_be_used_the_updates_since_the_checkpoint_are_lost(tmp_path: Path) -> None:
     """After local steps a replica has other parameters than it fetched."""
     algorithm = db.Downpour(warmstart=0, local_rate=1e-3)
