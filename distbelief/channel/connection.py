@@ -85,7 +85,7 @@ class Connection:
 
     # sending
 
-    def reference(self, tensor: torch.Tensor, narrow: bool = False) -> TensorReference:
+    def reference(self, tensor: torch.Tensor, narrow: bool) -> TensorReference:
         """How to name a tensor to this peer; announces its block the first time.
 
         `narrow` lets a float32 tensor that must travel do so as bfloat16.
