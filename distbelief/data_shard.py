@@ -84,7 +84,7 @@ def collect(dataset: Any, indices: torch.Tensor) -> Any:
 def _examples(dataset: Any, indices: torch.Tensor) -> Any:
     numbers = indices.tolist()
     try:
-        return dataset.__getitems__(numbers) if hasattr(dataset, "__getitems__") else [dataset[i] for i in numbers]
+        found = dataset.__getitems__(numbers) if hasattr(dataset, "__getitems__") else [dataset[i] for i in numbers]
     except Exception as error:
         if (number := _failing(dataset, numbers, error)) is not None:
             error.add_note(
@@ -92,6 +92,12 @@ def _examples(dataset: Any, indices: torch.Tensor) -> Any:
                 "hint: mend the example, or leave it out, for example with torch.utils.data.Subset"
             )
         raise
+    if isinstance(found, list) and len(found) != len(numbers):
+        raise ConfigurationError(
+            f"the data set was asked for {len(numbers)} examples and gave {len(found)}",
+            hint="let __getitems__ give one for each index, or leave examples out with torch.utils.data.Subset",
+        )
+    return found
 
 
 def _failing(dataset: Any, numbers: list[int], error: Exception) -> int | None:
@@ -190,6 +196,7 @@ class DataShard:
     ) -> None:  # fmt: skip
         self._home, self._dataset, self._batch_size, self._seed = home, dataset, batch_size, seed
         self._draws = draws
+        self._examples = len(dataset)
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
         self._seconds = 0.0
@@ -257,6 +264,11 @@ class DataShard:
         if self._seed is None:
             return torch.arange(part.start, part.stop)
         if part.epoch != self._epoch:
+            if len(self._dataset) != self._examples:
+                raise ConfigurationError(
+                    f"the data set had {self._examples:,} examples at the beginning and has {len(self._dataset):,} now",
+                    hint="let its length stay as it is while a job runs",
+                )
             self._order = epoch_order(len(self._dataset), self._seed, part.epoch)
             self._epoch = part.epoch
         return self._order[part.start : part.stop]

@@ -257,6 +257,36 @@ def test_examples_that_do_not_go_together_are_named(odd: dict[str, Any], said: s
         collect(data, torch.tensor([5, 30, 17, 2]))
 
 
+class Fewer(Mapped):
+    """Leaves an example out, and has as many as it is said to have."""
+
+    length = EXAMPLES
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in indices if index != 5]
+
+
+def test_a_data_set_that_gives_fewer_examples_than_it_is_asked_for_is_refused() -> None:
+    given = Fewer(pair)
+    assert len(collect(given, torch.tensor([1, 2, 3]))[1]) == 3
+    with pytest.raises(ConfigurationError, match="was asked for 3 examples and gave 2\nhint: let __getitems__"):
+        collect(given, torch.tensor([4, 5, 6]))
+
+
+@pytest.mark.parametrize("now", [EXAMPLES - 1, EXAMPLES + 1])
+def test_a_data_set_whose_length_changes_is_refused_in_the_next_epoch(now: int) -> None:
+    given = Fewer(pair)
+    shard = DataShard(SimulatedEngine(), given, 1, SEED)
+    for epoch in (0, 0):
+        list(shard.mini_batches(Lease(0, epoch, 0, 1)))
+    given.length = now
+    with pytest.raises(ConfigurationError, match=f"had {EXAMPLES} examples at the beginning and has {now} now"):
+        list(shard.mini_batches(Lease(1, 1, 0, 1)))
+
+
 def test_an_order_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> None:
     torch.manual_seed(1)
     order = epoch_order(1000, 4, 7)
