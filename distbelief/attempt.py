@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A job tried on one mini-batch before anything starts, so that what cannot work is said at once."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +69,9 @@ def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> N
     """Compute a loss as replicas do, up to the backward pass. Raises ConfigurationError, and what user code raises."""
     before = {name: (parameter, parameter._version) for name, parameter in trainable(module)}
     buffers, frozen = whole(module).buffers, Frozen(module)
-    if not objective(module, sample).requires_grad:
+    with _no_backward(module):
+        loss = objective(module, sample)
+    if not loss.requires_grad:
         raise ConfigurationError(
             "the loss of a mini-batch does not lead back to the parameters, so it has no gradient",
             hint="compute it from the model's output, without .item(), .detach(), NumPy or torch.no_grad()",
@@ -79,9 +82,32 @@ def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> N
             raise ConfigurationError(
                 f"computing the loss changes parameter {name} itself, as max_norm of nn.Embedding does; shards keep "
                 "it, and their next answer would undo the change",
-                hint="compute with a changed copy in forward, or add a penalty to the loss",
+                hint="compute with a changed copy in forward, or add a penalty to the loss; keep an average of the "
+                "model in buffers (register_buffer)",
             )
     frozen.check(closely=True)
+
+
+@contextlib.contextmanager
+def _no_backward(module: nn.Module) -> Iterator[None]:
+    """Raise ConfigurationError where a parameter is given a gradient meanwhile, which a replica would push, too."""
+    given: list[str] = []
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: given.append(name))  # type: ignore[no-untyped-call]
+        for name, parameter in trainable(module)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if given:
+        raise ConfigurationError(
+            f"computing the loss calls backward(), and what that adds to the gradient of {given[0]} would be pushed "
+            "with the gradient of the loss",
+            hint="return the loss, or the sum of several, and leave backward and the step to the job; a gradient by "
+            "the input is torch.autograd.grad(loss, inputs)",
+        )
 
 
 def _attempt_loss(job: Job, cut: CutModel, data: Any, x: torch.Tensor, target: Any) -> None:

@@ -67,6 +67,8 @@ def scalar(
             hint = "return its loss alone: output.loss"
         elif isinstance(value, Mapping) and "loss" in value:
             hint = 'return its loss alone: output["loss"]'
+        elif isinstance(value, Mapping | tuple | list):
+            hint = "return the loss alone, or the sum where these are several"
         raise ConfigurationError(f"{subject} {shape}, not a scalar", hint=hint)
     return value
 

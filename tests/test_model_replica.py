@@ -479,3 +479,10 @@ def test_what_holds_a_loss_is_refused_with_the_hint_to_return_that(value: Any, h
     with pytest.raises(ConfigurationError, match="not a scalar") as caught:
         Objective(None, lambda model, batch: value)(perceptron(), batches(1)[0])
     assert str(caught.value).endswith(f"hint: return its loss alone: {hint}")
+
+
+@pytest.mark.parametrize("several", [{"boxes": torch.zeros(()), "labels": torch.zeros(())}, (torch.zeros(()), 3)])
+def test_several_losses_are_refused_with_the_hint_to_return_one_number(several: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"the loss is {type(several).__name__}, not a scalar") as caught:
+        Objective(None, lambda model, batch: several)(perceptron(), batches(1)[0])
+    assert str(caught.value).endswith("hint: return the loss alone, or the sum where these are several")

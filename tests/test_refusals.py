@@ -527,6 +527,30 @@ def test_a_step_may_differentiate_by_anything_in_training_and_in_tests(
     assert summary.test["loss"] < 0.5
 
 
+def against_its_gradient(model: nn.Module, batch: Any) -> Tensor:
+    inputs, target = batch[0].clone().requires_grad_(), batch[1]
+    nn.functional.cross_entropy(model(inputs), target).backward()
+    assert inputs.grad is not None
+    model.zero_grad()
+    return nn.functional.cross_entropy(model(inputs.detach() + 0.1 * inputs.grad.sign()), target)
+
+
+def all_of_a_loop(model: nn.Module, batch: Any) -> Tensor:
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("step", [against_its_gradient, all_of_a_loop])
+@pytest.mark.parametrize("algorithm", [db.Downpour(), db.Sandblaster()])
+def test_a_step_that_calls_backward_is_refused_though_it_takes_the_gradients_back(
+    step: Any, algorithm: Any, tmp_path: Path
+) -> None:
+    said = refused(tmp_path, loss=None, step=step, metrics={}, algorithm=algorithm)
+    assert "computing the loss calls backward(), and what that adds to the gradient of" in said
+    assert "torch.autograd.grad(loss, inputs)" in said
+
+
 class Bound(Dataset[Any]):
     """Examples in a data base whose connection serves one thread only; slow enough to be prepared in another one."""
 
