@@ -170,6 +170,19 @@ def test_a_schedule_is_tried_all_along_the_job(rule: Any, schedule: Any, message
         rules.check(rule(0.1, schedule=schedule), (), 1000)
 
 
+@pytest.mark.parametrize("rule", [rules.adagrad, rules.adaptive_revision])
+@pytest.mark.parametrize(
+    "schedule", [rules.cosine_decay(500), rules.warmup(100, 0.0, rules.linear_decay(32)), lambda _: 0]
+)
+def test_a_schedule_that_is_over_after_half_of_the_job_is_refused_as_one_of_mini_batches(
+    rule: Any, schedule: Any
+) -> None:
+    rules.check(rule(0.1, schedule=rules.warmup(100, 0.0, rules.cosine_decay(510))), (), 1000)
+    rules.check(rule(0.1, schedule=rules.cosine_decay(32, end=0.01)), (), 1000)
+    with pytest.raises(ConfigurationError, match=r"is 0 from example \d+ on.*\nhint: a schedule counts examples, not"):
+        rules.check(rule(0.1, schedule=schedule), (), 1000)
+
+
 @pytest.mark.parametrize("rule", [rules.adagrad(), rules.sgd(0.1, momentum=0.9), rules.adaptive_revision(0.1)])
 def test_an_option_of_a_group_that_the_rule_does_not_know_is_refused_with_the_known_ones(rule: Any) -> None:
     for name in ("speed", "initial_accumulator_value", "fused"):

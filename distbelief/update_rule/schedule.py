@@ -79,6 +79,7 @@ def check_schedule(schedule: Schedule | None, examples: int) -> None:
     """Raise ConfigurationError when `schedule` does not answer usable factors all along a job of so many examples."""
     if schedule is None:
         return
+    zero: int | None = None  # from there on
     for applied in sorted({examples * part // TRIED for part in range(TRIED)} | {examples - 1}):
         try:
             factor = float(schedule(applied))
@@ -92,6 +93,13 @@ def check_schedule(schedule: Schedule | None, examples: int) -> None:
                 f"schedule({applied}) of {schedule!r} is {factor}; the rate cannot be multiplied by that",
                 hint=f"answer a finite factor of 0 or more for each of the {examples:,} examples of the job",
             )
+        zero = None if factor else applied if zero is None else zero
+    if zero is not None and 2 * zero <= examples:
+        raise ConfigurationError(
+            f"the schedule {name_of(schedule)} is 0 from example {zero:,} on, so nothing is learnt from the other "
+            f"{examples - zero:,} of the job",
+            hint=f"a schedule counts examples, not mini-batches: let it fall over all {examples:,}, or end above 0",
+        )
 
 
 def _at_least_one(to_examples: int) -> None:
