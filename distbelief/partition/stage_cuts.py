@@ -138,12 +138,15 @@ def _too_few(passed: ForwardPass, places: Sequence[int], partitions: int) -> Con
         pairwise(bounds), key=lambda run: sum(len(_trainable(passed, s)) for s in passed.steps[slice(*run)])
     )
     ties, reason = _ties(passed), ""
-    for position in range(start + 1, stop):
-        obstacle = _obstacle(passed, position, ties) if _trainable(passed, passed.steps[position]) else None
-        if obstacle is not None:
-            where = (passed.place(passed.steps[position]) or [str(passed.steps[position])])[-1]
-            reason = f"; before {where}, for example, {obstacle}"
-            break
+    obstacles = {
+        position: obstacle
+        for position in range(start + 1, stop)
+        if _trainable(passed, passed.steps[position]) and (obstacle := _obstacle(passed, position, ties)) is not None
+    }
+    tied = [position for position in obstacles if _obstacle(passed, position, ()) is None]
+    for position in [*tied, *obstacles][:1]:  # where a tied parameter alone is in the way, a cut is nearest
+        where = (passed.place(passed.steps[position]) or [str(passed.steps[position])])[-1]
+        reason = f"; before {where}, for example, {obstacles[position]}"
     return ConfigurationError(
         f"{_name(passed)} can be cut into at most {len(places)} stages, not {partitions}{reason}",
         hint=f"use partitions={len(places)}, or write the model as an nn.Sequential of more modules",

@@ -280,6 +280,18 @@ class Choosing(nn.Module):
         return self.one(x) if x.sum() > 0 else self.two(x)
 
 
+class TiedSkipping(nn.Module):
+    """Nothing can be cut before `two`; before `three` its tied parameter alone is in the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.three.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.one(x) + self.two(x))
+
+
 class Fickle(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -322,6 +334,7 @@ class Computing(nn.Module):
     [
         (Tied, 2, r"Tied can be cut into at most 1 stages, not 2; .* parameter byte\.weight is used before and after"),
         (Twice, 2, r"at most 1 stages, not 2; .* parameter one\.weight is used before and after"),
+        (TiedSkipping, 2, r"at most 1 stages, not 2; before three, .* parameter one\.weight is used before and after"),
         (
             Skipping,
             4,
