@@ -303,6 +303,14 @@ def test_progress_lines_get_rarer_in_a_long_run() -> None:
     assert 60 <= len(lines) <= 60 + 60 * math.log(60) + 10
 
 
+def test_the_last_measurement_is_told_before_the_progress_that_came_behind_it() -> None:
+    reports = [progress(1.0, 900, 0.5), evaluated(2.0, 900, 0.8), evaluated(3.0, 1000, 0.9), progress(4.0, 1000, 0.5)]
+    lines = plain([started(), *reports, finished(5.0)])
+    assert "accuracy 0.9" in lines[-3]
+    assert "100 %" in lines[-2]
+    assert "ended" in lines[-1]
+
+
 def test_a_model_that_diverged_does_not_flood_the_log() -> None:
     refused = events.PushRefused(replica=0, step=1, examples=10, reason="nan")
     lines = plain([Observation(1.0, refused)] * 1000)

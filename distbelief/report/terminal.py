@@ -236,9 +236,9 @@ class Terminal:
         if words is None:
             return
         if isinstance(event, JobFinished):
-            self._print_progress()
             if self._untold is not None:
                 self._write(_stamped(self._untold.seconds, sentence(self._untold.event) or ""))
+            self._print_progress()
         self._write(_stamped(observation.seconds, words))
 
     def _pause(self) -> float:
