@@ -76,6 +76,7 @@ def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> N
             "the loss of a mini-batch does not lead back to the parameters, so it has no gradient",
             hint="compute it from the model's output, without .item(), .detach(), NumPy or torch.no_grad()",
         )
+    _check_trained(loss, module)
     flat_buffers(buffers)
     for name, (parameter, version) in before.items():
         if parameter._version != version:
@@ -86,6 +87,26 @@ def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> N
                 "model in buffers (register_buffer)",
             )
     frozen.check(closely=True)
+
+
+def _check_trained(loss: torch.Tensor, module: nn.Module | None) -> None:
+    """Raise ConfigurationError where the loss leads back to a parameter that is none of the module's."""
+    known = set() if module is None else {id(parameter) for parameter in module.parameters()}
+    waiting, seen = [loss.grad_fn], set[Any]()
+    while waiting:
+        step = waiting.pop()
+        if step is None or step in seen:
+            continue
+        seen.add(step)
+        waiting += [before for before, _ in step.next_functions]
+        leaf = getattr(step, "variable", None)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
+            raise ConfigurationError(
+                f"the loss depends on a parameter of shape {list(leaf.shape)} that the model has not, and nobody would "
+                "train it",
+                hint="let the model hold it, or the module that it is of, and give step=(model, batch) -> loss; or "
+                "freeze it with requires_grad_(False)",
+            )
 
 
 @contextlib.contextmanager
@@ -120,7 +141,7 @@ def _attempt_loss(job: Job, cut: CutModel, data: Any, x: torch.Tensor, target: A
         value = job.loss(output, target)
     except Exception:
         return  # what was invented may be to blame: the first mini-batch will tell
-    scalar(value)
+    _check_trained(scalar(value), None)
     loss, sample = job.loss, (output, target)
     if isinstance(cut.plan, StagePlan) and torch.equal(value, loss(*sample)):  # else it draws, and nothing can be told
         size = len(x) // cut.plan.micro_batches(len(x))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import ChainDataset, DataLoader, Dataset, IterableDataset, TensorDataset
 
 import distbelief as db
+from distbelief.attempt import attempt
 from distbelief.events import EpochFinished, Observation
 from distbelief.job import prepare
 from tests import problems
@@ -292,6 +293,36 @@ def test_a_loss_with_parameters_of_its_own_is_refused_unless_they_are_frozen() -
     with pytest.raises(db.ConfigurationError, match="Weighing with parameters of its own, log_variance first"):
         problems.job(loss=Weighing())
     assert problems.job(loss=Weighing(trained=False)).loss is not None
+
+
+def weighed(weighing: Weighing, output: Tensor, target: Tensor) -> Tensor:
+    return weighing(output, target)
+
+
+def weighed_step(weighing: Weighing, model: nn.Module, batch: Any) -> Tensor:
+    return weighing(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "partitions"),
+    [
+        (lambda weighing: {"loss": functools.partial(weighed, weighing)}, 1),
+        (lambda weighing: {"loss": functools.partial(weighed, weighing)}, 2),
+        (lambda weighing: {"loss": None, "step": functools.partial(weighed_step, weighing), "metrics": {}}, 1),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [db.Downpour(), db.Sandblaster(max_iterations=1)])
+def test_a_function_that_computes_with_parameters_of_its_own_is_refused_unless_they_are_frozen(
+    fields: Any, partitions: int, algorithm: Any
+) -> None:
+    cluster = db.Cluster(replicas=1, partitions=partitions)
+    training, frozen = (
+        prepare(problems.job(algorithm=algorithm, cluster=cluster, **fields(Weighing(trained))))[0]
+        for trained in (True, False)
+    )
+    with pytest.raises(db.ConfigurationError, match=r"parameter of shape \[\] that the model has not.*\nhint: let the"):
+        attempt(training)
+    attempt(frozen)
 
 
 def draws(examples: int) -> Dataset[Any]:
