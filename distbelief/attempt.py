@@ -13,7 +13,7 @@ from distbelief.checkpoint import try_store
 from distbelief.data_shard import Collated, cloned, collect, first
 from distbelief.errors import ConfigurationError
 from distbelief.files import path_of
-from distbelief.frozen import Frozen
+from distbelief.frozen import Frozen, bit_sum
 from distbelief.job import Job, Prepared, input_of, sample_of, trial
 from distbelief.mean_loss import AS_A_MEAN, DISTANCES, check_mean, check_scale, divided, doubled, moved
 from distbelief.model_partition import CutModel
@@ -67,7 +67,7 @@ def _attempt_store(store: str) -> None:
 
 def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> None:
     """Compute a loss as replicas do, up to the backward pass. Raises ConfigurationError, and what user code raises."""
-    before = {name: (parameter, parameter._version) for name, parameter in trainable(module)}
+    before = {name: (each, each._version, bit_sum(each)) for name, each in trainable(module)}
     buffers, frozen = whole(module).buffers, Frozen(module)
     with _no_backward(module):
         loss = objective(module, sample)
@@ -78,11 +78,11 @@ def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> N
         )
     _check_trained(loss, module)
     flat_buffers(buffers)
-    for name, (parameter, version) in before.items():
-        if parameter._version != version:
+    for name, (parameter, *known) in before.items():
+        if [parameter._version, bit_sum(parameter)] != known:
             raise ConfigurationError(
-                f"computing the loss changes parameter {name} itself, as max_norm of nn.Embedding does; shards keep "
-                "it, and their next answer would undo the change",
+                f"computing the loss changes parameter {name} itself, as max_norm of nn.Embedding and the clipping of "
+                "weights do; shards keep it, and their next answer would undo the change",
                 hint="compute with a changed copy in forward, or add a penalty to the loss; keep an average of the "
                 "model in buffers (register_buffer)",
             )
@@ -105,7 +105,7 @@ def _check_trained(loss: torch.Tensor, module: nn.Module | None) -> None:
                 f"the loss depends on a parameter of shape {list(leaf.shape)} that the model has not, and nobody would "
                 "train it",
                 hint="let the model hold it, or the module that it is of, and give step=(model, batch) -> loss; or "
-                "freeze it with requires_grad_(False)",
+                "detach it, or freeze it with requires_grad_(False), if it is not to be trained",
             )
 
 

@@ -23,7 +23,7 @@ class Frozen:
         self._module = module
         self._trained = {name for name, _ in trainable(module)}
         frozen = [(name, each) for name, each in module.named_parameters() if name not in self._trained]
-        self._known = {name: (_place(each), _sum(each)) for name, each in frozen}
+        self._known = {name: (_place(each), bit_sum(each)) for name, each in frozen}
 
     def check(self, *, closely: bool) -> None:
         """Raise ConfigurationError where one has changed, or is not frozen any more.
@@ -44,7 +44,7 @@ class Frozen:
         for name, (place, values) in self._known.items():
             if name in now:
                 here = _place(now[name])
-                if (here == place and not closely) or _sum(now[name]) == values:
+                if (here == place and not closely) or bit_sum(now[name]) == values:
                     self._known[name] = here, values
                     continue
             raise ConfigurationError(
@@ -62,7 +62,7 @@ def _place(parameter: nn.Parameter) -> tuple[int, int]:
     return parameter.data_ptr(), parameter._version
 
 
-def _sum(parameter: nn.Parameter) -> int:
+def bit_sum(parameter: nn.Parameter) -> int:
     """The sum of the values' bits taken as whole numbers, exact also for NaN; 0 where they cannot be read."""
     if not _is_plain(parameter):
         return 0

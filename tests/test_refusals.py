@@ -582,6 +582,18 @@ def test_a_step_that_calls_backward_is_refused_though_it_takes_the_gradients_bac
     assert "torch.autograd.grad(loss, inputs)" in said
 
 
+def with_clipped_weights(model: nn.Module, batch: Any) -> Tensor:
+    for parameter in model.parameters():
+        parameter.data.clamp_(-0.01, 0.01)  # torch counts no change of what is written through `.data`
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_a_step_that_clips_the_weights_is_refused_though_it_does_so_behind_the_back_of_torch() -> None:
+    prepared, _ = prepare(problems.job(loss=None, step=with_clipped_weights, metrics={}))
+    with pytest.raises(db.ConfigurationError, match=r"changes parameter .* itself, as .* the clipping of weights do;"):
+        attempt(prepared)
+
+
 class Bound(Dataset[Any]):
     """Examples in a data base whose connection serves one thread only; slow enough to be prepared in another one."""
 
