@@ -49,7 +49,7 @@ class Job:
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     """(output, target) -> mean loss over the mini-batch, for mini-batches of (input, target)."""
     step: Step | None = None
-    """(model, mini-batch) -> mean loss, instead of `loss`, for mini-batches of any other kind."""
+    """(model, mini-batch) -> mean loss, instead of `loss`, for mini-batches of any other kind; without `backward`."""
     test: Any = None
     """Held-out data, like `data`; None for no evaluation. Its loss and metrics are means over mini-batches in the data
     set's own order: of `batch_size` under Downpour with `step` or `collate`, where they may depend on the mini-batch,
