@@ -292,7 +292,8 @@ class Observation(msgspec.Struct, frozen=True):
 
 
 Listener = Callable[[Observation], None]
-"""Anything that wants to know; called in the coordinator's process, must return quickly and not raise."""
+"""Anything that wants to know; called in the coordinator's process, must return quickly. StopIteration ends the job as
+Ctrl-C does; nothing else should be raised."""
 
 
 def to_line(observation: Observation) -> bytes:

@@ -80,11 +80,12 @@ def train(
     """Train `job` and return the trained model.
 
     `resume` continues the run in that folder from its newest checkpoint. `faults` scripts deaths and slowness, `costs`
-    are the simulated engine's times. `listeners` hear every event; `view=False` prints nothing. `launch` is how
-    to start the job again, kept for `distbelief resume`; by default the running script.
+    are the simulated engine's times. `listeners` hear every event; one that raises StopIteration(why) ends the job as
+    Ctrl-C does, with a checkpoint. `view=False` prints nothing. `launch` is how to start the job again, kept for
+    `distbelief resume`; by default the running script.
 
-    Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError, and what a
-    listener raised.
+    Raises ConfigurationError before anything has started, UserCodeError, TrainingFailed, CheckpointError, and what
+    else a listener raised.
     """
     if not isinstance(job, Job):
         raise ConfigurationError(
@@ -133,7 +134,8 @@ def train(
 
             def tell(event: AnyEvent) -> None:
                 try:
-                    emit(event)
+                    wish = emit(event)
+                    coordinator.interrupted = coordinator.interrupted or wish
                 except Exception as error:  # of a listener: a role that is being answered is not to blame for it
                     coordinator.failure = coordinator.failure or error
 
@@ -147,7 +149,8 @@ def train(
             with _stopping_on_signals(coordinator):
                 try:
                     commands = _commands(shown, launched, coordinator)
-                    emit(started(job, facts, shown, spans, coordinator.examples, *commands))
+                    wish = emit(started(job, facts, shown, spans, coordinator.examples, *commands))
+                    coordinator.interrupted = coordinator.interrupted or wish
                     coordinator.start(restore)
                     reason = coordinator.run()
                     if coordinator.failure is not None:
@@ -229,8 +232,11 @@ class Record:
 @contextlib.contextmanager
 def _reporting(
     record: Record, run: Path, engine: Engine, listeners: Sequence[Listener], view: bool
-) -> Iterator[Callable[[AnyEvent], None]]:
-    """Everything that hears events, for the time of the job; writes and prints the summary at the end."""
+) -> Iterator[Callable[[AnyEvent], str | None]]:
+    """Tells an event to everything that hears, for the time of the job; answers why a listener wants that to end.
+
+    Writes and prints the summary at the end.
+    """
     console = Console()
     with run_folder.writing(run):
         file = EventFile(run / EVENTS)
@@ -245,10 +251,14 @@ def _reporting(
         if view:
             hearing.append(stack.enter_context(Terminal(console)))
 
-        def emit(event: AnyEvent) -> None:
-            observation = Observation(engine.now() - started, event)
+        def emit(event: AnyEvent) -> str | None:
+            observation, wish = Observation(engine.now() - started, event), None
             for listener in hearing:
-                listener(observation)
+                try:
+                    listener(observation)
+                except StopIteration as stop:
+                    wish = ": ".join(["stopped by a listener", *map(str, stop.args)])
+            return wish
 
         yield emit
     if view:

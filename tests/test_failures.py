@@ -28,13 +28,17 @@ from distbelief import checkpoint, export, roster, shard_file
 from distbelief.channel.door import NO_KEY
 from distbelief.coordinator import Coordinator
 from distbelief.events import (
+    AnyEvent,
     CheckpointFailed,
     CheckpointRejected,
     CheckpointWritten,
     EpochFinished,
+    Evaluated,
     JobFinished,
+    JobStarted,
     JobStopping,
     LeasesReturned,
+    Listener,
     Observation,
     Progress,
     RoleLost,
@@ -795,6 +799,37 @@ def test_ctrl_c_before_training_has_begun_stops_the_job_though_the_first_replica
     assert {"replica/0", "shard/1"} <= {event.role for event in of(RoleLost, heard)}
     assert result.summary.reason == "stopped by SIGINT"
     assert of(CheckpointWritten, heard)
+
+
+@pytest.mark.parametrize("algorithm", [db.Downpour(), db.Sandblaster()], ids=["downpour", "sandblaster"])
+@pytest.mark.parametrize("at", [JobStarted, Evaluated])
+def test_a_listener_ends_a_job_as_ctrl_c_does_and_says_why(
+    algorithm: db.Downpour | db.Sandblaster, at: type[AnyEvent], tmp_path: Path
+) -> None:
+    job = simulated(algorithm=algorithm, run=tmp_path / "run", evaluate_every=64)
+    heard: list[Observation] = []
+    result = db.train(job, view=False, listeners=[ending(at), heard.append])
+    assert of(at, heard), "who listens behind it hears what it heard"
+    assert result.summary.reason == "stopped by a listener: it is good enough"
+    assert result.summary.checkpoints.written
+    assert not of(RoleLost, heard)
+    whole = db.train(job, resume=tmp_path / "run", view=False).summary
+    assert (whole.examples.repeated, whole.examples.missing) == (0, 0)
+    if isinstance(algorithm, db.Downpour):
+        assert whole.examples.seen == 640 * 6
+
+
+def test_a_listener_that_would_end_a_job_when_it_has_ended_changes_nothing(tmp_path: Path) -> None:
+    result, _ = trained(simulated(), tmp_path, more=[ending(JobFinished)])
+    assert result.summary.reason == "all epochs finished"
+
+
+def ending(at: type[AnyEvent]) -> Listener:
+    def end(observation: Observation) -> None:
+        if isinstance(observation.event, at):
+            raise StopIteration("it is good enough")
+
+    return end
 
 
 def test_ctrl_c_while_a_finished_job_writes_its_summary_changes_nothing(tmp_path: Path) -> None:
