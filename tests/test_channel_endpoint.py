@@ -542,6 +542,34 @@ def test_a_background_endpoint_sends_and_receives_while_its_owner_computes(town:
         caller.close()
 
 
+def test_an_answer_that_comes_while_its_caller_is_about_to_wait_is_not_waited_for(
+    town: Town, clerk: Clerk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller, held = Endpoint(town.key), threading.Event()
+    caller.background()
+
+    def answer() -> None:
+        with caller.lock:  # as the thread that polls, which takes in a large body
+            held.set()
+            time.sleep(0.1)
+            future.settle(7)  # type: ignore[attr-defined]
+
+    def sleep_on(seconds: float) -> None:
+        raise AssertionError("it waits though the answer is there")
+
+    try:
+        future = Peer[Clerk](caller, at(town.serve(clerk))).call(Clerk.note, 1)
+        monkeypatch.setattr(caller._answered, "wait", sleep_on)
+        answering = threading.Thread(target=answer)
+        answering.start()
+        held.wait()
+        assert future.wait(10.0)
+        answering.join()
+        assert future.result() == 7
+    finally:
+        caller.close()
+
+
 def test_an_endpoint_that_is_not_closed_is_seen_by_the_leak_check(
     town: Town, clerk: Clerk, leaks: Callable[[], list[str]]
 ) -> None:

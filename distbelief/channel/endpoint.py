@@ -111,15 +111,15 @@ class Endpoint:
         with contextlib.suppress(OSError):  # it is awake already, or closed
             self._waker.send(b"w")
 
-    def take_in(self, seconds: float) -> None:
-        """Wait up to `seconds` for something to happen, and let it happen."""
+    def take_in(self, seconds: float, there: Callable[[], bool] = lambda: False) -> None:
+        """Wait up to `seconds` for something to happen, and let it happen; no more once what is awaited is `there`."""
         if self.desk.answering:
             if seconds > 0:
                 raise RuntimeError("an exported method must not wait for a future; let the activity wait")
             return  # a method that asks whether a future is done runs alone all the same
         if self._thread is not None and threading.current_thread() is not self._thread:
             with self._answered:
-                if seconds > 0:
+                if seconds > 0 and not there():  # it may have come while this thread waited for the lock
                     self._answered.wait(min(seconds, 0.05))
             return
         self.poll(seconds)

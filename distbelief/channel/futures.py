@@ -69,7 +69,7 @@ class PendingCall:
         """Wait for the answer, at most so long."""
         until = min(self._deadline, time.monotonic() + seconds)
         while not self.settled and (left := until - time.monotonic()) > 0:
-            self._endpoint.take_in(min(0.5, left))
+            self._endpoint.take_in(min(0.5, left), lambda: self.settled)
         return self.done()
 
     def result(self) -> Any:
@@ -166,7 +166,7 @@ class BackgroundWork:
         """Wait for the work to end, at most so long."""
         until = time.monotonic() + seconds
         while not self._finished.is_set() and (left := until - time.monotonic()) > 0:
-            self._endpoint.take_in(min(0.1, left))
+            self._endpoint.take_in(min(0.1, left), self._finished.is_set)
         return self._finished.is_set()
 
     def result(self) -> Any:
