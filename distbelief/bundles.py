@@ -10,6 +10,7 @@ consecutive ones, then through what others have not begun. When nothing is left 
 copy of the bundle in somebody's hands that is expected to take longest. The first copy counts.
 """
 
+import functools
 import math
 import random
 from collections.abc import Iterable, Sequence
@@ -104,9 +105,15 @@ class Batches:
 
     def _place(self, place: int) -> int:
         passed, index = divmod(place, self.count)
-        order = list(range(self.count))
-        random.Random(f"{self.seed} {passed}").shuffle(order)
-        return order[index]
+        return _order(self.count, f"{self.seed} {passed}")[index]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(count: int, seed: str) -> list[int]:
+    """The order in which new bundles come in one pass; a batch and the one before it are mostly of one or two."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 @dataclass

@@ -3,6 +3,8 @@
 
 import dataclasses
 import functools
+import random
+from collections.abc import MutableSequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,20 @@ def test_each_batch_shares_its_last_new_bundles_with_the_next_and_a_pass_sees_ev
     assert sorted(first_pass) == list(range(36))
     assert batches.batch(7) == batches.batch(7)
     assert not batches.batch(0).before
+
+
+def test_a_pass_is_shuffled_once_for_all_of_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffled = []
+
+    class Counted(random.Random):
+        def shuffle(self, x: MutableSequence[Any]) -> None:
+            shuffled.append(len(x))
+            super().shuffle(x)
+
+    monkeypatch.setattr("distbelief.bundles.random.Random", Counted)
+    batches = Batches(count=999, size=8, shared=2, seed=20_817)
+    assert len({bundle for number in range(100) for bundle in batches.batch(number).bundles}) == 600
+    assert shuffled == [999]
 
 
 def test_a_pair_is_the_change_of_the_gradient_of_what_two_batches_share() -> None:
