@@ -6,7 +6,6 @@ parts would be of another function than the user's, and nobody would see it.
 """
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -100,11 +99,16 @@ def divided(sample: Any, edges: Sequence[int]) -> list[Part] | None:
     """The parts of the mini-batch between the edges; None for one that is not made of tensors."""
     parts: list[Part] = []
     for start, stop in pairwise(edges):
-        part = _of_tensors(sample, operator.itemgetter(slice(start, stop)))
+        part = _of_tensors(sample, _rows(start, stop))
         if part is None:
             return None
         parts.append((stop - start, part))
     return parts
+
+
+def _rows(start: int, stop: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    rows = torch.arange(start, stop)
+    return lambda tensor: tensor.index_select(0, rows)  # takes sparse ones, too
 
 
 def _of_tensors(sample: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

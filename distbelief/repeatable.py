@@ -81,7 +81,7 @@ def _check_within(name: str, values: torch.Tensor, low: float, high: float) -> N
 def check_data(sample: Any, again: Any) -> None:
     """Refuse a data set whose examples are others when it is asked for them again. Raises ConfigurationError."""
     for one, other in zip(tree_leaves(sample), tree_leaves(again), strict=True):
-        if isinstance(one, torch.Tensor) and not torch.equal(one.nan_to_num(), other.nan_to_num()):
+        if isinstance(one, torch.Tensor) and not _same(one, other):
             raise ConfigurationError(
                 "the data set gives other values each time it is asked for the same examples",
                 hint="remove what is random from the data (augmentation, noise), or draw it once, for all examples",
@@ -95,7 +95,7 @@ def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> No
     """
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     (loss, found), second = (_loss_and_gradient(module, objective, sample) for _ in range(2))
-    changed = [name for name, buffer in module.named_buffers() if not torch.equal(buffer, before[name])]
+    changed = [name for name, buffer in module.named_buffers() if not _same(buffer, before[name])]
     if changed:
         raise ConfigurationError(
             f"computing the loss changes the buffer {changed[0]}, so the loss is no function of the parameters alone",
@@ -107,7 +107,7 @@ def check_repeatable(module: nn.Module, objective: Objective, sample: Any) -> No
             hint="remove what is random from the model, such as layers that are left out by chance",
         )
     pairs = [(loss, second[0]), *((one, other) for (_, one), (_, other) in zip(found, second[1], strict=True))]
-    if not all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
+    if not all(_same(one, other) for one, other in pairs):
         difference = max(float((one - other).abs().max()) for one, other in pairs)
         raise ConfigurationError(
             f"the loss or gradient of the same examples differs by {difference:.1e} from call to call",
@@ -166,6 +166,14 @@ def _loss_and_gradient(module: nn.Module, objective: Objective, sample: Any) -> 
     loss = objective(module, cloned(sample))
     gradients = zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True)
     return loss.detach(), [(each, _dense(gradient)) for each, gradient in gradients if gradient is not None]
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether they hold the same numbers, NaN where the other has NaN."""
+    if one.layout != torch.strided:
+        sparse, another = (each.to_sparse().coalesce() for each in (one, other))
+        return _same(sparse.indices(), another.indices()) and _same(sparse.values(), another.values())
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _dense(gradient: torch.Tensor) -> torch.Tensor:

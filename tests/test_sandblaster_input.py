@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,51 @@ def test_what_cannot_work_is_said_before_any_role_starts(fields: dict[str, Any],
     with pytest.raises(db.ConfigurationError, match=message):
         trained(job(tmp_path / "run", **fields))
     assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+class Remembering(nn.Module):
+    """Keeps a buffer that nothing has filled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES).double()
+        self.register_buffer("last", torch.full((3,), math.nan))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_a_buffer_of_nan_that_computing_leaves_alone_is_no_obstacle(tmp_path: Path) -> None:
+    result, _ = trained(job(tmp_path / "run", model=Remembering, algorithm={"max_iterations": 2}))
+    assert result.model.state_dict()["last"].isnan().all()
+
+
+class Product(nn.Module):
+    """A linear layer for sparse examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(FEATURES, CLASSES, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(x, self.weight) if x.is_sparse else x @ self.weight
+
+
+def sparse_points() -> TensorDataset:
+    inputs, targets = points().tensors
+    return TensorDataset(inputs.to_sparse(), targets)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 7])
+def test_sparse_examples_lead_where_the_same_ones_lead_that_are_dense(micro_batch: int | None, tmp_path: Path) -> None:
+    algorithm = {"micro_batch": micro_batch, "max_iterations": 3}
+    ends = [
+        trained(job(tmp_path / data.__name__, model=Product, data=data, algorithm=algorithm))[0].model.state_dict()[
+            "weight"
+        ]
+        for data in (points, sparse_points)
+    ]
+    assert torch.allclose(*ends)
 
 
 class Scaled(torch.autograd.Function):
