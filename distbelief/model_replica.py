@@ -30,6 +30,9 @@ from distbelief.partition.group import Group
 
 Step = Callable[[nn.Module, Any], torch.Tensor]
 
+_CHUNK = 1 << 22
+"""Numbers that torch widens to 64 bits at once, in new memory."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -314,8 +317,11 @@ class ModelReplica:
         self._mini_batches = 0
         if clip_norm is not None:
             norm = torch.linalg.vector_norm(source)
+            if not norm.isfinite():  # of numbers whose squares are too large for their type
+                parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in torch.split(source, _CHUNK)]
+                norm = torch.linalg.vector_norm(torch.stack(parts))
             if self.group.size > 1:
-                norm = self.group.sum(norm.double().square().cpu().view(1)).sqrt().to(norm)
+                norm = self.group.sum(norm.double().square().cpu().view(1)).sqrt().to(norm.device)
             source.mul_(torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
         if self.momentum:
             self._add_momentum(source)

@@ -323,6 +323,23 @@ def test_clipping_is_that_of_torch(clip_norm: float) -> None:
     assert torch.equal(gradient, before) == (clip_norm == 1e6)
 
 
+def halved() -> nn.Module:
+    return perceptron().half()
+
+
+@pytest.mark.parametrize(("model", "large"), [(perceptron, 3e38), (halved, 6e4), (doubled, 1e9)])
+def test_a_gradient_whose_norm_its_type_does_not_hold_is_clipped_to_the_norm(
+    model: Callable[[], nn.Module], large: float
+) -> None:
+    replica = Replica(model)
+    replica.it.compute(batches(1, replica.layout.dtype)[0])
+    for buffer in replica.host[2:]:
+        buffer.fill_(large)
+    gradient = replica.it.take_gradient(mean=True, clip_norm=0.5)
+    assert gradient is not None
+    assert float(torch.linalg.vector_norm(gradient.double())) == pytest.approx(0.5, rel=0.02)
+
+
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 def test_momentum_is_that_of_torch_with_nesterov_and_comes_after_clipping(clip_norm: float | None) -> None:
     replica, initial = Replica(), None
