@@ -185,10 +185,9 @@ class ModelReplica:
         """What came meanwhile, by parameter."""
         for index, parameter in enumerate(self._parameters):
             parameter.register_post_accumulate_grad_hook(self._accrue_hook(index))  # type: ignore[no-untyped-call]
-        offset = 0
-        for parameter in self._parameters:  # what the part was built with lies in the spare until the first fetch
-            self.spare[offset : offset + parameter.numel()] = parameter.detach().reshape(-1)
-            offset += parameter.numel()
+        for piece, parameter in zip(layout.pieces, self._parameters, strict=True):
+            # What the part was built with lies in the spare until the first fetch.
+            self.spare[piece.span.start : piece.span.stop] = parameter.detach().reshape(-1)
         self._point()
         if on_cpu:
             places = {each: partial(self._place, index) for index, each in enumerate(self._parameters)}
