@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
-from law import check
+from law import check, error, run
 from torch import Tensor, nn
 from torch.nn import functional
 
 from distbelief.layers import L2Pool2d, LocalContrastNorm2d, LocallyConnected2d
+from distbelief.partition.units import units
 from distbelief.plan import Cut, channels, grid, on, rows
 
 PARTITIONS = [1, 2, 3, 4, 9]
@@ -217,6 +218,18 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.parametrize("name", MODELS)
 def test_in_single_precision_too(name: str, partitions: int) -> None:
     check(*make(name, torch.float32), partitions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_norm_over_units_of_several_partitions_is_as_exact_in_16_bits_as_over_those_of_one(
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), nn.Linear(64, 4)).to(dtype)
+    x, weight = 500 * torch.randn(6, 8).to(dtype), torch.ones(6, 4, dtype=dtype)
+    expected = model(x).detach()
+    found = run(model, x, weight, units(model, x, 2, {"0": rows(), "1": rows()})).output
+    assert error(found, expected) < torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.nn import functional
 from distbelief.partition.box import Box, count, sizes, whole
 from distbelief.partition.division import Division
 from distbelief.partition.site import Part, Site, State, part, tensor
+from distbelief.partition.trace import Value
 
 
 def batch_norm(site: Site, x: State) -> State:
@@ -58,7 +59,8 @@ def layer_norm(site: Site, x: State) -> State:
     table = Division((*lead, len(holders), 2), tuple(seats))
     owned = {seats[partition]: division.boxes[partition] for partition in holders}
     numbers = [count(box) // math.prod(lead) for partition in holders if (box := division.boxes[partition]) is not None]
-    moments = site.compute([x], table, lambda box: Moments(ahead), need=lambda box: [owned[box]])
+    told = site.yielding(Value(table.shape, torch.promote_types(x.dtype, torch.float32), batched=True))
+    moments = told.compute([x], table, lambda box: Moments(ahead), need=lambda box: [owned[box]])
     return site.compute(
         [x, moments], division, lambda box: CutNorm(module, ahead, box, numbers),
         need=lambda box: [box, whole(table.shape)], pieces=pieces,
@@ -67,7 +69,7 @@ def layer_norm(site: Site, x: State) -> State:
 
 @final
 class Moments(nn.Module):
-    """Mean and summed squared deviations of what one partition has: shape (..., 1, 2)."""
+    """Mean and summed squared deviations of what one partition has: shape (..., 1, 2), of 16 bits in 32, as torch's."""
 
     def __init__(self, ahead: int) -> None:
         super().__init__()
@@ -75,7 +77,7 @@ class Moments(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Over the dimensions behind the batch and `ahead` others."""
-        flat = x.flatten(self._ahead + 1)
+        flat = x.flatten(self._ahead + 1).to(torch.promote_types(x.dtype, torch.float32))
         mean = flat.mean(-1)
         squares = (flat - mean.unsqueeze(-1)).square().sum(-1)
         return torch.stack((mean, squares), -1).unsqueeze(-2)
@@ -118,7 +120,7 @@ class CutNorm(_Affine):
         spread = squares + (means - mean).square() * numbers
         scale = torch.rsqrt(spread.sum(-1, keepdim=True) / sum(self._numbers) + self.eps)
         behind = (*mean.shape[:-1], *[1] * (x.dim() - mean.dim() + 1))
-        return self.scaled((x - mean.reshape(behind)) * scale.reshape(behind))
+        return self.scaled(((x - mean.reshape(behind)) * scale.reshape(behind)).to(x.dtype))
 
 
 @final
