@@ -51,28 +51,30 @@ def _kind(dtype: torch.dtype) -> str:
     return "complex" if dtype.is_complex else "real" if dtype.is_floating_point else "whole"
 
 
-def _real(buffers: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Every buffer, a complex one (rotary frequencies) as its real and imaginary parts."""
-    return (torch.view_as_real(buffer) if buffer.is_complex() else buffer for buffer in buffers.values())
+def _flat(buffer: torch.Tensor) -> torch.Tensor:
+    """The numbers of a buffer in one row, of a complex one (rotary frequencies) real and imaginary parts in turn."""
+    real = torch.view_as_real(buffer.resolve_conj()) if buffer.is_complex() else buffer
+    return real.detach().to("cpu", torch.float64).reshape(-1)
 
 
 def flat_buffers(buffers: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """All buffers one after another, float64 on the CPU; float64 holds counters exactly up to 2**53."""
-    parts = [buffer.detach().to("cpu", torch.float64).reshape(-1) for buffer in _real(buffers)]
+    parts = [_flat(buffer) for buffer in buffers.values()]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
 
 def load_buffers(buffers: Mapping[str, torch.Tensor], values: torch.Tensor) -> None:
     """Write a vector made by `flat_buffers` back; counters are rounded."""
     start = 0
-    for buffer in _real(buffers):
-        part = values[start : start + buffer.numel()].view(buffer.shape)
-        start += buffer.numel()
+    for buffer in buffers.values():
+        stop = start + buffer.numel() * (2 if buffer.is_complex() else 1)
+        part, start = values[start:stop], stop
+        part = (torch.complex(part[::2], part[1::2]) if buffer.is_complex() else part).view(buffer.shape)
         for dimension, (stride, size) in enumerate(zip(buffer.stride(), buffer.shape, strict=True)):
             if stride == 0 and size > 1:  # expanded: the same numbers again and again
                 buffer, part = buffer.narrow(dimension, 0, 1), part.narrow(dimension, 0, 1)
         with torch.no_grad():
-            buffer.copy_(part if buffer.dtype.is_floating_point else part.round())
+            buffer.copy_(part.round() if _kind(buffer.dtype) == "whole" else part)
 
 
 @final

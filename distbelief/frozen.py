@@ -66,9 +66,9 @@ def bit_sum(parameter: nn.Parameter) -> int:
     """The sum of the values' bits taken as whole numbers, exact also for NaN; 0 where they cannot be read."""
     if not _is_plain(parameter):
         return 0
-    values = parameter.detach()
+    values = parameter.detach().resolve_conj().resolve_neg()
     if values.is_complex():
-        values = torch.view_as_real(values.resolve_conj())
+        values = torch.view_as_real(values)
     whole = values.reshape(-1).view(_WHOLE[values.element_size()])
     return sum(int(whole[start : start + _CHUNK].sum()) for start in range(0, len(whole), _CHUNK))
 

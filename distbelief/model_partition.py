@@ -144,7 +144,7 @@ def initial_buffers(recorded: Recorded, layout: Layout) -> list[torch.Tensor]:
         parts = []
         for piece in layout.of_partition(index).pieces:
             value = values[piece.name]
-            value = torch.view_as_real(value) if value.is_complex() else value
+            value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
             box = tuple(slice(low, low + size) for low, size in zip(piece.corner, piece.shape, strict=True))
             parts.append((value if piece.whole is None else value.reshape(piece.whole)[box]).double().reshape(-1))
         flats.append(torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64))

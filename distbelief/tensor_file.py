@@ -46,7 +46,8 @@ class TensorFile:
         dtype, place = self._places[name]
         assert values.dtype == dtype
         self._file.seek(place + start * dtype.itemsize)
-        self._file.write(values.detach().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+        plain = values.detach().resolve_conj().resolve_neg()
+        self._file.write(plain.reshape(-1).contiguous().view(torch.uint8).numpy().data)
 
 
 @contextlib.contextmanager

@@ -118,6 +118,17 @@ def test_the_bits_of_all_kinds_of_numbers_are_compared_and_nan_is_itself(dtype: 
         frozen.check(closely=True)
 
 
+def test_a_frozen_parameter_that_torch_has_yet_to_conjugate_or_negate_is_compared_too() -> None:
+    module = nn.Module()
+    module.back = nn.Parameter(torch.tensor([1 + 2j]).conj(), requires_grad=False)
+    module.below = nn.Parameter(torch.tensor([1 + 2j]).conj().imag, requires_grad=False)
+    frozen = Frozen(module)
+    frozen.check(closely=True)
+    module.below.data.fill_(1)
+    with pytest.raises(db.ConfigurationError, match="the frozen parameter below"):
+        frozen.check(closely=True)
+
+
 def test_frozen_parameters_whose_bits_cannot_be_read_are_let_be() -> None:
     module = nn.Module()
     with torch.inference_mode():

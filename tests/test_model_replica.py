@@ -409,6 +409,7 @@ class Buffers(nn.Module):
         self.register_buffer("count", torch.tensor(2**53 - 1))
         self.register_buffer("mask", torch.tensor([[True, False], [False, True]]))
         self.register_buffer("phases", torch.polar(torch.ones(2, 2), torch.arange(4.0).view(2, 2)))
+        self.register_buffer("back", torch.polar(torch.ones(2), torch.arange(2.0)).conj())
         self.register_buffer("small", torch.randn(3).bfloat16(), persistent=False)
         self.register_buffer("bound", torch.tensor([-float("inf"), 1.0]))
         self.register_buffer("none", None)
@@ -421,7 +422,7 @@ def test_all_buffers_survive_the_way_through_one_flat_vector() -> None:
         module.norm(torch.randn(5, 3) * number)
     flat, before = flat_buffers(buffers_of(module)), {name: buffer.clone() for name, buffer in module.named_buffers()}
     assert flat.dtype == torch.float64
-    assert len(flat) == 3 + 3 + 1 + 1 + 4 + 8 + 3 + 2
+    assert len(flat) == 3 + 3 + 1 + 1 + 4 + 8 + 4 + 3 + 2
     for buffer in module.buffers():
         buffer.zero_()
     load_buffers(buffers_of(module), flat)

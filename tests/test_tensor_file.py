@@ -53,6 +53,16 @@ def test_every_dtype_of_the_format_and_every_shape_is_read_back_bit_for_bit(tmp_
         }
 
 
+def test_what_torch_has_yet_to_conjugate_or_negate_is_written_as_it_is_seen(tmp_path: Path) -> None:
+    back = torch.tensor([1 + 2j, 3 - 4j]).conj()
+    given = {"back": back, "below": back.imag}
+    with tensor_file.create(tmp_path / "file", {name: (value.dtype, (2,)) for name, value in given.items()}) as file:
+        for name, value in given.items():
+            file.write(name, value)
+    found = load_file(tmp_path / "file")
+    assert all(torch.equal(found[name], value) for name, value in given.items())
+
+
 def test_what_is_not_written_is_zero_and_nothing_at_all_is_a_file_too(tmp_path: Path) -> None:
     with tensor_file.create(tmp_path / "file", {"a": (torch.float32, (2, 3)), "b": (torch.int8, (3,))}) as file:
         file.write("a", torch.tensor([1.0, 2.0]), 3)
