@@ -570,6 +570,29 @@ def test_an_answer_that_comes_while_its_caller_is_about_to_wait_is_not_waited_fo
         caller.close()
 
 
+def test_who_asks_whether_an_answer_is_there_does_not_wait_for_what_is_being_received(town: Town, clerk: Clerk) -> None:
+    caller, held, asked = Endpoint(town.key), threading.Event(), threading.Event()
+    caller.background()
+    in_time = []
+
+    def receive() -> None:
+        with caller.lock:  # as the thread that polls, which takes in a large body
+            held.set()
+            in_time.append(asked.wait(2.0))
+
+    try:
+        future = Peer[Clerk](caller, at(town.serve(clerk))).call(Clerk.note, 1)
+        receiving = threading.Thread(target=receive)
+        receiving.start()
+        held.wait()
+        assert not future.done()
+        asked.set()
+        receiving.join()
+        assert in_time == [True]
+    finally:
+        caller.close()
+
+
 def test_an_endpoint_that_is_not_closed_is_seen_by_the_leak_check(
     town: Town, clerk: Clerk, leaks: Callable[[], list[str]]
 ) -> None:

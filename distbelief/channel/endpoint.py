@@ -117,12 +117,12 @@ class Endpoint:
             if seconds > 0:
                 raise RuntimeError("an exported method must not wait for a future; let the activity wait")
             return  # a method that asks whether a future is done runs alone all the same
-        if self._thread is not None and threading.current_thread() is not self._thread:
+        if self._thread is None or threading.current_thread() is self._thread:
+            self.poll(seconds)
+        elif seconds > 0:
             with self._answered:
-                if seconds > 0 and not there():  # it may have come while this thread waited for the lock
+                if not there():  # it may have come while this thread waited for the lock
                     self._answered.wait(min(seconds, 0.05))
-            return
-        self.poll(seconds)
 
     def poll(self, seconds: float) -> bool:
         """One round: wait for sockets, receive, answer, send; whether there was anything."""
