@@ -94,7 +94,7 @@ class Endpoint:
         self.desk.seat(role)
 
     def background(self) -> None:
-        """Poll in a thread from now on. Only for a process whose role exports nothing."""
+        """Poll in a thread from now on; there the role answers, if it exports anything."""
         self._thread = threading.Thread(target=self._poll_until_closed, name="distbelief-channel", daemon=True)
         self._thread.start()
 
