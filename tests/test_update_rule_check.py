@@ -3,6 +3,9 @@
 
 import math
 import pickle
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, cast
 
 import pytest
@@ -153,6 +156,12 @@ def infinite_later(examples: int) -> float:
 
 def named_later(examples: int) -> Any:
     return "slow" if examples > 600 else 1.0
+
+
+@pytest.mark.parametrize("rule", [rules.sgd, rules.adaptive_revision])
+@pytest.mark.parametrize("kind", [Decimal, Fraction, torch.tensor])
+def test_a_schedule_may_answer_any_kind_of_number(rule: Any, kind: Callable[[float], Any]) -> None:
+    rules.check(rule(0.1, schedule=lambda examples: kind(0.5)))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.parameters import Options, Segment, Span
-from distbelief.update_rule.schedule import Schedule, name_of
+from distbelief.update_rule.schedule import Schedule, factor_of, name_of
 
 _CHUNK = 131_072
 """Elements worked on at a time, so that the passes over them find them in the processor's cache."""
@@ -115,7 +115,7 @@ class BoundAdaptiveRevision:
         A schedule's factor of this push is used for both rates: past steps are not revised to a new factor. The sum of
         gradients at an unknown base version (after a restore) is the next known one, at the latest the present.
         """
-        factor = 1.0 if self._rule.schedule is None else self._rule.schedule(examples)
+        factor = factor_of(self._rule.schedule, examples)
         present, base = self._gradients, self._sums.at(base_version)
         following = self._sums.successor(version, present)
         for segment in self._segments:

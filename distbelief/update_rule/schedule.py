@@ -75,6 +75,11 @@ def name_of(schedule: Schedule) -> str:
     return str(getattr(schedule, "__name__", repr(schedule)))
 
 
+def factor_of(schedule: Schedule | None, examples: int) -> float:
+    """What the rate is multiplied by after `examples` examples, whatever kind of number the schedule answers."""
+    return 1.0 if schedule is None else float(schedule(examples))
+
+
 def check_schedule(schedule: Schedule | None, examples: int) -> None:
     """Raise ConfigurationError when `schedule` does not answer usable factors all along a job of so many examples."""
     if schedule is None:
@@ -82,7 +87,7 @@ def check_schedule(schedule: Schedule | None, examples: int) -> None:
     zero: int | None = None  # from there on
     for applied in sorted({examples * part // TRIED for part in range(TRIED)} | {examples - 1}):
         try:
-            factor = float(schedule(applied))
+            factor = factor_of(schedule, applied)
         except Exception as error:
             raise ConfigurationError(
                 f"schedule({applied}) of {schedule!r} failed: {type(error).__name__}: {error}",

@@ -24,7 +24,7 @@ from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.parameters import Options, Segment, Span
 from distbelief.update_rule import trial
 from distbelief.update_rule.bare import bare
-from distbelief.update_rule.schedule import Schedule, name_of
+from distbelief.update_rule.schedule import Schedule, factor_of, name_of
 
 _BLOCK = 64
 """Elements; a multiple of every vector register and of the unit that the fused kernels deal out to threads."""
@@ -188,7 +188,7 @@ class BoundTorchRule:
 
     def apply(self, gradient: Tensor, *, reader: int, version: int, base_version: int, examples: int) -> None:
         """One step of the optimizer; see BoundRule.apply."""
-        factor = 1.0 if self._rule.schedule is None else float(self._rule.schedule(examples))
+        factor = factor_of(self._rule.schedule, examples)
         if self._rule.damping:
             factor /= (1.0 + max(0, version - base_version)) ** self._rule.damping
         if factor != self._factor:
