@@ -75,7 +75,7 @@ class Exchange:
             x, batch = None if x is None else x.unsqueeze(0), 1
         if not self.send and not self.receive:
             out = self._at_home(x)
-        elif not self.dtype.is_floating_point or not torch.is_grad_enabled():
+        elif not (self.dtype.is_floating_point or self.dtype.is_complex) or not torch.is_grad_enabled():
             out = self._move(x, batch, forward=True)
         else:
             if self.group.thread is None:
@@ -111,7 +111,8 @@ class Exchange:
             if box not in packed:
                 assert x is not None
                 assert source is not None
-                packed[box] = x[(slice(None), *inside(box, source))].contiguous()
+                part = x[(slice(None), *inside(box, source))]
+                packed[box] = part.resolve_conj().resolve_neg().contiguous()
             parcels[to] = packed[box]
         arrivals = {
             sender: torch.empty((batch, *sizes(box)), dtype=self.dtype, device=device)

@@ -232,6 +232,25 @@ def test_a_norm_over_units_of_several_partitions_is_as_exact_in_16_bits_as_over_
     assert error(found, expected) < torch.finfo(dtype).eps
 
 
+class Phases(nn.Module):
+    """The product of one complex layer with the conjugate of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = (torch.view_as_complex(layer(x).view(x.shape[0], 4, 2)) for layer in (self.a, self.b))
+        return self.c(torch.view_as_real(a * b.conj()).flatten(1))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_complex_states_cross_between_partitions_and_so_do_their_gradients(first: int) -> None:
+    torch.manual_seed(1)
+    cuts = {"a": on(first), "b": on(1 - first), "c": on(1)}
+    check(Phases().double(), torch.randn(5, 6, dtype=torch.float64), 2, cuts)
+
+
 @pytest.mark.parametrize(
     ("name", "partitions", "cuts"),
     [
