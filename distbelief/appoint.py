@@ -84,6 +84,7 @@ def appoint(
         solver = _solver(algorithm, facts, restore, work.objective)
         if (before := _search(restore, work.objective)) is not None:
             work = replace(work, computed=before.computed, round_trips=before.round_trips)
+            work.portions.backed_up = before.backed_up
         return SandblasterCoordinator(engine, settings, buffers, manifest, emit, solver, work)
     leases = _leases(job, algorithm, facts, restore)
     release = Release.planned(

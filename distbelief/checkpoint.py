@@ -94,6 +94,8 @@ class Search(msgspec.Struct, frozen=True):
     """Examples whose gradients were added up, over all evaluations."""
     round_trips: int = 0
     """To the shards, over all evaluations."""
+    backed_up: int = 0
+    """Copies of slow bundles that were handed out."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -129,7 +129,7 @@ class SandblasterCoordinator(Coordinator):
         """The solver, as it is after the last step."""
         state = self.solver.state  # all of it is values but itself and the search
         state = msgspec.structs.replace(state, search=copy.copy(state.search))
-        counts = self._computed, self.round_trips
+        counts = self._computed, self.round_trips, self.portions.backed_up
         return {"search": Search(state, self._moved, self.portions.bundles[-1].stop, self._objective, *counts)}
 
     def is_own(self, manifest: Manifest) -> bool:
@@ -370,7 +370,7 @@ class SandblasterCoordinator(Coordinator):
         self.emit(
             events.Iterated(
                 iteration=solver.iteration, loss=solver.loss, gradient=solver.gradient_norm, t=t,
-                length=solver.state.length, evaluations=solver.evaluations, examples=self._computed,
+                length=solver.state.length if t else 0.0, evaluations=solver.evaluations, examples=self._computed,
                 backed_up=self.portions.backed_up,
             )
         )  # fmt: skip

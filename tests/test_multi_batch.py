@@ -216,6 +216,18 @@ def test_when_no_batch_helps_any_more_it_ends_and_says_what_may_go_further() -> 
     assert asked == 10 * 20 + 9  # and one look, without a step, at the next batch after each but the last
 
 
+def test_a_batch_that_is_passed_over_is_told_as_a_step_of_no_length(tmp_path: Path) -> None:
+    inputs = torch.zeros(320, 2, dtype=torch.float64)
+    inputs[::16] = 1.0  # the gradient of the others is zero
+    data = TensorDataset(inputs, 3 * inputs[:, :1])
+    line = functools.partial(nn.Linear, 2, 1, bias=False, dtype=torch.float64)
+    algorithm = {"batch": 16, "max_iterations": 4, "l2": 0.0}
+    _, heard = trained(job(tmp_path / "run", model=line, data=data, loss=nn.functional.mse_loss, algorithm=algorithm))
+    lengths = [step.length for step in of_kind(heard, Iterated) if step.t == 0.0]
+    assert lengths == [0.0] * 3
+    assert [step.length > 0.0 for step in of_kind(heard, Iterated) if step.t] == [True]
+
+
 def test_batches_of_nearly_all_data_come_near_the_optimum(tmp_path: Path) -> None:
     full, _ = trained(job(tmp_path / "full", algorithm={"batch": None, "max_iterations": 200}))
     most, _ = trained(job(tmp_path / "most", algorithm={"batch": EXAMPLES - 1, "max_iterations": 20}))

@@ -110,6 +110,7 @@ def test_the_live_view_fits_and_has_step_portions_and_time_left(width: int) -> N
     assert "at most" in shown
     assert "portions" in shown
     assert "of 24 done" in shown
+    assert "of the whole batch, with penalties" in shown
     assert max(len(line.rstrip()) for line in shown.replace("\r", "\n").split("\n") if "\x1b" not in line) <= width
 
 

@@ -321,6 +321,7 @@ def test_a_run_that_was_cut_short_resumes_where_it_was(replicas: int, undisturbe
     (finished,) = of_kind(after, JobFinished)
     assert finished.seen == finished.evaluations * 60
     assert finished.round_trips >= finished.evaluations
+    assert of_kind(after, BatchProgress)[0].backed_up >= of_kind(before, BatchProgress)[-1].backed_up > 0
     rates = [event.examples_per_second for event in of_kind(after, BatchProgress)]
     assert max(rates) < 2 * max(event.examples_per_second for event in of_kind(before, BatchProgress))
     assert of_kind(after, Iterated)[0].examples > of_kind(before, Iterated)[-1].examples

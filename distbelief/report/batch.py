@@ -38,7 +38,7 @@ def batch_rows(view: Known, batch: BatchProgress) -> Iterator[tuple[str, str, st
     """(name, value, about it) for the live view."""
     step = view.iterated
     about = "" if step is None else f"; the last step was t = {number(step.t)}, of length {number(step.length)}"
-    yield "loss", "-" if batch.loss is None else f"{batch.loss:.6g}", "over all examples, with penalties"
+    yield "loss", "-" if batch.loss is None else f"{batch.loss:.6g}", "of the whole batch, with penalties"
     yield "gradient", _gradient(batch), f"its largest entry{about}"
     yield "evaluations", f"{batch.evaluations:,}", f"of the whole batch; {rate(batch.examples_per_second)} examples/s"
     portions = f"of {batch.portions:,} done; {batch.backed_up:,} copies of slow ones so far"
