@@ -147,7 +147,7 @@ def test_over_examples_what_resuming_undid_is_left_out() -> None:
     resumed = [started(resumed_examples=100), progress(1.0, 200, 0.85), progress(2.0, 300, 0.75)]
     curves = collect(killed + resumed)
     assert [point.seconds for point in curves.loss] == [1.0, 2.0, 3.0, 4.0, 5.0]
-    assert [(mark.kind, mark.seconds) for mark in curves.marks] == [("lost", 2.5), ("resumed", 3.0)]
+    assert [(mark.kind, mark.seconds) for mark in curves.marks] == [("role lost", 2.5), ("resumed", 3.0)]
     standing = curves.standing()
     assert [(point.examples, point.value) for point in standing.loss] == [(100, 0.9), (200, 0.85), (300, 0.75)]
     assert [mark.kind for mark in standing.marks] == ["resumed"]

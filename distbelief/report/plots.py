@@ -141,7 +141,7 @@ def collect(observations: Iterable[Observation]) -> Curves:
                     if math.isfinite(value):
                         curves.test.setdefault(name, []).append(Point(seconds, event.examples, value))
             case RoleLost() | ShardRestored():
-                kind = "lost" if isinstance(event, RoleLost) else "shard restored"
+                kind = "role lost" if isinstance(event, RoleLost) else "shard restored"
                 curves.marks.append(Mark(seconds, examples, kind))
             case LossRose():
                 curves.marks.append(Mark(seconds, event.examples, "loss rose"))
@@ -219,12 +219,11 @@ def _draw_test(panel: "Axes", points: list[Point], x: Callable[[Point | Mark], f
 
 
 def _mark(panel: "Axes", marks: list[Mark], x: Callable[[Point | Mark], float], named: bool) -> None:
-    styles = {"lost": "--", "shard restored": ":", "resumed": "-.", "loss rose": (0, (1, 4))}
-    names = {"lost": "replica or shard lost"}
+    styles = {"role lost": "--", "shard restored": ":", "resumed": "-.", "loss rose": (0, (1, 4))}
     for kind in dict.fromkeys(mark.kind for mark in marks):
         places = [x(mark) for mark in marks if mark.kind == kind]
         for position, place in enumerate(places):
-            label = f"{names.get(kind, kind)} ({len(places)})" if named and position == 0 else None
+            label = f"{kind} ({len(places)})" if named and position == 0 else None
             panel.axvline(place, color=FAULT_COLOUR, linestyle=styles[kind], linewidth=1.2, label=label)
 
 
