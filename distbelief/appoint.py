@@ -178,16 +178,19 @@ def _solver(algorithm: Sandblaster, facts: Facts, restore: Restore, objective: s
 
 
 def started(
-    job: Job, facts: Facts, run: Path, spans: list[Span], resumed_examples: int, resume: str, export: str
+    job: Job, facts: Facts, run: Path, spans: list[Span], coordinator: Coordinator, resume: str, export: str
 ) -> events.JobStarted:  # fmt: skip
-    """The first event of the run; `resume` and `export` are the commands for it."""
+    """The first event of this start; `resume` and `export` are the commands for the run."""
     lengths, algorithm = [len(span) for span in spans], job.algorithm
     epochs, iterations = (0, algorithm.max_iterations) if isinstance(algorithm, Sandblaster) else (job.epochs, 0)
+    leases = coordinator.leases if isinstance(coordinator, DownpourCoordinator) else None
     return events.JobStarted(
         run=str(run), replicas=job.cluster.replicas, shards=len(spans), parameters=facts.layout.length,
         examples_per_epoch=facts.examples, epochs=epochs, batch_size=job.batch_size, seed=job.seed,
         algorithm=_described(algorithm), shard_balance=max(lengths) / (sum(lengths) / len(lengths)),
-        resumed_examples=resumed_examples, iterations=iterations, resume_command=resume, export_command=export,
+        resumed_examples=coordinator.examples, resumed_repeated=leases.repeated if leases else 0,
+        resumed_refused=leases.refused if leases else 0, iterations=iterations,
+        resume_command=resume, export_command=export,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ class Event(msgspec.Struct, frozen=True, tag_field="type", tag=True, kw_only=Tru
 
 
 class JobStarted(Event, frozen=True):
-    """The first event of a run; `resumed_examples` is what an earlier run had already counted."""
+    """The first event of a start; `resumed_...` is what the checkpoint that it goes on from had counted."""
 
     run: str
     replicas: int
@@ -30,6 +30,8 @@ class JobStarted(Event, frozen=True):
     shard_balance: float
     """Largest shard / mean shard, in parameters."""
     resumed_examples: int = 0
+    resumed_repeated: int = 0
+    resumed_refused: int = 0
     iterations: int = 0
     """At most so many iterations of Sandblaster, which has no epochs; 0 for Downpour."""
     resume_command: str = ""
@@ -73,7 +75,7 @@ class LeasesReturned(Event, frozen=True):
 class ShardRestored(Event, frozen=True):
     """A dead shard came back from a checkpoint, at the version it had there.
 
-    How many acknowledged pushes are gone from its span shows when replicas push again; JobFinished has the count.
+    How many acknowledged pushes are gone from its span shows when replicas push again; Progress and JobFinished tell.
     """
 
     shard: int
@@ -105,7 +107,7 @@ class LossRose(Event, frozen=True):
 
 
 class Progress(Event, frozen=True):
-    """The state of the job, about twice a second."""
+    """The state of the job, about twice a second; what it says of pushes may be of half a second before."""
 
     epoch: int
     """The oldest epoch that is not settled, counted from 0."""
@@ -123,6 +125,8 @@ class Progress(Event, frozen=True):
     replicas_alive: int
     mini_batches: int = 0
     """Mini-batches that were accrued in the pushes."""
+    lost_updates: int = 0
+    """Acknowledged pushes that restarts of shards have lost."""
 
 
 class BatchProgress(Event, frozen=True):
@@ -149,7 +153,7 @@ class BatchProgress(Event, frozen=True):
 
 
 class Iterated(Event, frozen=True):
-    """Sandblaster took a step."""
+    """Sandblaster took a step, or passed over a batch in which none helps: a step of length 0."""
 
     iteration: int
     loss: float

@@ -130,6 +130,7 @@ class Meter:
             pushes_per_second=(pushes - self._pushes) / elapsed,
             pushes=pushes,
             mini_batches=counters.mini_batches,
+            lost_updates=counters.lost_updates,
             staleness_median=staleness_quantile(staleness, 0.5),
             staleness_p95=staleness_quantile(staleness, 0.95),
             replicas_alive=alive,

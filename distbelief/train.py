@@ -149,7 +149,7 @@ def train(
             with _stopping_on_signals(coordinator):
                 try:
                     commands = _commands(shown, launched, coordinator)
-                    wish = emit(started(job, facts, shown, spans, coordinator.examples, *commands))
+                    wish = emit(started(job, facts, shown, spans, coordinator, *commands))
                     coordinator.interrupted = coordinator.interrupted or wish
                     coordinator.start(restore)
                     reason = coordinator.run()

@@ -41,6 +41,7 @@ from distbelief.events import (
     Listener,
     Observation,
     Progress,
+    PushRefused,
     RoleLost,
     RoleStarted,
     ShardRestored,
@@ -169,9 +170,12 @@ def test_where_nothing_that_was_fetched_can_be_used_the_updates_since_the_checkp
     """After local steps a replica has other parameters than it fetched."""
     algorithm = db.Downpour(warmstart=0, local_rate=1e-3)
     job = simulated(checkpoint_seconds=1e6, algorithm=algorithm)
-    result, _ = trained(job, tmp_path, faults=db.Faults(kill=((0.8, "shard/1"),)), costs=SLOW)
+    result, heard = trained(job, tmp_path, faults=db.Faults(kill=((0.8, "shard/1"),)), costs=SLOW)
     # Every push acknowledged before the death is lost from that span: 0.6 s of four replicas at 32 ms a mini-batch.
     assert 30 <= result.summary.lost_updates <= 90
+    told = [event.lost_updates for event in of(Progress, heard)]
+    assert (told[0], told[-1]) == (0, result.summary.lost_updates)
+    assert min(number for number in told if number) >= 30  # meanwhile, for who looks at a run that is not over
     assert result.summary.examples.missing == 0
 
 
@@ -359,6 +363,22 @@ def test_a_gradient_that_is_not_finite_is_refused_and_counted_and_harms_nothing(
     assert result.summary.refused >= 16
     assert result.summary.examples.missing == 0
     assert all(bool(torch.isfinite(value).all()) for value in result.model.state_dict().values())
+
+
+def test_what_was_refused_beyond_the_checkpoint_that_a_run_goes_on_from_is_counted_once(tmp_path: Path) -> None:
+    def breaks_off(observation: Observation) -> None:
+        if isinstance(observation.event, PushRefused) and observation.seconds > 0.6:
+            raise InterruptedError
+
+    job = simulated(model=Poisoned, algorithm=db.Downpour(refusals=1000), run=tmp_path / "run", checkpoint_seconds=1e6)
+    with pytest.raises(InterruptedError):
+        db.train(job, view=False, listeners=[breaks_off], costs=SLOW)
+    assert read_summary(tmp_path / "run" / "summary.json").refused > 0
+    heard: list[Observation] = []
+    again = db.train(job, resume=tmp_path / "run", view=False, listeners=[heard.append], costs=SLOW)
+    refused = sum(event.examples for event in of(PushRefused, heard))
+    assert (again.summary.refused, of(JobFinished, heard)[0].refused) == (refused, refused)
+    assert of(JobStarted, heard)[0].resumed_refused == 0
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -25,9 +25,10 @@ from distbelief.report import (
     text,
     write_summary,
 )
+from distbelief.report.summary import RUNNING
 
 
-def started(resumed_examples: int = 0) -> events.JobStarted:
+def started(resumed_examples: int = 0, resumed_refused: int = 0, resumed_repeated: int = 0) -> events.JobStarted:
     return events.JobStarted(
         run="runs/digits",
         replicas=2,
@@ -40,6 +41,8 @@ def started(resumed_examples: int = 0) -> events.JobStarted:
         algorithm="Downpour",
         shard_balance=1.001,
         resumed_examples=resumed_examples,
+        resumed_refused=resumed_refused,
+        resumed_repeated=resumed_repeated,
         resume_command="distbelief resume runs/digits",
         export_command="distbelief export runs/digits model.safetensors",
     )
@@ -159,7 +162,7 @@ def test_a_summary_says_what_the_events_of_a_finished_run_add_up_to() -> None:
         "refused": 10,
         "lost_updates": 3,
         "strangers": {"sent what is no message": 2, "did not prove that they are of this job": 1},
-        "checkpoints": {"written": 1, "failed": 1, "rejected": 1, "last_failed": True},
+        "checkpoints": {"written": 1, "failed": 1, "rejected": 1, "last_failed": True, "examples": 100},
         "faults": [
             {"seconds": 1.5, "type": "RoleLost", "text": "replica 1 was lost: killed by signal 9"},
             {
@@ -228,6 +231,28 @@ def test_resuming_rolls_the_examples_seen_back_to_the_checkpoint() -> None:
     assert summarize([*scripted_run()[:16], resumed_run()[0]]).examples.seen == 100
 
 
+def test_what_was_refused_and_repeated_beyond_the_checkpoint_is_not_counted_in_a_run_that_goes_on_from_it() -> None:
+    refused = events.PushRefused(replica=0, step=12, examples=10, reason="not finite")
+    returned = events.LeasesReturned(replica=1, leases=1, examples=20, repeated=7)
+    beyond = [*killed_run(), Observation(2.4, refused), Observation(2.5, refused), Observation(2.6, returned)]
+    again = [Observation(0.0, started(100, resumed_refused=5, resumed_repeated=7)), Observation(0.5, refused)]
+    assert (summarize(beyond).refused, summarize(beyond).examples.repeated) == (20, 14)
+    summary = summarize(beyond + again)
+    assert (summary.refused, summary.examples.repeated) == (15, 7)
+    assert summarize([*beyond, *again, Observation(1.0, finished())]).refused == finished().refused
+
+
+def test_of_a_killed_run_it_is_told_what_its_shards_had_lost_and_what_resuming_it_repeats() -> None:
+    summary = summarize([*killed_run(), Observation(2.5, progress(150, lost_updates=4))])
+    assert summary.lost_updates == 4
+    words = " ".join(text(summary).split())
+    assert "150 still to come, and 50 since the last checkpoint again" in words
+    assert "again" not in text(msgspec.structs.replace(summary, reason=RUNNING))
+    failed = msgspec.structs.replace(finished(), reason="failed: TrainingFailed", seen=150, missing=150)
+    words = " ".join(text(summarize([*killed_run(), Observation(2.5, failed)])).split())
+    assert "150 still to come, and 50 since the last checkpoint again" in words
+
+
 def test_values_that_are_not_finite_are_none_in_the_summary_and_said_in_its_text() -> None:
     diverged = [
         Observation(0.0, started()),
@@ -238,6 +263,8 @@ def test_values_that_are_not_finite_are_none_in_the_summary_and_said_in_its_text
     assert summary.loss is None
     assert summary.test == {"loss": None, "accuracy": None}
     assert "accuracy not finite" in text(summary)
+    assert "training loss not finite" in text(summary)
+    assert "training loss none" in text(summarize(diverged[:1]))
 
 
 def test_the_text_of_a_summary_holds_every_number_and_both_commands() -> None:
@@ -258,6 +285,18 @@ def test_the_text_of_a_summary_holds_every_number_and_both_commands() -> None:
     ):
         assert part in page
     assert max(len(line) for line in page.splitlines()) <= 80
+
+
+def test_the_text_of_a_summary_is_at_most_80_columns_wide_whatever_its_numbers_and_words() -> None:
+    summary = summarize(killed_run())
+    examples = msgspec.structs.replace(summary.examples, seen=98_765_432, missing=987_654_321, planned=10**9)
+    wide = msgspec.structs.replace(
+        summary, examples=examples, pushes=98_765_432, mini_batches=198_765_432, algorithm="Downpour, " + "a rule " * 9,
+        reason="failed: " + "many words " * 9, test={f"metric {each}": 0.123456 for each in range(9)},
+    )  # fmt: skip
+    page = text(wide).splitlines()
+    assert max(map(len, page)) <= 80
+    assert "987,654,321 still to come" in " ".join(page)
 
 
 def test_a_summary_with_many_faults_prints_the_first_and_counts_all() -> None:
@@ -418,6 +457,15 @@ def test_tensorboard_hides_what_resuming_undid(tmp_path: Path) -> None:
         time.sleep(0.01)
     write_board(tmp_path, resumed_run())
     assert [scalar.step for scalar in read_board(tmp_path).Scalars("loss")] == [50, 100, 200]
+
+
+def test_tensorboard_hides_what_was_undone_by_going_on_from_the_very_beginning(tmp_path: Path) -> None:
+    write_board(tmp_path, killed_run())
+    written = int(time.time())
+    while int(time.time()) == written:
+        time.sleep(0.01)
+    write_board(tmp_path, [Observation(0.0, started()), Observation(1.0, progress(70))])
+    assert [scalar.step for scalar in read_board(tmp_path).Scalars("loss")] == [70]
 
 
 def test_without_tensorboard_there_is_no_listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 """What a run came to: a pure fold over its events, the content of `summary.json` and of the last lines printed.
 
 A run that was killed has no JobFinished; its summary is made of what had been observed until then. A run that was
-resumed has several JobStarted; the fold goes on over them, with one clock. What a JobFinished says about data and
-pushes is taken as said about the whole job; what was refused is counted from the events.
+resumed has several JobStarted; the fold goes on over them, with one clock, and with what the checkpoint had counted:
+the rest was undone. What a JobFinished says about data and pushes is said about the whole job.
 """
 
 import functools
@@ -47,6 +47,7 @@ FAULTS = (RoleLost, ShardRestored, EvaluationLost, LossRose, CheckpointFailed, C
 FAULTS_PRINTED = 20
 LINE = 66
 """Columns beside the labels."""
+UNCUT = ("run", "export with", "resume with")
 
 
 class Examples(msgspec.Struct, frozen=True):
@@ -55,7 +56,7 @@ class Examples(msgspec.Struct, frozen=True):
     seen: int = 0
     repeated: int = 0
     missing: int = 0
-    """Planned and not counted; in a run that was killed, what resuming it would still train on."""
+    """Planned and not counted; resuming repeats what was counted since the last checkpoint, too."""
     planned: int = 0
     """Examples per epoch times epochs."""
 
@@ -75,6 +76,8 @@ class Checkpoints(msgspec.Struct, frozen=True):
     rejected: int = 0
     last_failed: bool = False
     """Whether the one that was to hold the latest state could not be written."""
+    examples: int | None = None
+    """Counted in the newest one."""
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -125,7 +128,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     mini_batches: int = 0
     """Mini-batches that were accrued in the pushes."""
     refused: int = 0
-    """Examples of the pushes that a replica refused because the gradient was not finite, over all starts."""
+    """Examples, among those seen, of the pushes that a replica refused because the gradient was not finite."""
     lost_updates: int = 0
     batch: Batch | None = None
     """None for Downpour."""
@@ -187,6 +190,7 @@ def _after(summary: Summary, observation: Observation) -> Summary:
                 staleness=Staleness(event.staleness_median, event.staleness_p95),
                 pushes=event.pushes,
                 mini_batches=event.mini_batches,
+                lost_updates=event.lost_updates,
             )
         case BatchProgress() | Iterated():
             return _moved(summary, event)
@@ -216,6 +220,7 @@ def _moved(summary: Summary, event: BatchProgress | Iterated) -> Summary:
 
 def _started(summary: Summary, event: JobStarted) -> Summary:
     planned = event.examples_per_epoch * event.epochs
+    before = replace(summary.examples, planned=planned, repeated=event.resumed_repeated)
     return replace(
         summary,
         run=event.run,
@@ -226,7 +231,9 @@ def _started(summary: Summary, event: JobStarted) -> Summary:
         parameters=event.parameters,
         epochs=event.epochs,
         shard_balance=event.shard_balance,
-        examples=_counted(replace(summary.examples, planned=planned), event.resumed_examples),
+        examples=_counted(before, event.resumed_examples),
+        refused=event.resumed_refused,
+        checkpoints=replace(summary.checkpoints, examples=event.resumed_examples),
         batch=Batch(event.iterations) if event.iterations else None,
         resume_command=event.resume_command,
         export_command=event.export_command,
@@ -237,7 +244,7 @@ def _checkpointed(summary: Summary, event: CheckpointWritten | CheckpointFailed 
     before = summary.checkpoints
     match event:
         case CheckpointWritten():
-            now = replace(before, written=before.written + 1, last_failed=False)
+            now = replace(before, written=before.written + 1, last_failed=False, examples=event.examples)
             return replace(summary, checkpoints=now)
         case CheckpointFailed():
             return replace(summary, checkpoints=replace(before, failed=before.failed + 1, last_failed=True))
@@ -261,6 +268,7 @@ def _finished(summary: Summary, event: JobFinished) -> Summary:
         staleness=staleness,
         pushes=event.pushes,
         mini_batches=event.mini_batches,
+        refused=event.refused,
         lost_updates=event.lost_updates,
         strangers=event.strangers,
         loss=summary.loss if event.loss is None else event.loss,
@@ -279,7 +287,11 @@ def text(summary: Summary) -> str:
 
     Write it with `console.out(text(summary), highlight=False)`, which neither wraps nor crops.
     """
-    return "\n".join(f"{label:<14}{line}" for label, line in _lines(summary))
+    lines = []
+    for label, words in _lines(summary):
+        cut = [words] if label in UNCUT else textwrap.wrap(words, LINE, break_on_hyphens=False)
+        lines += [f"{'' if position else label:<14}{line}" for position, line in enumerate(cut)]
+    return "\n".join(lines)
 
 
 def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
@@ -302,8 +314,7 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
     )
     for position, (reason, number_of_them) in enumerate(sorted(summary.strangers.items())):
         yield "" if position else "strangers", f"{count(number_of_them, 'caller')} refused that {reason}"
-    for position, line in enumerate(textwrap.wrap(_fault_counts(summary.faults), LINE)):
-        yield "" if position else "faults", line
+    yield "faults", _fault_counts(summary.faults)
     for fault in summary.faults[:FAULTS_PRINTED]:
         for position, line in enumerate(textwrap.wrap(fault.text, LINE, max_lines=2, placeholder=" ...")):
             yield "" if position else f"{duration(fault.seconds):>12}  ", line
@@ -316,19 +327,21 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
 
 
 def _of_downpour(summary: Summary) -> Iterator[tuple[str, str]]:
-    examples = summary.examples
+    examples, kept = summary.examples, summary.checkpoints.examples
+    unsaved = 0 if kept is None or summary.reason == RUNNING else examples.seen - kept
     yield (
         "examples",
         f"{examples.seen:,} of {examples.planned:,} seen, of which {summary.refused:,} refused; "
         f"{examples.repeated:,} repeated, {examples.missing:,} "
-        + ("still to come" if summary.reason.startswith(("stopped", KILLED, RUNNING)) else "missing"),
+        + ("still to come" if summary.reason.startswith(("stopped", "failed", KILLED, RUNNING)) else "missing")
+        + (f", and {unsaved:,} since the last checkpoint again" if unsaved > 0 else ""),
     )
     yield (
         "pushes",
         f"{summary.pushes:,} applied, made of {summary.mini_batches:,} mini-batches; {summary.lost_updates:,} lost",
     )
     yield "staleness", f"median {summary.staleness.median:g}, 95 % of pushes at most {summary.staleness.p95:g}"
-    yield "training loss", "none" if summary.loss is None else number(summary.loss)
+    yield "training loss", number(summary.loss) if examples.seen or summary.loss is not None else "none"
 
 
 def _of_batch(summary: Summary, batch: Batch) -> Iterator[tuple[str, str]]:
@@ -337,7 +350,7 @@ def _of_batch(summary: Summary, batch: Batch) -> Iterator[tuple[str, str]]:
     yield "evaluations", f"{batch.evaluations:,}, in {count(batch.round_trips, 'round trip')} to the shards"
     yield (
         "examples",
-        f"{summary.examples.seen:,}, each once in every evaluation; copies of slow portions: {batch.backed_up:,}",
+        f"{summary.examples.seen:,}, none twice in an evaluation; copies of slow portions: {batch.backed_up:,}",
     )
     loss = "none" if summary.loss is None else f"{summary.loss:.8g}"
     yield "training loss", f"{loss}, largest gradient {'-' if batch.gradient is None else f'{batch.gradient:.2e}'}"

@@ -95,9 +95,8 @@ class TensorBoardFiles:
 
         self.close()
         self._examples = event.resumed_examples
-        # what an earlier run wrote beyond the checkpoint has been undone: TensorBoard then hides it
-        purge = event.resumed_examples + 1 if event.resumed_examples else None
-        self._writer = SummaryWriter(str(self._folder), purge_step=purge)
+        # what an earlier start wrote beyond the checkpoint, perhaps the very first, was undone: TensorBoard hides it
+        self._writer = SummaryWriter(str(self._folder), purge_step=event.resumed_examples + 1)
 
     def _scalar(self, tag: str, value: float) -> None:
         if self._writer is not None:
