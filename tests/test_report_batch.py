@@ -77,6 +77,12 @@ def test_a_search_that_did_not_converge_says_so() -> None:
     assert "NOT converged" in text(summarize(run()[:6]))
 
 
+def test_of_a_search_that_was_killed_no_number_is_told_that_only_its_end_would_have_told() -> None:
+    killed = text(summarize(run()[:6]))
+    assert "evaluations   5\n" in killed
+    assert "round trip" not in killed
+
+
 def test_lines_in_a_log_say_where_the_search_is() -> None:
     out = io.StringIO()
     with Terminal(Console(file=out, force_terminal=False, width=100)) as terminal:

@@ -96,7 +96,7 @@ class Batch(msgspec.Struct, frozen=True):
     iterations: int = 0
     evaluations: int = 0
     round_trips: int = 0
-    """Times that the coordinator asked all shards for something and waited."""
+    """Times that the coordinator asked all shards for something and waited; known at the end."""
     backed_up: int = 0
     """Copies of slow portions that were handed out."""
     gradient: float | None = None
@@ -125,6 +125,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """The last measurement on the test set; None for a value that was not finite."""
     staleness: Staleness = Staleness()
     pushes: int = 0
+    """Applied by the shard that has applied most; of Sandblaster, contributions since the run was last started."""
     mini_batches: int = 0
     """Mini-batches that were accrued in the pushes."""
     refused: int = 0
@@ -347,7 +348,8 @@ def _of_downpour(summary: Summary) -> Iterator[tuple[str, str]]:
 def _of_batch(summary: Summary, batch: Batch) -> Iterator[tuple[str, str]]:
     converged = "converged" if batch.converged else "NOT converged: the loss may go on falling"
     yield "iterations", f"{batch.iterations:,} of at most {batch.max_iterations:,}; {converged}"
-    yield "evaluations", f"{batch.evaluations:,}, in {count(batch.round_trips, 'round trip')} to the shards"
+    trips = f", in {count(batch.round_trips, 'round trip')} to the shards" if batch.round_trips else ""
+    yield "evaluations", f"{batch.evaluations:,}{trips}"
     yield (
         "examples",
         f"{summary.examples.seen:,}, none twice in an evaluation; copies of slow portions: {batch.backed_up:,}",
