@@ -126,7 +126,7 @@ class Progress(Event, frozen=True):
     mini_batches: int = 0
     """Mini-batches that were accrued in the pushes."""
     lost_updates: int = 0
-    """Acknowledged pushes that restarts of shards have lost."""
+    """Acknowledged pushes that restarts of shards have lost; just after one, those that replicas give back, too."""
 
 
 class BatchProgress(Event, frozen=True):
