@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of links between hosts: found when called, made without waiting, cut anywhere, silent; and of who is refused."""
 
+import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +50,18 @@ class Clerk:
     def keep(self, values: torch.Tensor, out: Out) -> None:
         out.copy_(values)
         self.kept = [values]
+
+
+@pytest.mark.parametrize("address", [("127.0.0.1", 1), "\0distbelief-nobody"])
+def test_who_has_no_descriptor_to_spare_cannot_call_and_is_told_why(address: Address) -> None:
+    limits, free = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        with pytest.raises(PeerLost, match=r"nothing answers at .*Too many open files"):
+            links.dial(address)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.fixture

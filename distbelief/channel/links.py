@@ -28,7 +28,10 @@ def family_of(host: str) -> socket.AddressFamily:
 
 def dial(address: Address) -> socket.socket:
     """A socket that is connecting or connected already; never waits. Raises PeerLost when it cannot even begin."""
-    link = socket.socket(socket.AF_UNIX if isinstance(address, str) else family_of(address[0]), socket.SOCK_STREAM)
+    try:
+        link = socket.socket(socket.AF_UNIX if isinstance(address, str) else family_of(address[0]), socket.SOCK_STREAM)
+    except OSError as error:  # no descriptor to spare
+        raise unreachable(address, str(error)) from error
     link.setblocking(False)
     try:
         number = link.connect_ex(address)
