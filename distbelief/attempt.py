@@ -13,7 +13,7 @@ from distbelief.checkpoint import try_store
 from distbelief.data_shard import Collated, cloned, collect, first
 from distbelief.errors import ConfigurationError
 from distbelief.files import path_of
-from distbelief.frozen import Frozen, bit_sum
+from distbelief.frozen import Frozen, bit_sum, changed
 from distbelief.job import Job, Prepared, input_of, sample_of, trial
 from distbelief.mean_loss import AS_A_MEAN, DISTANCES, check_mean, check_scale, divided, doubled, moved
 from distbelief.model_partition import CutModel
@@ -80,12 +80,7 @@ def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> N
     flat_buffers(buffers)
     for name, (parameter, *known) in before.items():
         if [parameter._version, bit_sum(parameter)] != known:
-            raise ConfigurationError(
-                f"computing the loss changes parameter {name} itself, as max_norm of nn.Embedding and the clipping of "
-                "weights do; shards keep it, and their next answer would undo the change",
-                hint="compute with a changed copy in forward, or add a penalty to the loss; keep an average of the "
-                "model in buffers (register_buffer)",
-            )
+            raise changed(name)
     frozen.check(closely=True)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from distbelief.errors import ConfigurationError
+from distbelief.parameters import persistent
 
 
 class Registered(Mapping[str, torch.Tensor]):
@@ -19,12 +20,7 @@ class Registered(Mapping[str, torch.Tensor]):
 
     def __init__(self, module: nn.Module) -> None:
         self._before = dict(module.named_buffers())
-        self._owners = {}
-        modules = dict(module.named_modules())
-        for name in self._before:
-            path, _, key = name.rpartition(".")
-            if key not in modules[path]._non_persistent_buffers_set:
-                self._owners[name] = modules[path], key
+        self._owners = persistent(module)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         before = self._before[name]

@@ -243,7 +243,8 @@ class ModelReplica:
     def _accrue_hook(self, index: int) -> Callable[[torch.Tensor], None]:
         def accrue(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
-            assert gradient is not None
+            if gradient is None:  # a hook of the user's has dropped it
+                return
             parameter.grad = None
             if gradient.is_sparse:
                 gradient = gradient.to_dense()

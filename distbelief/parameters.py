@@ -140,6 +140,14 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
+def persistent(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The module that has each buffer which is kept, and its name there."""
+    modules = dict(module.named_modules())
+    places = ((name, *name.rpartition(".")) for name, _ in module.named_buffers())
+    owners = {name: (modules[path], key) for name, path, _, key in places}
+    return {name: (owner, key) for name, (owner, key) in owners.items() if key not in owner._non_persistent_buffers_set}
+
+
 def lay_out(model: nn.Module, groups: Groups | None = None) -> Layout:
     """Lay the trainable parameters of `model` one after another, parameters of one group together.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters that are frozen: training neither changes them nor trains them later, or says so."""
+"""What training may not change of a model: it is neither lost nor undone, or something is said."""
 
 import copy
 from collections.abc import Callable
@@ -85,6 +85,60 @@ def test_a_frozen_parameter_that_training_changes_or_unfreezes_is_named_whenever
         db.train(problems.job(model=following(how, after), run=tmp_path / "run"), view=False)
     assert said in str(caught.value)
     assert hint in str(caught.value).partition("hint: ")[2]
+
+
+def clip(copy: nn.Module, layer: Any) -> None:
+    with torch.no_grad():
+        layer.weight.clamp_(-0.1, 0.1)
+
+
+def begin(copy: Any, layer: nn.Module) -> None:
+    copy.shift = nn.Parameter(torch.zeros(problems.CLASSES))
+
+
+def begin_anew(copy: nn.Module, layer: Any) -> None:
+    layer.weight = nn.Parameter(torch.ones_like(layer.weight))
+
+
+def measure(copy: nn.Module, layer: nn.Module) -> None:
+    copy.register_buffer("mean", torch.zeros(problems.FEATURES))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (clip, "computing the loss changes parameter layer.weight itself"),
+        (begin, "parameter copy.shift was not there when the job began"),
+        (begin_anew, "parameter layer.weight is another one than when the job began"),
+        (measure, "buffer copy.mean was not there when the job began"),
+    ],
+)
+@pytest.mark.parametrize(("after", "error"), [(0, db.ConfigurationError), (30, db.UserCodeError)])
+def test_what_training_writes_past_the_shards_or_adds_to_the_model_is_named_whenever_that_happens(
+    how: Any, said: str, after: int, error: type[Exception], tmp_path: Path
+) -> None:
+    with pytest.raises(error) as caught:
+        db.train(problems.job(model=following(how, after), run=tmp_path / "run"), view=False)
+    assert said in str(caught.value)
+
+
+def stepping() -> nn.Module:
+    """Its gradients are stepped with as soon as they are there, and dropped, to save memory."""
+    model = problems.classifier()
+    for parameter in model.parameters():
+        optimizer = torch.optim.SGD([parameter], 0.1)
+        parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: step_once(optimizer))
+    return model
+
+
+def step_once(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_hook_that_takes_the_step_itself_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(db.UserCodeError, match="leave the optimizer's steps to the job"):
+        db.train(problems.job(model=stepping, run=tmp_path / "run"), view=False)
 
 
 def test_sandblaster_names_it_too(tmp_path: Path) -> None:

@@ -405,6 +405,25 @@ def test_buffers_that_the_forward_pass_assigns_anew_are_those_of_the_plain_loop(
     torch.testing.assert_close(trained, expected, rtol=1e-5, atol=1e-6)
 
 
+def drop(parameter: Any) -> None:
+    parameter.grad = None
+
+
+def dropping() -> nn.Module:
+    model: Any = problems.classifier()
+    model[0].weight.register_post_accumulate_grad_hook(drop)
+    return model
+
+
+def test_a_gradient_that_a_hook_drops_is_none(tmp_path: Path) -> None:
+    cluster = db.Cluster(replicas=1, shards=2, engine="simulated")
+    downpour = db.Downpour(update_rule=db.adagrad(0.1), fetch="awaited")
+    job = problems.job(model=dropping, cluster=cluster, algorithm=downpour, run=tmp_path / "run")
+    model = problems.fresh_model(job)
+    optimizer = torch.optim.Adagrad(model.parameters(), 0.1, fused=True)
+    assert problems.same_parameters(db.train(job, view=False).model, problems.plain_loop(job, optimizer, model))
+
+
 class Growing(nn.Module):
     """Keeps all outputs in a buffer."""
 
