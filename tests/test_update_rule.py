@@ -101,6 +101,21 @@ class Signed(optim.Optimizer):
                     parameter.sub_(state["m"].sign() * group["lr"] / state["n"])
 
 
+class Counting(optim.Optimizer):
+    """A user's own that counts its steps in its parameter groups, and weighs the next one with what it counted."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "taken": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["taken"] += 1
+            group["weight"] = 0.5 * group.get("weight", 1.0) + group["lr"]
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=group["weight"] / group["taken"])
+
+
 class Halved(optim.Adam):
     """A user's own on top of one of torch's."""
 
@@ -137,6 +152,7 @@ RULES = {
     "asgd": (rules.optimizer(optim.ASGD), optim.ASGD),
     "rprop": (rules.optimizer(optim.Rprop), optim.Rprop),
     "a user's own Adam": (rules.optimizer(Halved, lr=0.05), partial(Halved, lr=0.05)),
+    "a user's own that counts": (rules.optimizer(Counting, lr=0.05), partial(Counting, lr=0.05)),
     "a user's own": (rules.optimizer(Signed, lr=0.05), partial(Signed, lr=0.05)),
 }
 
@@ -272,15 +288,16 @@ def test_the_state_has_torch_names_and_numbers_that_differ_between_groups_surviv
     assert set(vectors) == {"exp_avg", "exp_avg_sq"}
     assert scalars == {"step": 1.0}
     groups: list[tuple[int, Options]] = [(90, (("lr", 0.5),)), (200, ())]
-    rule, start, pushed = rules.optimizer(optim.ASGD, lr=0.1, lambd=0.1), numbers(200, 4), gradients(200, 6)
-    first, second = Shards(rule, start, 1, groups), Shards(rule, start, 3, groups)
-    for gradient in pushed[:3]:
-        first.push(gradient)
-    second.restore(first)
-    for gradient in pushed[3:]:
-        first.push(gradient)
-        second.push(gradient)
-    assert torch.equal(first.values, second.values)
+    for rule in (rules.optimizer(optim.ASGD, lr=0.1, lambd=0.1), rules.optimizer(Counting, lr=0.1)):
+        start, pushed = numbers(200, 4), gradients(200, 6)
+        first, second = Shards(rule, start, 1, groups), Shards(rule, start, 3, groups)
+        for gradient in pushed[:3]:
+            first.push(gradient)
+        second.restore(first)
+        for gradient in pushed[3:]:
+            first.push(gradient)
+            second.push(gradient)
+        assert torch.equal(first.values, second.values)
 
 
 def test_the_state_of_another_rule_is_refused() -> None:

@@ -86,6 +86,19 @@ class KeepsNorms(Descent):
                 self.state[parameter]["ends"] = parameter.detach().view(-1)[[0, -1, 0]].clone()
 
 
+class KeepsToItself(Descent):
+    """Counts its steps in an attribute, and in a state that is of no parameter."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.taken = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        self.taken += 1
+        self.state[cast(Any, "all")] = {"taken": self.taken}
+
+
 def test_schedules_pass_through_their_corners_and_travel_by_pickle() -> None:
     rise_and_fall = rules.warmup(100, start=0.5, then=rules.cosine_decay(400, end=0.1))
     assert rise_and_fall(0) == pytest.approx(0.5)
@@ -115,6 +128,7 @@ def test_schedules_pass_through_their_corners_and_travel_by_pickle() -> None:
         (rules.optimizer(CentresRows), "for a matrix"),
         (rules.optimizer(NeedsClosure), "closure"),
         (rules.optimizer(KeepsNorms), "keeps ends"),
+        (rules.optimizer(KeepsToItself), "keeps all, taken where no checkpoint would hold it"),
         (rules.optimizer(ScheduleFree), r"wants more than step\(\)"),
         (rules.optimizer(optim.Adam, lr=torch.tensor(0.1)), "rate of Adam is a tensor"),
         (rules.sgd(cast(Any, torch.tensor(0.1))), "rate of sgd is a tensor\nhint: give a float"),

@@ -35,6 +35,8 @@ _FUSED = (torch.optim.Adagrad, torch.optim.SGD, torch.optim.Adam, torch.optim.Ad
 _FUSED_DTYPES = (torch.float32, torch.float64)
 """Not the 16-bit ones: the fused SGD of torch 2.13 takes wrong steps in them on a CPU."""
 
+_GROUP = "group."
+"""Before the name of a number that an optimizer counts in its parameter groups."""
 _IMPLEMENTATION = ("fused", "foreach", "differentiable", "capturable")
 _AT_BIRTH = ("initial_accumulator_value",)
 """Options that torch reads from the constructor's arguments only, so that they cannot differ between groups."""
@@ -164,6 +166,11 @@ class TorchRule:
                 f"{self.name} cannot run in parameter server shards: it {reason}, but a shard holds any cut of them",
                 hint="use an optimizer that treats each parameter by itself and draws no random numbers",
             )
+        if done.elsewhere:
+            raise ConfigurationError(
+                f"{self.name} keeps {', '.join(done.elsewhere)} where no checkpoint would hold it",
+                hint="let it keep what its steps change in self.state[parameter], or as numbers in self.param_groups",
+            )
         return done
 
 
@@ -174,6 +181,8 @@ class BoundTorchRule:
     def __init__(self, rule: TorchRule, parameters: Tensor, segments: Sequence[Segment], span: Span) -> None:
         self._rule, self._length = rule, len(parameters)
         self._parts: list[_Part] = []
+        self._names = [_name_of(segment) for segment in segments]
+        """Of the parameter groups."""
         groups: list[dict[str, Any]] = []
         self._kept = trial.run(lambda some: rule.make(some, parameters.dtype, {}), dtype=parameters.dtype)
         for segment in segments:
@@ -182,6 +191,11 @@ class BoundTorchRule:
             self._parts += parts
         self._optimizer = rule.make(groups, parameters.dtype, {})
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        counted = self._kept.counted
+        self._born = [
+            {name: group[name] for name in counted if name in group} for group in self._optimizer.param_groups
+        ]
+        """What of each parameter group its steps change, as it is before the first."""
         self._factor = 1.0
         self._homes: dict[str, Tensor] = {}
         self._keeps_state_from_birth = bool(self._optimizer.state)
@@ -225,14 +239,23 @@ class BoundTorchRule:
         return dict(self._homes)
 
     def scalars(self) -> dict[str, float]:
-        """The optimizer's numbers under torch's names; those of a group get its options added where groups differ."""
+        """The optimizer's numbers under torch's names; those of a group get its options added where groups differ.
+
+        Those that it counts in its parameter groups are "group.NAME", once they have changed.
+        """
         result: dict[str, float] = {}
-        for name in self._kept.numbers():
-            values = {
-                part.group: float(self._optimizer.state[part.parameter][name])
-                for part in self._parts
-                if name in self._optimizer.state.get(part.parameter, {})
+        states = [(part.group, self._optimizer.state.get(part.parameter, {})) for part in self._parts]
+        found = {
+            name: {group: float(state[name]) for group, state in states if name in state}
+            for name in self._kept.numbers()
+        }
+        for name in self._kept.counted:
+            found[_GROUP + name] = {
+                own: float(group[name])
+                for own, group, born in zip(self._names, self._optimizer.param_groups, self._born, strict=True)
+                if name in group and group[name] != born.get(name)
             }
+        for name, values in found.items():
             if values:
                 result[name] = next(iter(values.values()))
             if len(set(values.values())) > 1:
@@ -249,6 +272,13 @@ class BoundTorchRule:
                 f"but {self._rule!r} keeps {sorted([*expected, *numbers])}\n"
                 "hint: resume with the rule of the checkpoint"
             )
+        for own, group, born in zip(self._names, self._optimizer.param_groups, self._born, strict=True):
+            for name, example in self._kept.counted.items():
+                group.pop(name, None)
+                if (saved := scalars.get(_GROUP + name + own, scalars.get(_GROUP + name))) is not None:
+                    group[name] = _like(example, saved)
+                elif name in born:
+                    group[name] = born[name]
         self._homes = {name: vector.to(expected[name], copy=True) for name, vector in vectors.items()}
         for part in self._parts:
             self._optimizer.state.pop(part.parameter, None)  # not emptied: some ask `parameter in self.state`
@@ -258,8 +288,12 @@ class BoundTorchRule:
             for name, home in self._homes.items():
                 state[name] = part.own(home)
             for name, example in numbers.items():
-                value = scalars.get(name + part.group, scalars[name])
-                state[name] = torch.full_like(example, value) if isinstance(example, Tensor) else type(example)(value)
+                state[name] = _like(example, scalars.get(name + part.group, scalars[name]))
+
+
+def _like(example: Any, value: float) -> Any:
+    """The number in the kind of another one."""
+    return torch.full_like(example, value) if isinstance(example, Tensor) else type(example)(value)
 
 
 @final
@@ -297,11 +331,15 @@ class _Part:
             self._values.copy_(self._copy)
 
 
+def _name_of(segment: Segment) -> str:
+    return f"[{', '.join(f'{name}={value}' for name, value in segment.options)}]" if segment.options else ""
+
+
 def _cut(parameters: Tensor, segment: Segment, span: Span, *, copies_gradient: bool) -> list[_Part]:
     where = segment.span.within(span)
     rest = len(segment.span) % _BLOCK
     middle = where.start if rest and len(segment.span) <= _SHORT else where.stop - rest
-    group = f"[{', '.join(f'{name}={value}' for name, value in segment.options)}]" if segment.options else ""
+    group = _name_of(segment)
     cuts = [(slice(where.start, middle), False), (slice(middle, where.stop), True)]
     return [
         _Part(parameters, part, group, padded=padded, copies_gradient=copies_gradient)

@@ -5,7 +5,7 @@ A shard holds an arbitrary cut of the flat parameter vector, so an update rule m
 cutting the vector, or shaping it as a matrix, must not change what an optimizer does. This is tried, not believed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,10 @@ class Trial:
     """What it keeps for the parameter afterwards, without the entries that are None."""
     writes_gradient: bool
     """Whether it changed the gradients it was given."""
+    counted: dict[str, Any]
+    """The numbers of its parameter groups that its steps have changed, afterwards."""
+    elsewhere: list[str]
+    """What else its steps have changed: no checkpoint would hold it."""
 
     def vectors(self) -> dict[str, torch.dtype]:
         """Names and dtypes of the state that has one value per parameter."""
@@ -47,11 +51,7 @@ class Trial:
 
     def numbers(self) -> dict[str, Any]:
         """The state that is one number, as a zero-dimensional tensor or a Python number."""
-        return {
-            name: value
-            for name, value in self.state.items()
-            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
-        }
+        return {name: value for name, value in self.state.items() if _is_number(value)}
 
     def other_state(self) -> list[str]:
         """Names of state that is neither."""
@@ -68,7 +68,8 @@ def run(
     index = torch.arange(first, last, dtype=torch.float64)
     parameter = nn.Parameter(torch.cos(1.7 * index).to(dtype).view(shape))
     optimizer = make([parameter])
-    written = False
+    (group,), written = optimizer.param_groups, False
+    in_group, in_itself = _values(group), _values(vars(optimizer))
     for step, scale in enumerate((1.0, 100.0, 0.01, 1.0)):
         gradient = (scale * torch.sin(1.0 + index * (step + 1.3))).to(dtype).view(shape)
         parameter.grad = gradient.clone()
@@ -76,7 +77,35 @@ def run(
         optimizer.step()
         written = written or not torch.equal(given, gradient)
     state = {name: value for name, value in optimizer.state[parameter].items() if value is not None}
-    return Trial(parameter.detach().reshape(-1), state, written)
+    of_group, of_itself = _changed(in_group, group), _changed(in_itself, vars(optimizer))
+    counted = {name: value for name, value in of_group.items() if _is_number(value)}
+    others = [str(key) for key in optimizer.state if key is not parameter]
+    elsewhere = [*others, *of_itself, *(of_group.keys() - counted)]
+    return Trial(parameter.detach().reshape(-1), state, written, counted, elsewhere)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _values(known: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers and tensors among these, as they are now; torch's optimizers note in flags what they have checked."""
+    kept = {name: value for name, value in known.items() if isinstance(value, int | float | Tensor)}
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in kept.items()
+        if not isinstance(value, bool)
+    }
+
+
+def _changed(before: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers and tensors among these that are others than before."""
+    now = _values(known)
+    return {name: value for name, value in now.items() if name not in before or not _equal(before[name], value)}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
 def whole_tensor_reason(make: Make) -> str | None:
