@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from distbelief.errors import ConfigurationError
 from distbelief.partition.balance import Measure, measure
-from distbelief.partition.trace import check_hooks
+from distbelief.partition.trace import MODES_HINT, check_hooks, check_modes
 from distbelief.partition.tracer import UNCUT, Tracer, check_alike, check_changes, graph_of
 
 _PREFIX = f"{UNCUT}."
@@ -134,6 +134,7 @@ def follow(model: nn.Module, sample: Tensor, opened: Collection[str] = ()) -> Fo
     called, tracer = Called(model), _Tracer(opened)
     leaves = [name_of(name) for name, each in called.named_modules() if name and tracer.is_leaf_module(each, name)]
     check_hooks(model, leaves, "put what they do into forward, or use partitions=1", called=True)
+    check_modes(model, leaves, MODES_HINT)
     training, evaluating = (_trace(called.train(mode), opened) for mode in (True, False))
     check_alike(training, evaluating, type(model).__name__, "put what differs into a module of its own")
     measures = measure(fx.GraphModule(called.train(), training), sample)

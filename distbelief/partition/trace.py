@@ -21,6 +21,7 @@ from distbelief.partition.tracer import Followed, Tracer, call_name, check_alike
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 STAGES_HINT = "register a rule for the layer with register_rule, or cut the model by layers with Plan.stages"
 """The two ways out where a model cannot be cut by units."""
+MODES_HINT = "let a class of its own, derived from the layer's, have the method; or use partitions=1"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,22 @@ def check_hooks(model: nn.Module, leaves: Collection[str], hint: str, *, called:
             )
 
 
+def check_modes(model: nn.Module, leaves: Collection[str], hint: str) -> None:
+    """Raise ConfigurationError where a `train` of the model's own leaves a leaf in another mode than parts would."""
+    outer = [leaf for leaf in leaves if not any(leaf.startswith(f"{each}.") for each in leaves)]
+    for mode in (False, True):
+        given = {name: module.training for name, module in model.train(mode).named_modules()}
+        for leaf in outer:
+            model.get_submodule(leaf).train(mode)
+        for name, module in model.named_modules():
+            if module.training != given[name]:
+                raise ConfigurationError(
+                    f"train({mode}) leaves module {name} in {'training' if given[name] else 'evaluation'}, by a method "
+                    "of a module around it, which its parts would not call",
+                    hint=hint,
+                )
+
+
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model on the meta device; nothing of its parameters is copied."""
     known = {id(tensor): _hollow(tensor) for tensor in (*model.parameters(), *model.buffers())}
@@ -96,6 +113,7 @@ def trace(model: nn.Module, sample: torch.Tensor, is_leaf: Callable[[nn.Module],
     hint = "put what they do into a module of its own, or cut the model by layers with Plan.stages"
     leaves = [name for name, each in model.named_modules() if name and _Tracer(is_leaf).is_leaf_module(each, name)]
     check_hooks(model, leaves, hint, called=False)
+    check_modes(model, leaves, MODES_HINT)
     training, evaluating = (_symbolic(model.train(mode), is_leaf) for mode in (True, False))
     if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in training.nodes):
         raise ConfigurationError(

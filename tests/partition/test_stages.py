@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,35 @@ def test_hooks_of_modules_that_are_looked_into_are_refused_and_those_of_steps_ar
             planned(hooked(name), 2, [4])
         assert "partitions=1" in caught.value.hint
     assert planned(hooked("0"), 2, [4]).partitions == 2
+
+
+class Halting(nn.Sequential):
+    """Its statistics are those that it was given, as when a model that was trained before is trained on."""
+
+    def train(self, mode: bool = True) -> "Halting":
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+class Closed(Halting):
+    """The same as a step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_a_mode_that_a_module_around_gives_a_step_is_refused_and_that_within_a_step_is_kept() -> None:
+    def build(kind: type[Halting]) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(kind(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 4))
+
+    with pytest.raises(ConfigurationError, match=r"train\(True\) leaves module 0\.1 in evaluation") as caught:
+        planned(build(Halting), 2, [4])
+    assert "partitions=1" in caught.value.hint
+    x = torch.randn(8, 4)
+    kept = partial(build, Closed)
+    torch.testing.assert_close(in_turn(planned(kept(), 2, [4]), kept)(x), kept().train()(x))
 
 
 @pytest.mark.parametrize("name", ["", "0", "1", "1.1"])

@@ -353,6 +353,19 @@ def hooked_whole() -> nn.Module:
     return model
 
 
+class Halting(nn.Sequential):
+    """Its statistics are those that it was given, as when a model that was trained before is trained on."""
+
+    def train(self, mode: bool = True) -> "Halting":
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+def halting() -> nn.Module:
+    return Halting(nn.Linear(4, 16), nn.BatchNorm1d(16))
+
+
 class Offset(nn.Module):
     """Looks up a number of a buffer."""
 
@@ -440,6 +453,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Tensor, int, dict[str, Cut], s
         hooked_back, ROWS, 2, {}, "module 0 has backward hooks", "a module of its own, .* Plan.stages",
     ),
     "hooked as a whole": (hooked_whole, ROWS, 2, {}, "the model itself has forward pre hooks", "a module of its own"),
+    "a mode of its own": (
+        halting, ROWS, 2, {}, r"train\(True\) leaves module 1 in evaluation", "derived from the layer's",
+    ),
     "a tensor made of a buffer": (
         Offset, ROWS, 2, {}, "the forward pass of Offset computes with a tensor of its own, or one made of a buffer",
         "register it as a buffer, .* Plan.stages",
