@@ -287,6 +287,14 @@ def check_state(model: nn.Module) -> None:
                 hint="keep it in buffers, or let get_extra_state return a tensor",
             )
     trained = [(name, *_memory(parameter)) for name, parameter in trainable(model)]
+    for path, module in model.named_modules():
+        for attribute, value in _plain(module).items():
+            if shared := [name for name, *memory in trained if _overlap(_memory(value), memory)]:
+                raise ConfigurationError(
+                    f"{f'{path}.{attribute}'.lstrip('.')} is a view of parameter {shared[0]}, and would go on showing "
+                    "its first values, as replicas put those that they fetch elsewhere",
+                    hint="make the view in forward, or assign the same nn.Parameter object to both modules",
+                )
     for name, buffer in model.named_buffers():
         problem, hint = "", "keep it in an attribute that is no buffer, and build it in forward or in the constructor"
         if isinstance(buffer, nn.parameter.UninitializedBuffer):
@@ -302,6 +310,16 @@ def check_state(model: nn.Module) -> None:
         if problem:
             raise ConfigurationError(f"buffer {name} {problem}", hint=hint)
     _check_entries(model)
+
+
+def _plain(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors that are mere attributes, but what torch.nn.utils.spectral_norm makes anew before each forward pass."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and not isinstance(value, nn.Parameter)
+        if f"{name}_orig" not in module._parameters
+    }
 
 
 def changed_pieces(

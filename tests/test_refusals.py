@@ -119,6 +119,17 @@ def large_integers(layer: nn.Linear) -> Tensor:
     return torch.tensor([3, (1 << 53) + 1])
 
 
+def holding_a_view() -> nn.Module:
+    """As where a decoder is tied to the encoder by hand."""
+    model = nn.Sequential(nn.Linear(FEATURES, CLASSES))
+    vars(model[0])["decoder"] = model[0].weight.t()
+    return model
+
+
+def normalised_anew() -> nn.Module:
+    return nn.Sequential(nn.utils.spectral_norm(nn.Linear(FEATURES, CLASSES)))
+
+
 def lazy() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, CLASSES), nn.LazyBatchNorm1d(affine=False))
 
@@ -144,6 +155,7 @@ class Looked(nn.Module):
     ("model", "said"),
     [
         (functools.partial(with_buffer, the_weight), "buffer extra is a view of parameter layer.weight"),
+        (holding_a_view, "0.decoder is a view of parameter 0.weight, and would go on showing its first values"),
         (functools.partial(with_buffer, sparse), "buffer extra is sparse (torch.sparse_coo)"),
         (functools.partial(with_buffer, large_integers), "buffer extra holds integers above 9,007,199,254,740,992"),
         (lazy, "buffer 1.running_mean is lazy"),
@@ -160,6 +172,10 @@ class Looked(nn.Module):
 )
 def test_models_whose_parts_would_be_lost_are_refused_by_name(model: Any, said: str, tmp_path: Path) -> None:
     assert said in refused(tmp_path, model=model)
+
+
+def test_a_view_that_is_made_anew_before_each_forward_pass_is_not_refused() -> None:
+    attempt(prepare(problems.job(model=normalised_anew))[0])
 
 
 # losses and groups
