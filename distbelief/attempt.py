@@ -2,6 +2,8 @@
 """A job tried on one mini-batch before anything starts, so that what cannot work is said at once."""
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -69,7 +71,7 @@ def _attempt_gradient(objective: Objective, module: nn.Module, sample: Any) -> N
     """Compute a loss as replicas do, up to the backward pass. Raises ConfigurationError, and what user code raises."""
     before = {name: (each, each._version, bit_sum(each)) for name, each in trainable(module)}
     buffers, frozen = whole(module).buffers, Frozen(module)
-    with _no_backward(module):
+    with _no_backward(module), _nothing_followed(objective.step or objective.loss, module):
         loss = objective(module, sample)
     if not loss.requires_grad:
         raise ConfigurationError(
@@ -126,6 +128,41 @@ def _no_backward(module: nn.Module) -> Iterator[None]:
         )
 
 
+@contextlib.contextmanager
+def _nothing_followed(function: Any, model: nn.Module | None) -> Iterator[None]:
+    """Raise ConfigurationError where a module that the function holds, and the model does not, is changed meanwhile."""
+    own = set() if model is None else set(model.modules())
+    held = [each for each in _held(function) if isinstance(each, nn.Module) and each not in own]
+    before = [_bits(each) for each in held]
+    yield
+    for each, known in zip(held, before, strict=True):
+        if different := [name for name, bits in _bits(each).items() if known.get(name) != bits]:
+            raise ConfigurationError(
+                f"computing the loss changes {different[0]} of a {type(each).__name__} that the model has not, and "
+                "nobody would keep it: tests, resumed jobs and what replaces a dead replica have its first values",
+                hint="let the model hold it, as buffers (register_buffer), and give step=(model, batch) -> loss; or "
+                "call .eval() on it, if it is not to change",
+            )
+
+
+def _held(function: Any) -> Iterator[Any]:
+    """What a function computes with beside its arguments."""
+    yield function
+    if isinstance(function, functools.partial):
+        yield from (*_held(function.func), *function.args, *function.keywords.values())
+    elif inspect.ismethod(function):
+        yield from (function.__self__, *_held(function.__func__))
+    elif inspect.isfunction(function):
+        found = inspect.getclosurevars(function)
+        yield from (*found.nonlocals.values(), *found.globals.values())
+    elif not isinstance(function, nn.Module):
+        yield from getattr(function, "__dict__", {}).values()
+
+
+def _bits(module: nn.Module) -> dict[str, int]:
+    return {name: bit_sum(each) for name, each in (*module.named_parameters(), *module.named_buffers())}
+
+
 def _attempt_loss(job: Job, cut: CutModel, data: Any, x: torch.Tensor, target: Any) -> None:
     """Try the loss of a partitioned model, which no process may hold whole, on an output that is invented."""
     assert job.loss is not None
@@ -133,7 +170,10 @@ def _attempt_loss(job: Job, cut: CutModel, data: Any, x: torch.Tensor, target: A
     if output.is_floating_point():
         output.uniform_(0.25, 0.75, generator=torch.Generator().manual_seed(job.seed))
     try:
-        value = job.loss(output, target)
+        with _nothing_followed(job.loss, None):
+            value = job.loss(output, target)
+    except ConfigurationError:
+        raise
     except Exception:
         return  # what was invented may be to blame: the first mini-batch will tell
     _check_trained(scalar(value), None)

@@ -91,7 +91,7 @@ def _place(parameter: nn.Parameter) -> tuple[int, int]:
     return parameter.data_ptr(), parameter._version
 
 
-def bit_sum(parameter: nn.Parameter) -> int:
+def bit_sum(parameter: torch.Tensor) -> int:
     """The sum of the values' bits taken as whole numbers, exact also for NaN; 0 where they cannot be read."""
     if not _is_plain(parameter):
         return 0
@@ -102,6 +102,6 @@ def bit_sum(parameter: nn.Parameter) -> int:
     return sum(int(whole[start : start + _CHUNK].sum()) for start in range(0, len(whole), _CHUNK))
 
 
-def _is_plain(parameter: nn.Parameter) -> bool:
+def _is_plain(parameter: torch.Tensor) -> bool:
     """Whether it is numbers in memory, and not a quantised tensor or the like."""
     return parameter.layout is torch.strided and not parameter.is_meta and not is_traceable_wrapper_subclass(parameter)

@@ -341,6 +341,69 @@ def test_a_function_that_computes_with_parameters_of_its_own_is_refused_unless_t
     attempt(frozen)
 
 
+class Centring(nn.Module):
+    """A loss that follows the outputs, as those of self-distillation do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(CLASSES))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.centre = 0.9 * self.centre + 0.1 * output.mean(0)  # type: ignore[has-type]
+        return nn.functional.cross_entropy(output - self.centre, target)
+
+
+class Distilling:
+    """A step with a teacher, whose parameters follow the model's, or do not."""
+
+    def __init__(self, share: float) -> None:
+        self.teacher, self.share = problems.classifier().requires_grad_(False), share
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        for one, other in zip(self.teacher.parameters(), model.parameters(), strict=True):
+            one.data.lerp_(other, self.share)
+        output: Tensor = model(batch[0])
+        return (output - self.teacher(batch[0])).square().mean()
+
+
+centring = Centring()
+
+
+def centred(output: Tensor, target: Tensor) -> Tensor:
+    loss: Tensor = centring(output, target)
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("fields", "partitions"),
+    [
+        ({"loss": Centring()}, 1),
+        ({"loss": Centring()}, 2),
+        ({"loss": centred}, 1),
+        ({"loss": functools.partial(weighed, Centring())}, 1),
+        ({"loss": Centring().forward}, 1),
+        ({"loss": None, "step": Distilling(0.5), "metrics": {}}, 1),
+    ],
+)
+def test_what_follows_the_training_outside_of_the_model_is_refused(
+    fields: dict[str, Any], partitions: int, tmp_path: Path
+) -> None:
+    cluster = db.Cluster(replicas=1, partitions=partitions, engine="local" if partitions > 1 else "simulated")
+    said = refused(tmp_path, cluster=cluster, **fields)
+    assert re.search(
+        "computing the loss changes (centre|0.weight) of a (Centring|Sequential) that the model has not", said
+    )
+
+
+@pytest.mark.parametrize(
+    "fields", [{"loss": Centring().eval()}, {"loss": None, "step": Distilling(0.0), "metrics": {}}]
+)
+def test_what_stands_still_outside_of_the_model_is_not_refused(fields: dict[str, Any]) -> None:
+    attempt(prepare(problems.job(**fields))[0])
+
+
 def draws(examples: int) -> Dataset[Any]:
     return Noisy(*problems.points(examples).tensors)
 
