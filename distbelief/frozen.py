@@ -31,7 +31,8 @@ class Frozen:
     def check(self, *, closely: bool) -> None:
         """Raise ConfigurationError where one has changed, has come, or is not frozen any more.
 
-        Not `closely`, values are read only where torch has noticed a write, which it does not through `.data`.
+        Not `closely`, values are read only where torch has noticed a write, which it does not through `.data`, and
+        buffers are not looked for, which takes twice as long as all else.
         """
         now = dict(self._module.named_parameters())
         for name, parameter in now.items():
@@ -61,7 +62,7 @@ class Frozen:
                 hint="keep what follows the model, such as an average of it or a teacher, in buffers "
                 "(register_buffer), which are carried along, with the mean over replicas",
             )
-        for name in persistent(self._module):
+        for name in persistent(self._module) if closely else ():
             if name not in self._buffers:
                 raise _unknown(f"buffer {name} was not there")
 
