@@ -153,8 +153,9 @@ def _held(function: Any) -> Iterator[Any]:
     elif inspect.ismethod(function):
         yield from (function.__self__, *_held(function.__func__))
     elif inspect.isfunction(function):
-        found = inspect.getclosurevars(function)
-        yield from (*found.nonlocals.values(), *found.globals.values())
+        with contextlib.suppress(ValueError):  # a cell that is empty
+            found = inspect.getclosurevars(function)
+            yield from (*found.nonlocals.values(), *found.globals.values())
     elif not isinstance(function, nn.Module):
         yield from getattr(function, "__dict__", {}).values()
 

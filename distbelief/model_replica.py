@@ -213,11 +213,10 @@ class ModelReplica:
     def adopt(self) -> None:
         """Switch the model to what a fetch has put into the spare buffer."""
         self._current = 1 - self._current
-        if self._device.type == "cpu":
-            self._point()
-        else:
+        if self._device.type != "cpu":
             # Awaited: the next fetch but one writes to this host buffer, however far behind the accelerator is.
             self._working[0].copy_(self._host[self._current])
+        self._point()  # also there, where flatten_parameters of an RNN takes them out of the vector
 
     def _point(self) -> None:
         views = self._parameter_views[self._current if len(self._working) == 2 else 0]

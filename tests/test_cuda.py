@@ -49,6 +49,24 @@ def test_a_replica_on_the_accelerator_takes_the_steps_of_one_on_the_cpu(partitio
     assert on_accelerator.summary.examples.seen == 640
 
 
+class Flattening(nn.Module):
+    """A recurrent network that asks for its weights in one piece, as many do for the sake of DataParallel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.last = nn.LSTM(1, 8, batch_first=True).double(), nn.Linear(8, 3).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.recurrent.flatten_parameters()
+        last: Tensor = self.last(self.recurrent(inputs.unsqueeze(-1))[0][:, -1])
+        return last
+
+
+def test_a_recurrent_network_that_flattens_its_weights_takes_the_steps_of_one_on_the_cpu(tmp_path: Path) -> None:
+    one, other = (trained(tmp_path, device, model=Flattening) for device in ("cpu", "cuda"))
+    assert distance(one.model, other.model) < 1e-7
+
+
 @pytest.mark.parametrize(
     "algorithm",
     [db.Downpour(n_push=3, n_fetch=2, clip_norm=1.0, momentum=0.5), db.Downpour(n_push=2, n_fetch=2, local_rate=0.01)],
