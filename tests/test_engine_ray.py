@@ -495,7 +495,8 @@ def test_without_ray_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 THREADS = """
-import functools, sys, threading, time
+import sys, threading
+from pathlib import Path
 import ray
 import distbelief as db
 from tests import problems
@@ -507,12 +508,14 @@ def job(name, **fields):
 def train(name, **fields):
     said[name] = db.train(job(name, **fields), view=False).summary.reason
     left[name] = ray.is_initialized()
+    go.touch()
 
 said, left = {}, {}
 if __name__ == "__main__":
     ray.init(address="local", num_cpus=1, include_dashboard=False)
     ray.shutdown()
-    long = functools.partial(problems.points, 16000)
+    go = Path(sys.argv[1]) / "go"
+    long = problems.Unhurried(3200, go)
     threads = [threading.Thread(target=train, args=("short",), kwargs={"epochs": 1}),
                threading.Thread(target=train, args=("long",), kwargs={"data": long, "epochs": 4})]
     for thread in threads:
