@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from distbelief.leases import Failures, Lease, Leases, LeaseState, Release, lease_size
+from distbelief.leases import Failures, Lease, Leases, LeaseState, Loss, Release, lease_size
 
 Position = tuple[int, int]
 """(epoch, position in its permutation)."""
@@ -267,6 +267,24 @@ def test_a_returned_lease_is_handed_out_before_new_ones_without_what_was_settled
         Lease(0, 0, 12, 20), Lease(1, 0, 20, 40), Lease(3, 0, 60, 80), Lease(4, 0, 80, 100),
     ]  # fmt: skip
     assert leases.next(1) is None
+
+
+def test_an_epoch_goes_on_until_all_of_it_is_handed_out_and_settled() -> None:
+    leases = Leases(10, 5, 2)
+    told = []
+    for identifier in range(4):
+        leases.next(0)
+        told.append(leases.epoch)
+        leases.settle(0, identifier, 10 if identifier % 2 else 5)
+        told.append(leases.epoch)
+    assert told == [0, 0, 0, 1, 1, 1, 1, 2]
+
+
+def test_what_no_shard_tells_of_is_not_settled_by_a_death() -> None:
+    leases = Leases(10, 5, 1)
+    lease = leases.next(0)
+    assert leases.lose(0, []) == Loss(1, 5, 0)
+    assert (leases.settled_examples, leases.next(1)) == (0, lease)
 
 
 def test_a_resume_for_fewer_epochs_than_are_behind_is_finished_and_for_more_goes_on() -> None:
