@@ -256,6 +256,39 @@ def test_a_fetch_is_one_whole_version_and_stays_as_it_was() -> None:
     assert len({float(values[0]) for values in history.values()}) == 10
 
 
+class LateHome(FakeHome):
+    """What is lent is read when the loan is ended, as of a body on its way to another host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent: list[tuple[Tensor, Tensor]] = []
+
+    def lend(self, out: Tensor, own: Tensor) -> None:
+        self.lent.append((out, own))
+
+    def end_loans(self, own: Tensor) -> None:
+        for out, lent in self.lent:
+            out.copy_(lent)
+        self.lent = []
+
+
+def test_parameters_that_are_on_their_way_arrive_as_they_were_before_the_next_push_or_offer(tmp_path: Path) -> None:
+    home: Any = LateHome()
+    first = ParameterServerShard(home, Span(0, LENGTH), layout(), rules.sgd(1.0))
+    first.initialise(0, START)
+    files = first.snapshot(str(tmp_path / "shard"), (), True, 0).result()
+    fetched = torch.full((LENGTH,), float("nan"))
+    first.fetch(0, 0, fetched)
+    first.push(Stamp(1, 0, 1, 0, 32, ()), gradient(1))
+    assert torch.equal(fetched, START)
+    second = ParameterServerShard(home, Span(0, LENGTH), layout(), rules.sgd(1.0))
+    second.restore(str(tmp_path), files, {}, True, Awaited((0,), 2.0))
+    read = torch.full((LENGTH,), float("nan"))
+    second.read(0, read)
+    second.offer(Offer(0, 0, 1, 32, 1), START - gradient(1))
+    assert torch.equal(read, START)
+
+
 def test_an_incarnation_that_was_fenced_or_replaced_is_refused_and_changes_nothing() -> None:
     servers = Servers(rules.sgd(0.1), 1)
     shard = servers.shards[0]
@@ -512,6 +545,21 @@ def test_what_was_taken_has_its_squares_in_the_sums_of_adagrad(tmp_path: Path) -
         servers.push(0, 41, versions, gradient(40))
     undisturbed, disturbed = ((servers.read()[1] - fetched).abs().mean() for servers in (before, after))
     assert float(disturbed) < 2 * float(undisturbed) < 0.1 / 2
+
+
+def test_the_squares_of_what_was_taken_are_counted_once_and_are_those_of_the_first_push_after_it(
+    tmp_path: Path,
+) -> None:
+    before = Servers(rules.adagrad(0.1), 1)
+    before.push(0, 1, [0], gradient(0))
+    files, after = before.snapshot(tmp_path), Servers(rules.adagrad(0.1), 1, ready=False)
+    after.restore(tmp_path, files, offers=Awaited((0,), 2.0))
+    after.shards[0].offer(Offer(0, 0, 4, 32, 1), START)  # three pushes that the checkpoint does not hold
+    for number in range(1, 4):
+        after.push(0, 4 + number, [3 + number], gradient(number))
+    squares = [gradient(number).square() for number in range(4)]
+    expected = squares[0] + 4 * squares[1] + squares[2] + squares[3]
+    assert torch.allclose(torch.tensor(after.state()["sum"]), expected)
 
 
 def test_the_next_life_knows_that_what_it_restores_may_hold_a_push_without_a_record(tmp_path: Path) -> None:
