@@ -192,6 +192,19 @@ def test_the_accrued_gradient_is_that_of_autograd(model: Callable[[], nn.Module]
     assert torch.equal(flat_parameters(parameters_of(replica.module), replica.layout), replica.initial)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_mini_batch_counts_as_much_as_its_weight_says(model: Callable[[], nn.Module]) -> None:
+    replica = Replica(model)
+    for weights in ((3.0, 1.0, 0.5), (1.0, 4.0, 2.0)):
+        given = batches(len(weights), replica.layout.dtype, seed=int(weights[0]))
+        for batch, weight in zip(given, weights, strict=True):
+            replica.it.compute(batch, weight)
+        gradient = replica.it.take_gradient(mean=False, clip_norm=None)
+        assert gradient is not None
+        parts = [weight * replica.plain_gradient([batch]) for batch, weight in zip(given, weights, strict=True)]
+        torch.testing.assert_close(gradient, torch.stack(parts).sum(0), rtol=1e-5, atol=1e-5)
+
+
 def test_a_parameter_without_a_part_in_the_loss_has_gradient_zero_whatever_the_buffer_held() -> None:
     replica = Replica(SometimesUsed)
     (positive, target), negative = batches(1)[0], batches(1)[0]
