@@ -180,8 +180,11 @@ def test_a_tuple_of_tensors_from_getitems_is_the_batch_itself() -> None:
         def __getitems__(self, indices: list[int]) -> Any:
             return INPUTS[indices], TARGETS[indices]
 
-    for _, _, batch in DataShard(SimulatedEngine(), Tensors(None), BATCH, SEED).mini_batches(Lease(0, 0, 0, EXAMPLES)):
-        assert torch.equal(batch[0][:, 0] / 3 * 10, batch[1].float())
+    shard = DataShard(SimulatedEngine(), Tensors(None), BATCH, SEED)
+    given = [batch for _, _, batch in shard.mini_batches(Lease(0, 0, 0, EXAMPLES))]
+    for inputs, targets in given:
+        assert torch.equal(inputs[:, 0] / 3 * 10, targets.float())
+    assert torch.equal(torch.cat([targets for _, targets in given]), TARGETS[epoch_order(EXAMPLES, SEED, 0)])
 
 
 def test_a_mapping_of_tensors_that_is_asked_for_many_at_once_is_the_batch_itself_of_its_kind() -> None:
