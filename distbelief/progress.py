@@ -72,6 +72,11 @@ class Counters:
         return (section for sections in self._statuses.values() for section in sections)
 
     @property
+    def told(self) -> bool:
+        """Whether any shard has said something of its sections."""
+        return bool(self._statuses)
+
+    @property
     def pushes(self) -> int:
         """Pushes applied by the section that has applied most."""
         return max((section.version for section in self._sections()), default=0)
@@ -110,7 +115,9 @@ class Meter:
     """Counts between two progress events; `now` is in the engine's seconds."""
 
     def __init__(self, now: float, examples: int) -> None:
-        self._since, self._examples, self._pushes = now, examples, 0
+        self._since, self._examples = now, examples
+        self._pushes: int | None = None
+        """None before the shards have told; of a resumed job they have applied many in earlier starts."""
         self._losses = Losses()
 
     def count(self, losses: Losses) -> None:
@@ -121,13 +128,14 @@ class Meter:
         """The event of this moment; counting starts anew."""
         elapsed, examples = now - self._since, leases.settled_examples
         pushes, staleness = counters.pushes, counters.staleness
+        applied = 0 if self._pushes is None else max(0, pushes - self._pushes)  # a shard that died may have had most
         event = Progress(
             epoch=min(leases.epoch, leases.epochs - 1),
             examples=examples,
             total_examples=leases.total_examples,
             loss=self._losses.mean if self._losses.examples else None,
             examples_per_second=(examples - self._examples) / elapsed,
-            pushes_per_second=(pushes - self._pushes) / elapsed,
+            pushes_per_second=applied / elapsed,
             pushes=pushes,
             mini_batches=counters.mini_batches,
             lost_updates=counters.lost_updates,
@@ -135,6 +143,6 @@ class Meter:
             staleness_p95=staleness_quantile(staleness, 0.95),
             replicas_alive=alive,
         )
-        self._since, self._examples, self._pushes = now, examples, pushes
+        self._since, self._examples, self._pushes = now, examples, pushes if counters.told else None
         self._losses = Losses()
         return event
