@@ -47,7 +47,8 @@ class TensorFile:
         assert values.dtype == dtype
         self._file.seek(place + start * dtype.itemsize)
         plain = values.detach().resolve_conj().resolve_neg()
-        self._file.write(plain.reshape(-1).contiguous().view(torch.uint8).numpy().data)
+        rows = plain.reshape(-1).contiguous().unsqueeze(-1)  # a single element may have any stride in one row
+        self._file.write(rows.view(torch.uint8).numpy().data)
 
 
 @contextlib.contextmanager

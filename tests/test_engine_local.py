@@ -192,6 +192,7 @@ def everything() -> dict[str, Any]:
         "strided": torch.arange(10)[::3],
         "expanded": torch.ones(1).expand(4),
         "trained": torch.ones(2, requires_grad=True),
+        "one of a column": torch.arange(4.0)[::2][:1],
         "complex": torch.tensor([1 + 2j]),
         "conjugate": torch.tensor([1 + 2j]).conj(),
         "sparse": torch.eye(3).to_sparse(),

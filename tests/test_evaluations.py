@@ -63,7 +63,8 @@ def test_the_last_one_is_waited_for_twenty_times_as_long_as_the_slowest() -> Non
     for slowest, limit in [(0.0, 600.0), (45.0, 900.0)]:
         evaluations = Evaluations(100, wanted=True)
         if slowest:
-            evaluations.finished(1, None, {}, slowest, 1)
+            for seconds in (1.0, slowest, 2.0):
+                evaluations.finished(1, None, {}, seconds, 1)
         evaluations.begin_last(5)
         assert evaluations.awaited(7.0)
         assert evaluations.awaited(7.0 + limit - 0.1)

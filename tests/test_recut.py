@@ -114,6 +114,20 @@ def test_a_checkpoint_that_is_cut_so_already_is_the_answer(tmp_path: Path) -> No
     assert checkpoint.folders(tmp_path) == [folder]
 
 
+def test_where_the_buffers_alone_lie_otherwise_they_are_cut_anew(tmp_path: Path) -> None:
+    module, where = trained(Vision), lines(Vision, 1)
+    folder, manifest = write_checkpoint(tmp_path, module, where, {"parameters": numbers(module, 0)})
+    own = flat_buffers(dict(module.named_buffers()))
+    module.register_buffer("added", torch.tensor([5.0, 6.0]))
+    buffers, start = checkpoint.lay_out_buffers(module), [*torch.zeros(1, len(own), dtype=torch.float64), own[:2]]
+    folder, manifest = recut(folder, manifest, where.layout, buffers, start)
+    named = {piece.name: piece.span for piece in buffers.pieces}
+    (found,) = checkpoint.read_buffers(folder, manifest)
+    added = named["added"]
+    assert torch.equal(found[added.start : added.stop], torch.cat(start)[added.start : added.stop])
+    assert torch.equal(torch.cat([found[: added.start], found[added.stop :]]), own)
+
+
 def test_no_example_is_lost_or_repeated_by_a_recut(tmp_path: Path) -> None:
     module, where = trained(Attention), lines(Attention, 1)
     folder, manifest = write_checkpoint(tmp_path, module, lines(Attention, 3), {"parameters": numbers(module, 0)})

@@ -141,6 +141,15 @@ def header_bytes(path: Path) -> int:
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
+def test_a_file_of_some_vectors_covers_none_of_the_parameters(tmp_path: Path) -> None:
+    """Else it would stand for one of all vectors that is missing."""
+    files = write(tmp_path, {"parameters": numbers(50), "sum": numbers(50)}, 2)
+    beside = msgspec.structs.replace(files[1], partial=True)
+    with pytest.raises(CheckpointError, match=r"lacks 25 of the 50 parameters 0\.\.50"):
+        shard_file.read_span(tmp_path, [files[0], beside], Span(0, 50))
+    assert len(shard_file.read_span(tmp_path, [*files, beside], Span(0, 50))["sum"]) == 50
+
+
 def test_a_file_cut_off_anywhere_is_refused_with_its_two_sizes(tmp_path: Path) -> None:
     (file,) = write(tmp_path, {"parameters": numbers(50), "sum": numbers(50)}, 1)
     path = tmp_path / file.name
@@ -159,9 +168,16 @@ def test_a_file_cut_off_anywhere_is_refused_with_its_two_sizes(tmp_path: Path) -
     path.write_bytes(whole + b"\0")
     with pytest.raises(CheckpointError, match=f"has {len(whole) + 1} bytes"):
         shard_file.check(tmp_path, file)
+    with pytest.raises(CheckpointError, match=f"cannot be read: it has {len(whole) + 1} bytes"):
+        shard_file.read_state(path)
 
 
-def test_a_single_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read_bytes", [1 << 22, 100])
+def test_a_single_flipped_bit_anywhere_is_noticed(
+    read_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many parts a file is read in."""
+    monkeypatch.setattr(shard_file, "_READ_BYTES", read_bytes)
     (file,) = write(tmp_path, {"parameters": numbers(50)}, 1)
     path = tmp_path / file.name
     whole, header = path.read_bytes(), header_bytes(path)

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of files written part by part: an ordinary safetensors file, whatever it holds and in whatever order."""
 
+import io
 import itertools
+import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,10 +57,46 @@ def test_every_dtype_of_the_format_and_every_shape_is_read_back_bit_for_bit(tmp_
         }
 
 
+def test_each_tensor_begins_at_a_multiple_of_its_elements_size_so_that_a_mapped_file_can_be_used(
+    tmp_path: Path,
+) -> None:
+    for length in range(1, 9):  # of a name, so of the header
+        kinds = {"x" * length: (torch.int8, (3,)), "half": (torch.float16, (1,)), "wide": (torch.float64, (2,))}
+        with tensor_file.create(tmp_path / "file", kinds):
+            pass
+        written = (tmp_path / "file").read_bytes()
+        first = 8 + int.from_bytes(written[:8], "little")
+        header = json.loads(written[8:first])
+        assert [(first + header[name]["data_offsets"][0]) % kinds[name][0].itemsize for name in kinds] == [0, 0, 0]
+
+
+def test_a_file_that_gives_a_few_bytes_at_a_time_is_read_as_a_whole(tmp_path: Path) -> None:
+    class Slow(io.FileIO):
+        def readinto(self, into: Any) -> int:
+            return super().readinto(memoryview(into)[:10]) or 0
+
+    given = torch.randn(50)
+    with tensor_file.create(tmp_path / "file", {"a": (given.dtype, given.shape)}) as file:
+        file.write("a", given)
+    with Slow(tmp_path / "file") as slow:
+        assert torch.equal(tensor_file.TensorReader(slow).read("a", slice(3, 47)), given[3:47])  # type: ignore[arg-type]
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    with tensor_file.create(tmp_path / "file", {"a": (torch.float32, (1 << 16,))}):
+        pass
+    with (tmp_path / "file").open("rb") as file:
+        reader = tensor_file.TensorReader(file)
+        os.truncate(tmp_path / "file", 1 << 17)
+        with pytest.raises(ValueError, match="it ends within a"):
+            reader.read("a", slice(None))
+
+
 def test_what_torch_has_yet_to_conjugate_or_negate_is_written_as_it_is_seen(tmp_path: Path) -> None:
     back = torch.tensor([1 + 2j, 3 - 4j]).conj()
-    given = {"back": back, "below": back.imag}
-    with tensor_file.create(tmp_path / "file", {name: (value.dtype, (2,)) for name, value in given.items()}) as file:
+    given = {"back": back, "below": back.imag, "in a row": back[:1].imag}
+    kinds = {name: (value.dtype, tuple(value.shape)) for name, value in given.items()}
+    with tensor_file.create(tmp_path / "file", kinds) as file:
         for name, value in given.items():
             file.write(name, value)
     found = load_file(tmp_path / "file")

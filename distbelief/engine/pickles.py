@@ -95,7 +95,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         plain = type(value) is torch.Tensor and value.device.type == "cpu" and value.layout is torch.strided
         if not plain or value.requires_grad or value.is_quantized or value.is_conj() or value.is_neg():
             return NotImplemented
-        flat = value.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        rows = value.detach().contiguous().view(-1).unsqueeze(-1)  # a single element may have any stride in one row
+        flat = rows.view(torch.uint8).numpy()
         return _rebuild, (pickle.PickleBuffer(flat), value.dtype, tuple(value.shape))
 
 
