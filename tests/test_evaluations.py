@@ -47,6 +47,15 @@ def test_the_end_is_evaluated_once() -> None:
     assert evaluations.next(80) == (None, True)
 
 
+def test_the_end_is_evaluated_once_more_when_a_shard_has_gone_back_since() -> None:
+    evaluations = Evaluations(100, wanted=True)
+    assert evaluations.next(100) == (100, False)
+    finish(evaluations, 100, 100)
+    evaluations.spoilt()
+    evaluations.begin_last(100)
+    assert evaluations.next(100) == (100, False)
+
+
 def test_the_end_is_evaluated_also_behind_one_that_was_still_under_way() -> None:
     evaluations = Evaluations(100, wanted=True)
     assert evaluations.next(100) == (100, False)
@@ -85,6 +94,7 @@ def test_one_that_was_still_under_way_takes_nothing_from_the_time_of_the_last() 
 
 def test_without_an_evaluator_nothing_is_awaited() -> None:
     evaluations = Evaluations(100, wanted=False)
+    evaluations.begin(0, at_once=True)
     evaluations.begin_last(500)
     assert not evaluations.awaited(0.0)
     assert evaluations.next(0) == (None, True)

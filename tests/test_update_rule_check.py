@@ -108,6 +108,13 @@ def test_schedules_pass_through_their_corners_and_travel_by_pickle() -> None:
     assert pickle.loads(pickle.dumps(rise_and_fall)) == rise_and_fall
 
 
+@pytest.mark.parametrize("schedule", [rules.linear_decay, rules.cosine_decay, rules.warmup])
+def test_a_schedule_over_no_examples_is_refused_when_it_is_made(schedule: Callable[[int], Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"to_examples=0 leaves no examples.*\nhint: use 1 or more"):
+        schedule(0)
+    assert schedule(1)(1) in (0.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
@@ -172,6 +179,10 @@ def named_later(examples: int) -> Any:
     return "slow" if examples > 600 else 1.0
 
 
+def infinite_at_last(examples: int) -> float:
+    return math.inf if examples == 999 else 1.0
+
+
 @pytest.mark.parametrize("rule", [rules.sgd, rules.adaptive_revision])
 @pytest.mark.parametrize("kind", [Decimal, Fraction, torch.tensor])
 def test_a_schedule_may_answer_any_kind_of_number(rule: Any, kind: Callable[[float], Any]) -> None:
@@ -183,6 +194,7 @@ def test_a_schedule_may_answer_any_kind_of_number(rule: Any, kind: Callable[[flo
     [
         (rules.linear_decay(1000, end=-1.0), r"schedule\(510\) of Decay.* is -0\.02.*\nhint: .* the 1,000 examples"),
         (infinite_later, r"schedule\(610\) of .*infinite_later.* is inf"),
+        (infinite_at_last, r"schedule\(999\) of .*infinite_at_last.* is inf"),
         (named_later, r"schedule\(610\) of .*named_later.* failed: ValueError"),
     ],
 )
