@@ -4,9 +4,12 @@
 from collections.abc import Sequence
 
 import pytest
+import torch
 
+from distbelief.downpour import Tally
 from distbelief.leases import Leases
 from distbelief.progress import Counters, Meter
+from distbelief.roster import Refusal, Report
 from distbelief.section import SectionStatus, ShardStatus
 from distbelief.training_loss import Losses
 
@@ -83,3 +86,14 @@ def test_who_was_refused_is_counted_once_an_incarnation_however_often_it_is_told
         counters.update([ShardStatus([], 0, {"wrong token": seen})])
     counters.update([ShardStatus([], incarnation, {"wrong token": 4})])
     assert counters.strangers == {"wrong token": 4 + 3 * incarnation}
+
+
+def test_a_report_holds_what_was_counted_since_the_one_before_and_the_slowest_mini_batch_ever() -> None:
+    tally = Tally(0.0)
+    for loss, examples, seconds in ((2.0, 16, 0.5), (4.0, 8, 0.25)):
+        tally.count(torch.tensor(loss), examples, seconds)
+    tally.settled, tally.refused = [(3, 16)], [Refusal(2, 8, "it is NaN")]
+    losses = Losses(2, 24, 2.0 * 16 + 4.0 * 8, 4.0 * 16 + 16.0 * 8)
+    assert tally.take(5, 1, 2.0) == Report(5, 1, ((3, 16),), losses, 0.5, (Refusal(2, 8, "it is NaN"),))
+    assert (tally.sent, tally.mini_batch_seconds, tally.mini_batches_ever) == (2.0, 0.25, 2)
+    assert tally.take(5, 1, 3.0) == Report(5, 1, (), Losses(0, 0, 0.0, 0.0), 0.5, ())
