@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from distbelief import gradient_place
-from distbelief.buffers import flat_buffers, load_buffers
+from distbelief.buffers import SentBuffers, flat_buffers, load_buffers
 from distbelief.errors import ConfigurationError
 from distbelief.model_replica import (
     ModelReplica,
@@ -455,6 +455,22 @@ def test_counters_of_a_mean_are_rounded_and_statistics_are_not() -> None:
     load_buffers(buffers_of(one), mean)
     assert int(one.num_batches_tracked) == 3  # type: ignore[arg-type]
     torch.testing.assert_close(one.running_var, (1 + other.running_var) / 2)  # type: ignore[operator]
+
+
+def test_the_mean_is_of_the_buffers_of_replicas_at_work_and_outlives_those_who_sent_them() -> None:
+    sent, initial = SentBuffers([torch.tensor([7.0])], 3), torch.tensor([1.0])
+    assert sent.mean(3)[0].tolist() == [7.0], "before anybody has sent"
+    sent.take(0, 0, initial)
+    initial.fill_(100.0)  # the memory that it came in is used again
+    sent.take(1, 0, torch.tensor([3.0]))
+    sent.take(2, 0, torch.tensor([8.0]))
+    assert [sent.mean(at_work)[0].tolist() for at_work in (3, 2, 1)] == [[4.0], [2.0], [1.0]]
+    sent.lose(0, 2)
+    assert sent.mean(2)[0].tolist() == [3.0]
+    sent.lose(1, 2)
+    assert sent.mean(2)[0].tolist() == [3.0], "of who was there last; the idle one has older ones"
+    sent.take(2, 0, torch.tensor([9.0]))
+    assert sent.mean(2)[0].tolist() == [9.0], "of who has sent since, though it is not at work"
 
 
 def test_a_replica_gives_and_takes_its_buffers_while_it_trains() -> None:
