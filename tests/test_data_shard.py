@@ -367,14 +367,15 @@ def test_partitions_draw_the_same_numbers_for_a_mini_batch_whatever_their_models
 
     def epoch(model_draws: int) -> list[torch.Tensor]:
         shard, found = DataShard(beside, Mapped(noisy), BATCH, SEED, draws=3), []
-        for _, _, batch in shard.mini_batches(Lease(0, 0, 0, 24)):
-            found.append(batch)
-            torch.rand(model_draws)
+        for lease in (Lease(0, 0, 0, 24), Lease(1, 1, 0, 24)):
+            for _, _, batch in shard.mini_batches(lease):
+                found.append(batch)
+                torch.rand(model_draws)
         return found
 
     one, other = epoch(0), epoch(7)
     assert all(map(torch.equal, one, other))
-    assert len(torch.cat(one).unique()) == 4 * 24
+    assert len(torch.cat(one)[:, :3].unique()) == 3 * 2 * 24, "of every mini-batch others, also in the next epoch"
 
 
 def test_the_model_draws_on_as_if_the_data_set_of_a_partition_had_drawn_nothing(beside: Home) -> None:
@@ -383,6 +384,26 @@ def test_the_model_draws_on_as_if_the_data_set_of_a_partition_had_drawn_nothing(
     drawn = [torch.rand(2) for _ in shard.mini_batches(Lease(0, 0, 0, 12))]
     torch.manual_seed(SEED)
     assert torch.equal(torch.cat(drawn), torch.rand(6))
+
+
+def test_a_data_set_that_one_thread_may_ask_is_asked_by_that_one_and_it_is_said_once(beside: Home) -> None:
+    asked: list[str] = []
+
+    class Bound(Slow):
+        """As a connection of sqlite3."""
+
+        def __getitems__(self, indices: list[int]) -> list[Any]:
+            asked.append(threading.current_thread().name)
+            if asked[-1] != asked[0]:
+                raise ValueError("made in another thread")
+            return super().__getitems__(indices)
+
+    shard = DataShard(beside, Bound(3 * data_shard.PREFETCH_SECONDS), BATCH, SEED)
+    with pytest.warns(RuntimeWarning, match="made in another thread.*and not in the first") as said:
+        found = torch.cat([batch[1] for _, _, batch in shard.mini_batches(Lease(0, 0, 0, 5 * BATCH))])
+    assert torch.equal(found, TARGETS[epoch_order(EXAMPLES, SEED, 0)[: 5 * BATCH]])
+    assert len(said) == 1
+    assert [name == asked[0] for name in asked] == [True, False, True, True, True, True]
 
 
 @pytest.mark.parametrize("error", [ValueError("broken image"), SystemExit("no more")])
