@@ -230,6 +230,20 @@ def test_what_the_data_set_raises_names_the_example(wrap: Any) -> None:
         collect(wrap(Mapped(broken)), torch.tensor([5, 30, 17]))
 
 
+def test_what_is_followed_by_another_error_names_no_example() -> None:
+    """A connection that broke, and afterwards is closed for all examples."""
+    asked: list[int] = []
+
+    def broken(index: int) -> Any:
+        asked.append(index)
+        raise OSError("the connection broke" if len(asked) == 1 else "it is closed")
+
+    with pytest.raises(OSError, match="the connection broke") as raised:
+        collect(Mapped(broken), torch.arange(3))
+    assert asked == [0, 0]
+    assert not hasattr(raised.value, "__notes__")
+
+
 def test_what_is_raised_once_only_names_no_example() -> None:
     errors = [OSError("timed out")]
 
@@ -299,6 +313,16 @@ def test_an_order_is_a_permutation_that_depends_on_seed_and_epoch_alone() -> Non
     others = [epoch_order(1000, seed, epoch) for seed in (4, 5) for epoch in (7, 8) if (seed, epoch) != (4, 7)]
     assert not any(torch.equal(order, other) for other in others)
     assert torch.initial_seed() == 2
+
+
+def test_the_order_of_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as long as the data."""
+    drawn: list[int] = []
+    monkeypatch.setattr(data_shard, "epoch_order", lambda *given: drawn.append(given[-1]) or epoch_order(*given))
+    shard = DataShard(SimulatedEngine(), TensorDataset(TARGETS), BATCH, SEED)
+    for lease in (Lease(0, 0, 0, 12), Lease(1, 0, 12, 20), Lease(2, 1, 0, 12)):
+        list(shard.mini_batches(lease))
+    assert drawn == [0, 1]
 
 
 def test_a_returned_lease_of_an_earlier_epoch_begins_where_it_was_left() -> None:
