@@ -125,6 +125,57 @@ def test_a_bundle_with_which_replicas_keep_dying_is_to_blame() -> None:
     assert blamed == [None] * (DEATHS - 1) + [Bundle(0, 0, 1)]
 
 
+def test_neither_a_bundle_that_was_finished_since_is_to_blame_nor_one_that_was_not_begun() -> None:
+    portions = Portions(cut_bundles(8, 1, 8), 1)
+    for _ in range(2 * DEATHS):
+        portions.begin(Batches(len(portions.bundles)).batch(0))
+        assert [portions.next(0, 0.0), portions.next(0, 0.0)] == [Bundle(0, 0, 1), Bundle(1, 1, 2)]
+        assert portions.lose(0) is None
+        assert portions.next(0, 1.0) == Bundle(0, 0, 1)
+        portions.finish(0, 0, 0.0, 2.0)
+
+
+def test_what_dies_with_a_copy_is_not_handed_out_again_while_another_has_it() -> None:
+    portions = Portions([Bundle(0, 0, 10)], 2)
+    portions.begin(Batches(len(portions.bundles)).batch(0))
+    assert portions.next(0, 0.0) == portions.next(1, 5.0) == Bundle(0, 0, 10)
+    portions.lose(1)
+    assert portions.next(0, 6.0) is None
+    portions.lose(0)
+    assert portions.next(0, 7.0) == Bundle(0, 0, 10)
+
+
+def test_no_third_has_a_bundle_and_what_is_done_is_not_handed_out_when_the_holder_of_a_copy_dies() -> None:
+    portions = Portions([Bundle(0, 0, 10)], 3)
+    portions.begin(Batches(len(portions.bundles)).batch(0))
+    assert portions.next(0, 0.0) == portions.next(1, 5.0) == Bundle(0, 0, 10)
+    assert portions.next(2, 50.0) is None
+    assert portions.backed_up == 1
+    portions.finish(0, 0, 5.0, 51.0)
+    portions.lose(1)
+    assert [portions.next(replica, 52.0) for replica in range(3)] == [None] * 3
+
+
+def test_who_has_something_to_compute_is_given_no_copy() -> None:
+    portions = Portions(cut_bundles(20, 10, 2), 2)
+    portions.begin(Batches(len(portions.bundles)).batch(0))
+    assert (portions.next(0, 0.0), portions.next(1, 0.0)) == (Bundle(0, 0, 10), Bundle(1, 10, 20))
+    assert portions.next(1, 9.0) is None
+    portions.finish(1, 1, 0.0, 10.0)
+    assert portions.next(1, 30.0) == Bundle(0, 0, 10)
+
+
+def test_a_bundle_takes_as_long_as_from_its_turn_whenever_the_next_one_was_handed_out() -> None:
+    portions = Portions(cut_bundles(30, 10, 3), 1)
+    portions.begin(Batches(len(portions.bundles)).batch(0))
+    portions.next(0, 0.0)
+    portions.next(0, 8.0)
+    portions.finish(0, 0, 0.0, 10.0)
+    assert portions._hands[0].seconds_per_example == 1.0
+    portions.finish(0, 1, 0.0, 40.0)
+    assert portions._hands[0].seconds_per_example == 3.0
+
+
 def test_a_late_copy_changes_nothing() -> None:
     portions = Portions([Bundle(0, 0, 10)], 2)
     portions.begin(Batches(len(portions.bundles)).batch(0))
