@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of checkpoints: complete or not at all, damage is noticed and the one before is taken, disks may be full."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from distbelief import checkpoint, shard_file
 from distbelief.checkpoint import BUFFERS, MANIFEST, LayoutRecord, Manifest
 from distbelief.errors import CheckpointError, ConfigurationError, OtherFormat
 from distbelief.export import export, write_template
+from distbelief.files import copy
 from distbelief.leases import Lease, LeaseState
 from distbelief.parameters import Layout, Piece, Span, cut, lay_out, trainable
 from distbelief.partition.units import OwnedPiece
@@ -89,6 +91,37 @@ def test_a_checkpoint_is_read_back_as_it_was_taken(tmp_path: Path) -> None:
     (buffers,) = checkpoint.read_buffers(folder, manifest)
     assert torch.equal(buffers, BUFFER_VALUES)
     assert list(checkpoint.read_replica_positions(folder, manifest)) == [{4: 10, 5: 24}, {4: 11, 5: 23}]
+
+
+@pytest.mark.parametrize(
+    ("alive", "positions"),
+    [
+        ({0: 0, 2: 1}, [{4: 10, 5: 24}, {4: 11, 5: 23}]),
+        ({0: 0, 2: 2}, [{4: 10, 5: 20}, {4: 11, 5: 20}]),
+        ({0: 0}, [{4: 10, 5: 20}, {4: 11, 5: 20}]),
+        ({0: 5, 1: 5}, [{}, {}]),
+    ],
+)
+def test_of_pushes_only_those_of_replicas_that_were_alive_are_still_to_be_settled(
+    alive: dict[int, int], positions: list[dict[int, int]], tmp_path: Path
+) -> None:
+    """What others had pushed is settled or counted as repeated already, also where fewer replicas go on."""
+    folder = take(tmp_path, 7.0)
+    manifest = checkpoint.read_manifest(folder)
+    assert manifest.leases is not None
+    manifest = msgspec.structs.replace(manifest, leases=msgspec.structs.replace(manifest.leases, alive=alive))
+    assert list(checkpoint.read_replica_positions(folder, manifest)) == positions
+
+
+def test_a_file_keeps_its_name_however_many_checkpoints_share_it(tmp_path: Path) -> None:
+    (file, _), folders = write_shards(tmp_path, 1.0), [tmp_path / f"{number:08d}" for number in range(4)]
+    for folder in folders:
+        folder.mkdir()
+    copy(tmp_path / file.name, folders[0] / file.name)
+    for folder, following in itertools.pairwise(folders):
+        file = checkpoint.share(folder, file, following)
+        assert file.name == "00000000-shard-0.safetensors"
+        shard_file.check(following, file)
 
 
 def test_a_model_without_buffers_has_checkpoints_too(tmp_path: Path) -> None:

@@ -306,6 +306,11 @@ def test_an_incarnation_that_was_fenced_or_replaced_is_refused_and_changes_nothi
     with pytest.raises(Fenced):
         servers.push(7, 9, [3], gradient(5))
     assert servers.push(7, 2, [3], gradient(6), incarnation=1) == [Applied(4, 0)]
+    # What is said late of an older one lets nobody in again.
+    shard.fence(9, 4)
+    shard.fence(9, 2)
+    with pytest.raises(Fenced):
+        servers.push(9, 1, [4], gradient(1), incarnation=3)
     # A newer incarnation fences the older one even where nobody said so.
     servers.push(8, 1, [4], gradient(1), incarnation=4)
     with pytest.raises(Fenced):
