@@ -13,14 +13,24 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
+from distbelief import shard_file
 from distbelief import update_rule as rules
 from distbelief.channel.base import Remote, Signature
 from distbelief.engine.insistent import All, Insistent
-from distbelief.errors import Behind, CheckpointError, DeadlineExceeded, Fenced, NotReady, PeerLost, RemoteError
+from distbelief.errors import (
+    Behind,
+    CheckpointError,
+    DeadlineExceeded,
+    Fenced,
+    NotReady,
+    PeerLost,
+    ProtocolError,
+    RemoteError,
+)
 from distbelief.parameter_server import ParameterServer, ParameterServerShard, shard_name
 from distbelief.parameters import Layout, Piece, Span, cut
 from distbelief.progress import Counters
-from distbelief.section import Applied, Awaited, Offer, Stamp
+from distbelief.section import LEASES_REMEMBERED, Applied, Awaited, Offer, Stamp
 from distbelief.shard_file import ShardFile
 
 LENGTH = 331
@@ -318,6 +328,26 @@ def test_an_incarnation_that_was_fenced_or_replaced_is_refused_and_changes_nothi
     assert servers.push(8, 2, [5], gradient(3), incarnation=4) == [Applied(6, 0)]
 
 
+def test_of_each_replica_the_positions_of_its_latest_leases_are_remembered() -> None:
+    servers = Servers(rules.sgd(0.1), 1)
+    for number in range(1, LEASES_REMEMBERED + 7):
+        servers.push(0, number, [0], gradient(0))
+    assert servers.shards[0].fence(0, 0) == [dict.fromkeys(range(7, LEASES_REMEMBERED + 7), 32)]
+
+
+def test_a_vector_of_another_length_is_refused_and_changes_nothing() -> None:
+    servers = Servers(rules.sgd(0.1), 1)
+    (shard,), short = servers.shards, torch.full((3,), 5.0)
+    for call in (
+        lambda: shard.fetch(0, 0, short), lambda: shard.push(Stamp(0, 0, 1, 0, 32, ()), short),
+        lambda: shard.exchange(Stamp(0, 0, 1, 0, 32, ()), START, short), lambda: shard.offer(Offer(0, 0, 9), short),
+    ):  # fmt: skip
+        with pytest.raises(ProtocolError, match=r"3 numbers for the section 0\.\.331, which has 331"):
+            call()
+    assert servers.read()[0] == [0]
+    assert torch.equal(servers.read()[1], START)
+
+
 def test_a_shard_without_parameters_answers_that_it_is_not_ready(tmp_path: Path) -> None:
     servers = Servers(rules.adagrad(0.1), 1, ready=False)
     shard = servers.shards[0]
@@ -371,6 +401,22 @@ def test_a_restore_on_any_number_of_shards_goes_on_bit_for_bit(
     theirs = train(second, 2, 12, dict(sequences))
     assert [answer[0] for answer in ours] == [answer[0] for answer in theirs]
     assert torch.equal(first.read()[1], second.read()[1])
+
+
+@pytest.mark.parametrize("offers", [None, Awaited((1,), 2.0)])
+def test_a_checkpoint_that_is_given_again_undoes_nothing(offers: Awaited | None, tmp_path: Path) -> None:
+    """Who gave it may not have heard the answer."""
+    before, after = Servers(rules.sgd(0.1), 1), Servers(rules.sgd(0.1), 1, ready=False)
+    before.push(0, 1, [0], gradient(0))
+    files, (shard,) = before.snapshot(tmp_path), after.shards
+    assert shard.restore(str(tmp_path), files, {}, True, offers) == [1]
+    if offers is not None:
+        shard.offer(Offer(1, 0, 1), before.read()[1])
+    after.push(0, 2, [1], gradient(1))
+    versions, values = after.read()
+    assert shard.restore(str(tmp_path), files, {}, True, offers) == [1]
+    assert after.fetch(0)[0] == versions == [2]
+    assert torch.equal(after.read()[1], values)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -565,6 +611,10 @@ def test_the_squares_of_what_was_taken_are_counted_once_and_are_those_of_the_fir
     squares = [gradient(number).square() for number in range(4)]
     expected = squares[0] + 4 * squares[1] + squares[2] + squares[3]
     assert torch.allclose(torch.tensor(after.state()["sum"]), expected)
+    (tmp_path / "again").mkdir()
+    (file,) = after.snapshot(tmp_path / "again")
+    state = shard_file.read_state(tmp_path / "again" / file.name)
+    assert (state.version, state.examples, state.mini_batches) == (7, 7 * 32, 7)
 
 
 def test_the_next_life_knows_that_what_it_restores_may_hold_a_push_without_a_record(tmp_path: Path) -> None:
