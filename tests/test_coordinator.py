@@ -31,8 +31,8 @@ from distbelief.leases import Leases, Release
 from distbelief.parameter_server import ParameterServerShard, shard_name
 from distbelief.parameters import Layout, Piece, Span
 from distbelief.report.files import read_events
-from distbelief.roster import RoleSpec, Settings, replica_name
-from distbelief.section import Stamp
+from distbelief.roster import ReplicaRecord, RoleSpec, Settings, awaited_offers, replica_name, silent_replicas
+from distbelief.section import Awaited, Stamp
 from tests import problems
 
 LENGTH = 70
@@ -127,3 +127,26 @@ def test_what_a_listener_raises_ends_the_job_and_no_role_is_blamed(kind: type, a
     assert isinstance(told[-1], JobFinished)
     assert told[-1].reason == ("all epochs finished" if kind is JobFinished else "failed: EnoughError")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["reason"] == told[-1].reason
+
+
+def test_a_replica_is_silent_after_twenty_of_its_slowest_mini_batches_and_once_for_each_such_time() -> None:
+    quick, slow, new, left = (ReplicaRecord(2, 100.0, seconds) for seconds in (0.1, 3.0, 0.0, 0.1))
+    left.left = True
+    replicas = [quick, slow, new, left]
+
+    def silent(now: float) -> list[tuple[int, int, float]]:
+        return list(silent_replicas(replicas, now, 10.0))
+
+    assert silent(110.0) == []
+    assert silent(110.5) == [(0, 2, 10.0)]
+    assert silent(120.0) == []
+    assert silent(160.5) == [(0, 2, 10.0), (1, 2, 60.0)]
+    quick.heard = slow.heard = 700.0
+    assert silent(700.5) == [(2, 2, 600.0)], "it may be building its model until then"
+
+
+def test_offers_are_awaited_from_those_who_live_for_as_long_as_two_of_their_slowest_mini_batches() -> None:
+    records = [ReplicaRecord(0, 0.0, seconds) for seconds in (0.5, 3.0, 9.0, 20.0)]
+    records[2].alive, records[3].left = False, True
+    assert awaited_offers(records) == Awaited((0, 1), 7.0)
+    assert awaited_offers(records[2:]) == Awaited((), 1.0)

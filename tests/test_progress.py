@@ -97,3 +97,42 @@ def test_a_report_holds_what_was_counted_since_the_one_before_and_the_slowest_mi
     assert tally.take(5, 1, 2.0) == Report(5, 1, ((3, 16),), losses, 0.5, (Refusal(2, 8, "it is NaN"),))
     assert (tally.sent, tally.mini_batch_seconds, tally.mini_batches_ever) == (2.0, 0.25, 2)
     assert tally.take(5, 1, 3.0) == Report(5, 1, (), Losses(0, 0, 0.0, 0.0), 0.5, ())
+
+
+def life(incarnation: int, version: int, lost: int = 0, regained: int = 0) -> ShardStatus:
+    """What a shard of one section says of itself."""
+    return ShardStatus([SectionStatus(True, version, version, lost, {}, regained)], incarnation, {})
+
+
+def test_what_each_death_of_a_shard_has_cost_is_lost_and_what_replicas_gave_back_is_not() -> None:
+    counters = Counters()
+    counters.update([life(0, 100)])
+    counters.restored(0, [60])
+    counters.update([life(1, 60)])
+    assert counters.lost_updates == 40
+    counters.update([life(1, 80, regained=15)])
+    assert counters.lost_updates == 40 - 15
+    counters.restored(0, [60])
+    counters.update([life(2, 60)])
+    assert counters.lost_updates == 40 - 15 + 20
+
+
+def test_a_checkpoint_newer_than_what_was_heard_of_a_shard_makes_up_for_no_loss() -> None:
+    counters = Counters()
+    counters.update([life(0, 50)])
+    counters.restored(0, [60])
+    counters.update([life(1, 70)])
+    counters.restored(0, [60])
+    counters.update([life(2, 60)])
+    assert counters.lost_updates == 10
+
+
+@pytest.mark.parametrize(("kept", "told"), [(5, 5), (5, 0), (3, 5)])
+def test_what_was_lost_before_a_resume_is_counted_once_whoever_tells_it(kept: int, told: int) -> None:
+    """The manifest, and on the same cut the shards' files, which may know more."""
+    counters = Counters()
+    counters.go_on(kept)
+    counters.update([life(3, 100, lost=told)])
+    assert counters.lost_updates == 5
+    counters.update([life(3, 120, lost=told + 2)])
+    assert counters.lost_updates == 7
