@@ -123,3 +123,11 @@ def test_initial_parameters_are_taken_once() -> None:
     it = section()
     it.initialise(torch.ones(LENGTH, dtype=torch.float64))
     assert not read(it).any()
+
+
+def test_who_asks_for_the_trial_of_an_earlier_step_is_answered_and_does_not_wait_for_ever() -> None:
+    it, into = section(), torch.empty(LENGTH, dtype=torch.float64)
+    for version in (1, 2):
+        it.step(version, 0, Step(False, 0.0, None, (), (0.0,)))
+    it.trial(1, 0.0, into)
+    assert not into.any()
