@@ -51,7 +51,7 @@ def test_what_was_pushed_before_a_job_is_resumed_is_in_the_pushes_and_not_in_the
     counters.go_on(0)
     leases = settled([50])
     assert meter.progress(1.0, leases, counters, 1).pushes_per_second == 0.0
-    counters.update([shard(5000, ready=False)])  # it is being given the checkpoint
+    counters.update([shard(0, ready=False)])  # it is being given the checkpoint
     assert meter.progress(2.0, leases, counters, 1).pushes_per_second == 0.0
     counters.update([shard(5000)])
     told = meter.progress(3.0, leases, counters, 1)
