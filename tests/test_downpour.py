@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import distbelief as db
+from distbelief import checkpoint, shard_file
 from distbelief.coordinator import Coordinator
+from distbelief.downpour import AccrueName
 from distbelief.events import Evaluated, LossRose, Observation, Progress, ReplicasReleased
 from distbelief.update_rule.rule import UpdateRule
 from tests import problems
@@ -95,6 +97,27 @@ def test_pushing_every_fourth_mini_batch_applies_the_mean_of_four_gradients(tmp_
     result = trained(job, tmp_path).model
     for one, other in zip(result.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_pushing_the_sum_is_pushing_the_mean_at_a_rate_as_many_times_as_high(tmp_path: Path) -> None:
+    def model(rate: float, accrue: AccrueName) -> nn.Module:
+        algorithm = AWAITED(update_rule=db.sgd(rate), n_push=4, n_fetch=4, accrue=accrue)
+        cluster = db.Cluster(replicas=1, shards=2, engine="simulated")
+        return trained(problems.job(cluster=cluster, algorithm=algorithm), tmp_path).model
+
+    for one, other in zip(model(0.05, "sum").parameters(), model(0.2, "mean").parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_shards_count_the_pushes_mini_batches_and_examples_of_which_they_are(tmp_path: Path) -> None:
+    """Of one replica that awaits its fetches none is stale; schedules go by the examples."""
+    cluster = db.Cluster(replicas=1, shards=2, engine="simulated")
+    run = trained(problems.job(cluster=cluster, algorithm=AWAITED(n_push=4, n_fetch=4)), tmp_path).run
+    folder, manifest = checkpoint.newest(run, lambda path, reason: pytest.fail(reason))
+    for file in manifest.shards:
+        state = shard_file.read_state(folder / file.name)
+        assert (state.version, state.mini_batches, state.examples) == (20, 80, 2 * 640)
+        assert state.staleness == {0: 20}
 
 
 def test_parameter_groups_are_those_of_torch(tmp_path: Path) -> None:
