@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the coordinator, with real shards on the simulated engine and replicas that do what no replica should."""
 
+import dataclasses
 import json
 from contextlib import closing
 from pathlib import Path
@@ -31,8 +32,19 @@ from distbelief.leases import Leases, Release
 from distbelief.parameter_server import ParameterServerShard, shard_name
 from distbelief.parameters import Layout, Piece, Span
 from distbelief.report.files import read_events
-from distbelief.roster import ReplicaRecord, RoleSpec, Settings, awaited_offers, replica_name, silent_replicas
+from distbelief.roster import (
+    Granted,
+    Refusal,
+    ReplicaRecord,
+    Report,
+    RoleSpec,
+    Settings,
+    awaited_offers,
+    replica_name,
+    silent_replicas,
+)
 from distbelief.section import Awaited, Stamp
+from distbelief.training_loss import Losses
 from tests import problems
 
 LENGTH = 70
@@ -150,3 +162,33 @@ def test_offers_are_awaited_from_those_who_live_for_as_long_as_two_of_their_slow
     records[2].alive, records[3].left = False, True
     assert awaited_offers(records) == Awaited((0, 1), 7.0)
     assert awaited_offers(records[2:]) == Awaited((), 1.0)
+
+
+def test_as_many_replicas_are_given_leases_as_are_released_and_who_leaves_gives_his_back(tmp_path: Path) -> None:
+    with closing(SimulatedEngine(0)) as engine:
+        plain = coordinator(engine, tmp_path, [], [])
+        roles = [[RoleSpec(replica_name(index), CutOff, ([],))] for index in range(4)]
+        settings = dataclasses.replace(plain.settings, replicas=roles)
+        buffers = [torch.empty(0, dtype=torch.float64)]
+        manifest, leases = plain.writer._manifest, Leases(100, 10, 1)
+        center = DownpourCoordinator(engine, settings, buffers, manifest, lambda event: None, leases, Release(10, 0))
+        assert center.lease(0, 0, ()) == Granted(None, False), "before there is a checkpoint"
+        center.begun = True
+        given = [[center.lease(replica, 0, ()).lease is not None for replica in range(4)]]
+        for identifier in (0, 1):
+            leases.settle(0, identifier, 100)
+            given.append([center.lease(replica, 0, ()).lease is not None for replica in range(4)])
+        assert given == [[True, False, False, False], [True, True, False, False], [True, True, True, True]]
+        held = {lease.identifier for lease in leases.unsettled()}
+        center.leave(3, 0)
+        returned = leases.next(0)
+        assert returned is not None
+        assert returned.identifier in held, "before new ones"
+
+
+def test_what_replicas_refused_is_in_the_audit_and_in_the_next_checkpoint(tmp_path: Path) -> None:
+    with closing(SimulatedEngine(0)) as engine:
+        center = coordinator(engine, tmp_path, [], [])
+        for examples in (16, 8):
+            center.report(Report(0, 0, (), Losses(), 0.0, (Refusal(3, examples, "it is NaN"),)))
+        assert center.finished("", "", "").refused == center.work()["leases"].refused == 24
