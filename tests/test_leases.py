@@ -288,11 +288,12 @@ def test_what_no_shard_tells_of_is_not_settled_by_a_death() -> None:
 
 
 def test_a_resume_for_fewer_epochs_than_are_behind_is_finished_and_for_more_goes_on() -> None:
-    state = LeaseState(examples_per_epoch=10, lease_examples=5, issued=4, unsettled=(), repeated=3)
+    state = LeaseState(examples_per_epoch=10, lease_examples=5, issued=4, unsettled=(), repeated=3, refused=7)
     assert Leases.resumed(state, 1, [{}]).finished
     assert Leases.resumed(state, 2, [{}]).finished
     longer = Leases.resumed(state, 3, [{}])
     assert (longer.finished, longer.repeated, longer.settled_examples, longer.epoch) == (False, 3, 20, 2)
+    assert (longer.refused, longer.state().refused) == (7, 7)
     assert longer.next(0) == Lease(4, 2, 0, 5)
     assert (longer.begun, Leases.resumed(state, 1, [{}]).begun) == (3, 2)
 
