@@ -250,8 +250,7 @@ def test_without_a_terminal_each_notable_event_is_one_line() -> None:
         "replica 1 gave back 1 lease of 20 examples, 7 of them applied already",
         "replica 1 is back, incarnation 1",
         "tested after 500 examples: accuracy 0.875",
-        "training loss rose from 0.5 to 0.75: lower the rate, use fewer than 2 replicas, "
-        "or set momentum in Downpour, not in its rule",
+        "training loss rose from 0.5 to 0.75: lower the rate, use fewer than 2 replicas, or momentum in Downpour only",
         "shard 0 was restored from its checkpoint at version 12",
         "replica 0 refused its push of step 12: not finite",
         "checkpoint c/2 could not be written: no space left on device",

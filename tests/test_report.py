@@ -169,7 +169,7 @@ def test_a_summary_says_what_the_events_of_a_finished_run_add_up_to() -> None:
                 "seconds": 2.4,
                 "type": "LossRose",
                 "text": "training loss rose from 0.5 to 0.625: "
-                "lower the rate, use fewer than 2 replicas, or set momentum in Downpour, not in its rule",
+                "lower the rate, use fewer than 2 replicas, or momentum in Downpour only",
             },
             {
                 "seconds": 3.0,
@@ -309,9 +309,10 @@ def test_a_summary_with_many_faults_prints_the_first_and_counts_all() -> None:
 def test_the_summary_tells_a_rise_of_the_loss_with_what_to_do_and_of_long_words_as_much_as_two_lines_hold() -> None:
     folder = "/" + 90 * "x"
     failed = events.CheckpointFailed(path=folder, reason="no space left on device")
-    page = text(summarize([Observation(0.0, started()), Observation(1.0, ROSE), Observation(2.0, failed)]))
+    rose = events.LossRose(lowest=0.012345, loss=0.023456, replicas=1024, examples=500)
+    page = text(summarize([Observation(0.0, started()), Observation(1.0, rose), Observation(2.0, failed)]))
     told = " ".join(page.split())
-    assert "lower the rate, use fewer than 2 replicas, or set momentum in Downpour, not in its rule" in told
+    assert "lower the rate, use fewer than 1,024 replicas, or momentum in Downpour only" in told
     assert folder[:50] in told
     assert max(len(line) for line in page.splitlines()) <= 80
 

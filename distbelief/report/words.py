@@ -56,7 +56,7 @@ def sentence(event: AnyEvent) -> str | None:
         case LossRose(lowest=lowest, loss=loss, replicas=replicas):
             risen = f"training loss rose from {number(lowest)} to {number(loss)}"
             fewer = f"fewer than {count(replicas, 'replica')}"
-            return f"{risen}: lower the rate, use {fewer}, or set momentum in Downpour, not in its rule"
+            return f"{risen}: lower the rate, use {fewer}, or momentum in Downpour only"
         case Progress() | BatchProgress() | Iterated():
             return None
         case SearchBegun(loss=now, loss_before=before):
