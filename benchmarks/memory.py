@@ -146,7 +146,7 @@ def formulas(
     staged = 1 if transport == "tcp" else 0
     gathered = LAYERS * width if partitions > 1 else 0
     states = INPUTS + gathered + (2 * LAYERS * width + 2 * classes) / partitions
-    replica = NUMBER_BYTES * (4 * parameters / partitions + BATCH_SIZE * states)
+    replica = NUMBER_BYTES * (3 * parameters / partitions + BATCH_SIZE * states)
     return {"shard": ((1 + STATE_VECTORS + staged) * span, (2 + STATE_VECTORS) * span), "replica": (replica, replica)}
 
 

@@ -2,8 +2,8 @@
 """Downpour SGD: replicas that push gradients and fetch parameters without waiting for each other (paper, section 4.1).
 
 The replica's loop below is the paper's listing (appendix). Where the paper is silent: the first fetch is awaited; a
-push is the mean over the mini-batches it accrued; buffers are swapped, never zeroed under the sender; a push that is
-still under way when the next is due makes pushes rarer, up to a bound, before it makes the replica wait.
+push is the mean over the mini-batches it accrued; buffers are swapped, never zeroed under the sender; a push or fetch
+that is still under way when the next push is due makes pushes rarer, up to a bound, before it makes the replica wait.
 """
 
 import math
@@ -133,6 +133,8 @@ class DownpourReplica:
         self.asked: Future[Granted]
         """The answer to the latest request for a lease, where this partition leads."""
         self.fetching: Future[list[int]] | None = None
+        self.due = False
+        """Whether a fetch is to be started as soon as the spare buffer is free."""
         self.pushing: Pushing | None = None
         self.sequence = 0
         self.portions: dict[int, int] = {}
@@ -156,6 +158,7 @@ class DownpourReplica:
         step = 0
         self.load_buffers()
         give_parameters(self.home, self.coordinator, self.index, self.server, self.model.spare)
+        self.due = True
         self.start_fetch()
         self.adopt(math.inf)
         try:
@@ -166,11 +169,10 @@ class DownpourReplica:
                     step += 1
                     pushes = self.model.accrued >= n_push and self.may_push()
                     self.adopt(0.0)
-                    fetches = step % n_fetch == 0
+                    self.due |= step % n_fetch == 0 and self.fetching is None
                     if pushes:
-                        self.push(fetches=fetches)
-                    if fetches:
-                        self.start_fetch()
+                        self.push()
+                    self.start_fetch()
                     self.send_report(REPORT_SECONDS)
                     if self.stopping:
                         break
@@ -202,7 +204,7 @@ class DownpourReplica:
                 continue
             if idle:
                 self.load_buffers()  # those that it has are of parameters of long ago
-                self.adopt(math.inf)
+                self.due = True
                 self.start_fetch()
                 self.adopt(math.inf)
             self.ask()
@@ -229,9 +231,13 @@ class DownpourReplica:
     # the three weakly synchronised activities
 
     def start_fetch(self) -> None:
-        """Start fetching into the spare buffer, unless a fetch is under way."""
-        if self.fetching is None:
-            self.fetching = self.server.fetch(self.model.spare)
+        """Start fetching into the spare buffer, if a fetch is due, and no push is under way there."""
+        if not self.due:
+            return
+        if self.pushing is not None and (self.patience() == math.inf or self.pushing.future.done()):
+            self.settle(self.pushing)
+        if self.pushing is None:
+            self.fetching, self.due = self.server.fetch(self.model.spare), False
 
     def adopt(self, seconds: float) -> None:
         """Switch to the fetched parameters, if they are here within `seconds`."""
@@ -260,22 +266,28 @@ class DownpourReplica:
         self.report.count(loss, examples, self.home.now() - started)
 
     def may_push(self) -> bool:
-        """Whether the previous pushes have been acknowledged; waits for that when too much is accrued meanwhile."""
+        """Whether the spare buffer is free, here and in the other partitions, so that they push after the same steps.
+
+        Waits for the push or fetch that is under way there when too much is accrued meanwhile.
+        """
         full = self.model.accrued >= self.downpour.n_push * self.downpour.backlog
         if self.pushing is not None and (full or self.pushing.future.done()):
             self.settle(self.pushing)
+        self.adopt(math.inf if full else 0.0)
         return self.all_settled()
 
     def all_settled(self) -> bool:
-        """Whether no partition of this replica waits for a push; so they all push after the same mini-batches."""
-        busy, self.stopping = self.group.any(self.pushing is not None, self.told_to_stop or self.stopping)
-        if not busy:
+        """Settle what was carried if no partition of this replica waits for a push; whether none waits for a fetch."""
+        pushing, fetching, self.stopping = self.group.any(
+            self.pushing is not None, self.fetching is not None, self.told_to_stop or self.stopping
+        )
+        if not pushing:
             self.report.settled.extend(self.carried)
             self.carried = []
-        return not busy
+        return not (pushing or fetching)
 
-    def push(self, *, fetches: bool = False) -> None:
-        """Start pushing what is accrued; where a fetch is due and none under way, the same call brings it."""
+    def push(self) -> None:
+        """Start pushing what is accrued; where a fetch is due, the same call brings it."""
         portions, mini_batches = tuple(self.portions.items()), self.model.accrued
         gradient = self.model.take_gradient(mean=self.downpour.accrue == "mean", clip_norm=self.downpour.clip_norm)
         if gradient is None:
@@ -292,8 +304,8 @@ class DownpourReplica:
                 Stamp(*who, base, self.examples, portions, mini_batches, self.group.index)
                 for base in self.base_versions
             ]
-            if fetches and self.fetching is None:
-                self.fetching = self.server.exchange(stamps, gradient, self.model.spare)
+            if self.due:
+                self.fetching, self.due = self.server.exchange(stamps, gradient, gradient), False
                 self.pushing = Pushing(self.fetching, portions)
             else:
                 self.pushing = Pushing(self.server.push(stamps, gradient), portions)
@@ -311,6 +323,7 @@ class DownpourReplica:
             self.model.frozen.check(closely=True)
         if self.pushing is not None:
             self.settle(self.pushing)
+        self.adopt(math.inf)
         if self.model.accrued:
             self.push()
         if self.pushing is not None:

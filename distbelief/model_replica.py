@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model replica: the user's model over flat buffers, computing one gradient after another (paper, section 4.1).
 
-    host memory      parameters A | parameters B | gradient A | gradient B      (shared with the shards)
-    model            its parameters are views of A or B; a fetch fills the other one, `adopt` switches
-    gradient         each parameter's gradient is added into its place as soon as backward has made it, or made there
+    host memory      parameters | gradient | spare      (shared with the shards), which take turns:
+    compute          each parameter's gradient is added into its place as soon as backward has made it, or made there
+    take_gradient    gradient <-> spare: shards read the gradient in the spare one, and may answer there
+    adopt            parameters <-> spare, once a fetch has filled it
 
 On a CPU the model computes on the host buffers themselves. On an accelerator the model's flat vector and gradient live
-there, and the host buffers, pinned, stage them.
+there, and two host buffers, pinned, stage them.
 """
 
 import math
@@ -137,6 +138,14 @@ def check_device(name: str | None) -> None:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """A flat vector, and where in it each parameter lies, in the shape that the module has: a piece may be a view."""
+
+    flat: torch.Tensor
+    views: list[torch.Tensor]
+
+
 @final
 class ModelReplica:
     """The model of one replica and its buffers.
@@ -154,22 +163,21 @@ class ModelReplica:
         part.module.to(device)
         self.part, self.group, self._differentiate, self._device = part, group, differentiate, device
         self.frozen = Frozen(part.module)
-        self._host = [allocate(layout.length, layout.dtype) for _ in range(4)]
         on_cpu = device.type == "cpu"
-        if not on_cpu:
-            for buffer in self._host:
-                _pin(buffer)
-        self._working = self._host[:2] if on_cpu else [torch.zeros_like(self._host[0], device=device)]
-        self._accruing = self._host[2:] if on_cpu else [torch.zeros_like(self._host[0], device=device)]
         self._parameters = [part.parameters[piece.name] for piece in layout.pieces]
-        self._parameter_views = [self._views(layout, flat) for flat in self._working]
-        self._gradient_views = [self._views(layout, flat) for flat in self._accruing]
-        self._filling = 0
-        """Which gradient buffer is accrued into."""
-        self._places = self._gradient_views[0]
-        """Where in it, by parameter."""
-        self._current = 1
-        """Which parameter buffer the model uses; the other one is the spare."""
+
+        def vector(flat: torch.Tensor) -> Vector:
+            pairs = zip(layout.views(flat).values(), self._parameters, strict=True)
+            return Vector(flat, [view.view(parameter.shape) for view, parameter in pairs])
+
+        host = [vector(allocate(layout.length, layout.dtype)) for _ in range(3 if on_cpu else 2)]
+        if not on_cpu:
+            for each in host:
+                _pin(each.flat)
+        self._fetched, self._spare = host[:2]
+        self._gradient = host[2] if on_cpu else vector(torch.zeros_like(self._spare.flat, device=device))
+        self._working = None if on_cpu else vector(torch.zeros_like(self._spare.flat, device=device))
+        """What the model computes with, where that is not what was fetched."""
         self._written = [False] * len(self._parameters)
         self._mini_batches = 0
         self._weight = 1.0
@@ -195,32 +203,26 @@ class ModelReplica:
 
     # parameters
 
-    def _views(self, layout: Layout, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Where each parameter lies in a flat vector, in the shape that the module has: a piece may be of a view."""
-        pairs = zip(layout.views(flat).values(), self._parameters, strict=True)
-        return [view.view(parameter.shape) for view, parameter in pairs]
-
     @property
     def spare(self) -> torch.Tensor:
-        """The host buffer, shape (n,), that a fetch may fill while the model computes."""
-        return self._host[1 - self._current]
+        """The host buffer, shape (n,), that a fetch may fill while the model computes, or shards read a gradient in."""
+        return self._spare.flat
 
     @property
     def fetched(self) -> torch.Tensor:
         """The host buffer, shape (n,), with what was adopted last; local steps change it on the CPU."""
-        return self._host[self._current]
+        return self._fetched.flat
 
     def adopt(self) -> None:
         """Switch the model to what a fetch has put into the spare buffer."""
-        self._current = 1 - self._current
-        if self._device.type != "cpu":
-            # Awaited: the next fetch but one writes to this host buffer, however far behind the accelerator is.
-            self._working[0].copy_(self._host[self._current])
+        self._fetched, self._spare = self._spare, self._fetched
+        if self._working is not None:
+            # Awaited: the next gradient is put into this host buffer, however far behind the accelerator is.
+            self._working.flat.copy_(self._fetched.flat)
         self._point()  # also there, where flatten_parameters of an RNN takes them out of the vector
 
     def _point(self) -> None:
-        views = self._parameter_views[self._current if len(self._working) == 2 else 0]
-        for parameter, view in zip(self._parameters, views, strict=True):
+        for parameter, view in zip(self._parameters, (self._working or self._fetched).views, strict=True):
             parameter.data = view
 
     # gradient
@@ -250,7 +252,7 @@ class ModelReplica:
             if self.local_rate is not None:
                 # The paper's local step: parameters -= rate * gradient, as soon as backward needs this one no more.
                 parameter.data.add_(gradient, alpha=-self.local_rate)
-            view = self._places[index]
+            view = self._gradient.views[index]
             if not self._promised[index]:
                 self._accrue(view, gradient, again=self._written[index])
             elif gradient.data_ptr() != view.data_ptr():
@@ -275,7 +277,7 @@ class ModelReplica:
 
     def _add_what_is_aside(self) -> None:
         for index, gradient in self._aside.items():
-            view = self._places[index]
+            view = self._gradient.views[index]
             if self._written[index]:
                 view.add_(gradient)
             else:
@@ -288,14 +290,14 @@ class ModelReplica:
         if self._written[index] or self._promised[index]:
             return None
         self._promised[index] = True
-        view = self._places[index]
+        view = self._gradient.views[index]
         return view.view(view.shape)
 
     def _zero_what_is_missing(self) -> None:
         """A parameter that had no part in the loss has gradient zero."""
         for index, written in enumerate(self._written):
             if not written:
-                self._places[index].zero_()
+                self._gradient.views[index].zero_()
                 self._written[index] = True
 
     @property
@@ -304,12 +306,13 @@ class ModelReplica:
         return self._mini_batches
 
     def take_gradient(self, *, mean: bool, clip_norm: float | None) -> torch.Tensor | None:
-        """The accrued gradient in host memory, shape (n,); accruing goes on in the other buffer.
+        """The accrued gradient, in the spare host buffer, shape (n,), of which nobody else has use any more.
 
         `clip_norm` bounds the norm over all partitions, before momentum is added. None when the outcome is not finite,
-        on any partition; momentum then begins anew. The caller owns the memory until it takes the next gradient.
+        on any partition; momentum then begins anew. The caller owns the memory until it adopts what was fetched there,
+        or takes the next gradient.
         """
-        source = self._accruing[self._filling if len(self._accruing) == 2 else 0]
+        source = self._gradient.flat
         if mean and self._mini_batches > 1:
             source.div_(self._mini_batches)
         self._written = [False] * len(self._parameters)
@@ -329,12 +332,11 @@ class ModelReplica:
         if any(self.group.any(not finite)):
             self._velocity = None
             return None
-        host = self._host[2 + self._filling]
-        if source is not host:
-            host.copy_(source)
-        self._filling = 1 - self._filling
-        self._places = self._gradient_views[self._filling % len(self._gradient_views)]
-        return host
+        if self._working is None:
+            self._gradient, self._spare = self._spare, self._gradient
+        else:
+            self._spare.flat.copy_(source)
+        return self._spare.flat
 
     def _add_momentum(self, gradient: torch.Tensor) -> None:
         """`v = momentum * v + g; g += momentum * v`: what torch.optim.SGD steps by with `nesterov`."""

@@ -262,7 +262,8 @@ class SandblasterReplica:
     # the work
 
     def fetch(self, task: Task) -> None:
-        """Switch the model to the trial."""
+        """Switch the model to the trial, once nothing is under way in the buffer that takes it."""
+        self.settle()
         self.server.trial(task.version, task.t, self.model.spare).result()
         self.model.adopt()
         self.evaluation = task.mark.evaluation

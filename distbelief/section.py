@@ -199,8 +199,11 @@ class Section:
             self._rule.load(vectors, self._rule.scalars())
         self._uncounted = 0
 
-    def push(self, stamp: Stamp, gradient: torch.Tensor) -> Applied:
-        """Apply a gradient of shape (len(span),) once, however often it is sent. Raises Fenced, NotReady, Behind."""
+    def push(self, stamp: Stamp, gradient: torch.Tensor, *, answered_there: bool = False) -> Applied:
+        """Apply a gradient of shape (len(span),) once, however often it is sent. Raises Fenced, NotReady, Behind.
+
+        `answered_there` says that an earlier life of this shard may have written its answer over the gradient.
+        """
         self._check_ready()
         self._check_length(gradient)
         state = self._state
@@ -217,8 +220,9 @@ class Section:
         unheard = state.taken >= 0 and stamp.replica not in state.heard
         if unheard:
             state.heard.append(stamp.replica)
-        if unheard and stamp.again:
-            # An earlier life may have applied it, and then it may be in the parameters that were taken.
+        overwritten = answered_there and self._restored and stamp.replica not in self._answers
+        if stamp.again and (unheard or overwritten):
+            # An earlier life may have applied it; then it is in the parameters that were taken, or a gradient no more.
             state.lost_updates += 1
             answer = Applied(state.version, 0)
         else:
@@ -267,7 +271,7 @@ class Section:
         `parameters` may lie where `gradient` does.
         """
         self._check_length(parameters)
-        self.push(stamp, gradient)
+        self.push(stamp, gradient, answered_there=True)
         return self.fetch(stamp.replica, parameters)
 
     def fence(self, replica: int, incarnation: int) -> dict[int, int]:

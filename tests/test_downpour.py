@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,8 +15,10 @@ from torch.utils.data import TensorDataset
 import distbelief as db
 from distbelief import checkpoint, shard_file
 from distbelief.coordinator import Coordinator
-from distbelief.downpour import AccrueName
+from distbelief.downpour import AccrueName, DownpourReplica, FetchName
 from distbelief.events import Evaluated, LossRose, Observation, Progress, ReplicasReleased
+from distbelief.model_replica import ModelReplica
+from distbelief.section import Applied, Section, Stamp
 from distbelief.update_rule.rule import UpdateRule
 from tests import problems
 
@@ -410,6 +412,54 @@ def test_a_slow_network_makes_pushes_rarer_instead_of_stopping_training(tmp_path
     slow = trained(job, tmp_path, costs=db.Costs(latency_seconds=3e-3)).summary
     assert slow.pushes < 0.75 * fast.pushes
     assert slow.examples.missing == slow.examples.repeated == 0
+
+
+@pytest.mark.parametrize("fetch", ["fresh", "overlapped", "awaited"])
+@pytest.mark.parametrize(("n_push", "n_fetch"), [(1, 1), (1, 3), (3, 1), (2, 3), (3, 2)])
+def test_one_thing_at_a_time_travels_in_the_spare_buffer_and_arrives_as_it_was_sent(
+    n_push: int, n_fetch: int, fetch: FetchName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over links on which it takes longer than a mini-batch."""
+    taken: dict[tuple[int, int], torch.Tensor] = {}
+    sent: dict[int, torch.Tensor] = {}
+    alone, alike = list[bool](), list[bool]()
+
+    def push(self: DownpourReplica, inner: Any = DownpourReplica.push) -> None:
+        alone.append(self.fetching is None and self.pushing is None)
+        inner(self)
+        taken[self.index, self.sequence] = self.model.spare.clone()
+
+    def start(self: DownpourReplica, inner: Any = DownpourReplica.start_fetch) -> None:
+        inner(self)
+        under_way = {id(each) for each in (self.fetching, self.pushing and self.pushing.future) if each is not None}
+        alone.append(len(under_way) < 2)
+
+    def apply(self: Section, stamp: Stamp, gradient: torch.Tensor, inner: Any = Section._apply) -> Applied:
+        alike.append(torch.equal(gradient, taken.pop((stamp.replica, stamp.sequence))))
+        return cast(Applied, inner(self, stamp, gradient))
+
+    def send(self: Section, replica: int, parameters: torch.Tensor, inner: Any = Section.fetch) -> int:
+        version = inner(self, replica, parameters)
+        sent[parameters.data_ptr()] = parameters.clone()
+        return cast(int, version)
+
+    def adopt(self: ModelReplica, inner: Any = ModelReplica.adopt) -> None:
+        alike.append(torch.equal(self.spare, sent.pop(self.spare.data_ptr())))
+        inner(self)
+
+    monkeypatch.setattr(DownpourReplica, "push", push)
+    monkeypatch.setattr(DownpourReplica, "start_fetch", start)
+    monkeypatch.setattr(Section, "_apply", apply)
+    monkeypatch.setattr(Section, "fetch", send)
+    monkeypatch.setattr(ModelReplica, "adopt", adopt)
+    algorithm = db.Downpour(n_push=n_push, n_fetch=n_fetch, fetch=fetch, warmstart=0, cooldown=0, backlog=2)
+    job = problems.job(cluster=db.Cluster(replicas=2, shards=1, engine="simulated"), algorithm=algorithm)
+    summary = trained(job, tmp_path, costs=db.Costs(latency_seconds=7e-3, jitter=0.5)).summary
+    assert all(alone)
+    assert all(alike)
+    assert len(alike) > summary.pushes > 10
+    assert not taken
+    assert summary.examples.missing == summary.examples.repeated == 0
 
 
 def test_pushes_and_the_mini_batches_in_them_are_both_counted_even_over_a_shard_that_died(tmp_path: Path) -> None:

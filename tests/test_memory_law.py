@@ -5,7 +5,7 @@ The kernel limits the address space of each process (RLIMIT_AS) to what an inter
 is done, and four fifths of the parameters' bytes. So all memory counts, touched or not: the process's own, what it
 shares with others as often as it maps it, mapped files, and the stacks of threads. The user's process is limited like
 all others: the one that forks roles, shards, partitions of the replica and of the evaluator. One copy of the
-parameters would not fit, while each partition holds four buffers of an eighth of them.
+parameters would not fit, while each partition holds three buffers of an eighth of them.
 """
 
 import functools

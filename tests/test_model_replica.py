@@ -145,6 +145,11 @@ class Replica:
         self.it.spare.copy_(self.initial)
         self.it.adopt()
 
+    @property
+    def accruing(self) -> Tensor:
+        (one,) = (each for each in self.host if each is not self.it.spare and each is not self.it.fetched)
+        return one
+
     def allocate(self, length: int, dtype: torch.dtype) -> Tensor:
         self.host.append(torch.zeros(length, dtype=dtype))
         return self.host[-1]
@@ -219,24 +224,29 @@ def test_a_parameter_without_a_part_in_the_loss_has_gradient_zero_whatever_the_b
         assert views(gradient)["always.weight"].any()
 
 
-def test_everything_lies_in_the_four_host_buffers_and_autograd_keeps_nothing() -> None:
+@pytest.mark.parametrize("adopts", [True, False])
+def test_everything_lies_in_three_host_buffers_and_autograd_keeps_nothing(adopts: bool) -> None:
     replica = Replica(Tied)
-    assert [(len(buffer), buffer.dtype) for buffer in replica.host] == [(replica.layout.length, torch.float32)] * 4
+    assert [(len(buffer), buffer.dtype) for buffer in replica.host] == [(replica.layout.length, torch.float32)] * 3
     views = replica.layout.views
-    for number in range(5):
+    for _ in range(5):
         parameters = parameters_of(replica.module)
-        current = next(buffer for buffer in replica.host[:2] if buffer is not replica.it.spare)
-        assert replica.it.spare.data_ptr() in [buffer.data_ptr() for buffer in replica.host[:2]]
-        for name, view in views(current).items():
+        used, third = replica.it.fetched.data_ptr(), replica.accruing.data_ptr()
+        for name, view in views(replica.it.fetched).items():
             assert parameters[name].data_ptr() == view.data_ptr()
             assert parameters[name].is_contiguous()
         replica.it.compute(batches(1)[0])
         assert all(parameter.grad is None for parameter in replica.module.parameters())
         gradient = replica.it.take_gradient(mean=True, clip_norm=None)
-        assert gradient is not None
-        assert gradient.data_ptr() == replica.host[2 + number % 2].data_ptr()
-        replica.it.adopt()
-    assert len(replica.host) == 4
+        assert gradient is replica.it.spare
+        assert gradient.data_ptr() == third
+        if adopts:
+            gradient.copy_(replica.initial)  # a shard answers where it has read the gradient
+            replica.it.adopt()
+            assert (replica.it.fetched.data_ptr(), replica.it.spare.data_ptr()) == (third, used)
+        else:
+            assert replica.it.fetched.data_ptr() == used
+    assert len(replica.host) == 3
 
 
 def test_a_gradient_that_was_taken_stays_untouched_while_the_next_one_accrues() -> None:
@@ -265,8 +275,8 @@ def test_backward_makes_the_first_gradient_of_a_large_weight_where_it_is_accrued
         ))  # fmt: skip
 
     layer.register_forward_hook(note)
-    for number in range(6):
-        place = replica.layout.views(replica.host[2 + number % 2])["0.weight"].data_ptr()
+    for _ in range(6):
+        place = replica.layout.views(replica.accruing)["0.weight"].data_ptr()
         for batch in batches(2):
             replica.it.compute(batch)
         in_place = gradient_place.LARGE_NUMBERS == 1
@@ -382,8 +392,7 @@ def test_momentum_begins_anew_after_a_gradient_that_is_not_finite_or_would_not_b
     for taken in range(3):
         replica.it.compute(given[0])
         if taken == 1:
-            for buffer in replica.host[2:]:
-                buffer.fill_(spoilt)
+            replica.accruing.fill_(spoilt)
         gradient = replica.it.take_gradient(mean=True, clip_norm=None)
         assert (gradient is None) == (taken == 1)
         if gradient is not None:

@@ -564,6 +564,37 @@ def test_a_shard_that_came_back_takes_what_was_fetched_and_no_push_counts_twice(
         assert missing - unsure <= counters.lost_updates <= missing + unsure
 
 
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_gradient_over_which_a_dead_shard_may_have_answered_is_lost_and_not_applied(
+    exchanges: bool, tmp_path: Path
+) -> None:
+    before = Servers(rules.sgd(1.0), 1)
+    one, two, into = Puller(0), Puller(1), torch.empty(LENGTH)
+    for puller in (one, two):
+        puller.fetch(before.shards[0])
+    files, after = before.snapshot(tmp_path), Servers(rules.sgd(1.0), 1, ready=False)
+    one.begin(7)
+    if exchanges:  # applied and answered, but for the end: what is sent again begins with parameters
+        stamp, sent = one.unanswered or one.begin(7)
+        before.shards[0].exchange(stamp, sent, sent)
+    after.restore(tmp_path, files, offers=Awaited((0, 1), 2.0))
+    for puller in (one, two):
+        after.shards[0].offer(*puller.offer())
+    stamp, sent = one.repeat()
+    after.shards[0].exchange(stamp, sent, into) if exchanges else after.shards[0].push(stamp, sent)
+    expected = START.clone()
+    expected[7] -= 0.0 if exchanges else 1.0
+    assert torch.equal(after.read()[1], expected)
+    assert after.shards[0].status().sections[0].lost_updates == int(exchanges)
+    # Whom this life has heard of sends again what it alone can have answered.
+    one.begin(8)
+    stamp, sent = one.repeat()
+    after.shards[0].exchange(stamp, sent, into)
+    expected[8] -= 1.0
+    assert torch.equal(into, expected)
+    assert after.shards[0].status().sections[0].lost_updates == int(exchanges)
+
+
 def test_a_replica_that_has_just_been_started_does_not_end_the_wait_for_another_one(tmp_path: Path) -> None:
     """It has nothing; the other one is in the midst of a mini-batch."""
     before = Servers(rules.sgd(1.0), 1, ready=False)

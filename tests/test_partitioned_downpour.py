@@ -286,7 +286,7 @@ def test_a_loss_may_take_outputs_of_the_model_alone_and_a_test_set_be_smaller_th
         ({"loss": None, "step": by_step, "test": None}, "step"),
         ({"cluster": cluster(40)}, "partitions"),
         ({"cluster": cluster(2, memory_bytes=1000)}, r"partition \d of 2 takes [\d,]+ bytes of memory, of 1,000 given"),
-        ({"cluster": cluster(1, memory_bytes=1000)}, r"partition 0 of 1 takes 32,744 bytes of memory, of 1,000 given"),
+        ({"cluster": cluster(1, memory_bytes=1000)}, r"partition 0 of 1 takes 24,656 bytes of memory, of 1,000 given"),
         ({"cluster": cluster(Plan.units(2, {"nothing": on(0)}))}, "nothing"),
         ({"cluster": cluster(Plan.stages(2, microbatches=17))}, "17"),
         ({"cluster": cluster(Plan.stages(9))}, "stages"),

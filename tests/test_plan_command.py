@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distbelief import cli
 from distbelief.errors import ConfigurationError
-from distbelief.partition.footprint import COPIES, Footprint, check_memory, footprints
+from distbelief.partition.footprint import Footprint, check_memory, footprints
 from distbelief.partition.stages import stages
 from distbelief.partition.units import units
 from distbelief.report.plan import LayerRow, PartitionRow, PlanTable, balance, plan_text, scaled
@@ -171,12 +171,12 @@ def test_partitions_that_do_not_fit_the_given_memory_are_refused_and_those_that_
         check_memory(held, 2499)
 
 
-def test_a_footprint_is_four_buffers_of_the_parameters_what_is_frozen_and_the_buffers() -> None:
+def test_a_footprint_is_three_buffers_of_the_parameters_what_is_frozen_and_the_buffers() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 8)).double()
     model[2].requires_grad_(False)
     (held,) = footprints(units(model, torch.zeros(4, 8, dtype=torch.float64), 1), 4, torch.float64)
     trained, frozen, buffers = 8 * 16 + 16 + 2 * 16, 16 * 8 + 8, 2 * 16 + 1
-    assert held.parameters == COPIES * 8 * trained
+    assert held.parameters == 3 * 8 * trained
     assert held.kept == 8 * (frozen + buffers)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a partition of a replica holds in memory, counted from the plan before anything is made.
 
-    parameters and gradients    2 + 2 buffers of its share: one in use, one that is fetched into, one that is pushed
+    parameters and gradients    3 buffers of its share: parameters, gradient, and one by which both travel
     kept                        its frozen parameters and buffers
     states                      what its layers yield and what arrives, for one mini-batch, kept for the backward pass
 
@@ -19,8 +19,8 @@ from distbelief.partition.box import count
 from distbelief.partition.stages import StagePlan
 from distbelief.partition.units import Blueprint
 
-COPIES = 4
-"""Buffers of the length of a partition's parameters: parameters twice, gradient twice."""
+COPIES = 3
+"""Buffers of the length of a partition's parameters."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Footprint:
     """Bytes that one partition of a replica holds."""
 
     parameters: int
-    """Parameters and gradients, with what is fetched into and what is pushed."""
+    """Parameters and gradients, with the buffer by which both travel."""
     kept: int
     """Frozen parameters and buffers."""
     states: int
