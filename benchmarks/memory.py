@@ -146,8 +146,8 @@ def formulas(
     staged = 1 if transport == "tcp" else 0
     gathered = LAYERS * width if partitions > 1 else 0
     states = INPUTS + gathered + (2 * LAYERS * width + 2 * classes) / partitions
-    replica = NUMBER_BYTES * (3 * parameters / partitions + BATCH_SIZE * states)
-    return {"shard": ((1 + STATE_VECTORS + staged) * span, (2 + STATE_VECTORS) * span), "replica": (replica, replica)}
+    held, asked = (NUMBER_BYTES * (vectors * parameters / partitions + BATCH_SIZE * states) for vectors in (3, 4))
+    return {"shard": ((1 + STATE_VECTORS + staged) * span, (2 + STATE_VECTORS) * span), "replica": (held, asked)}
 
 
 def run(quick: bool) -> list[Row]:
