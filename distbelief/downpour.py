@@ -23,9 +23,9 @@ from distbelief.errors import ConfigurationError, Fenced
 from distbelief.leases import Lease
 from distbelief.model_replica import ModelReplica
 from distbelief.parameter_server import ParameterServer
-from distbelief.roster import Granted, Refusal, Report
+from distbelief.roster import Granted, Refusal
 from distbelief.section import Applied, Offer, Stamp
-from distbelief.training_loss import Losses
+from distbelief.tally import Tally
 from distbelief.update_rule import UpdateRule, adagrad
 
 FetchName = Literal["fresh", "overlapped", "awaited"]
@@ -373,40 +373,3 @@ class DownpourReplica:
         """Begin with the mean of the buffers of replicas at work."""
         take_mean_buffers(self.coordinator, self.group.index, self.model.part.buffers)
         self.buffers = [buffer.clone() for buffer in self.model.part.buffers.values()]
-
-
-@final
-class Tally:
-    """What a replica has to report since its last report."""
-
-    def __init__(self, now: float) -> None:
-        self.sent = self.buffers_sent = now
-        self.buffers_took = 0.0
-        self.settled: list[tuple[int, int]] = []
-        self.refused: list[Refusal] = []
-        self.mini_batches_ever = 0
-        self._losses: list[tuple[torch.Tensor, int]] = []
-        self._slowest = 0.0
-        self.mini_batch_seconds = 0.0
-        """What the latest mini-batch took."""
-
-    def count(self, loss: torch.Tensor, examples: int, seconds: float) -> None:
-        """Count one mini-batch; the loss stays on its device, so counting does not wait for it."""
-        self._losses.append((loss, examples))
-        self._slowest = max(self._slowest, seconds)
-        self.mini_batch_seconds = seconds
-        self.mini_batches_ever += 1
-
-    def take(self, replica: int, incarnation: int, now: float) -> Report:
-        """The report, leaving nothing."""
-        losses = [(float(loss), examples) for loss, examples in self._losses]
-        sums = Losses(
-            len(losses),
-            sum(examples for _, examples in losses),
-            sum(loss * examples for loss, examples in losses),
-            sum(loss * loss * examples for loss, examples in losses),
-        )
-        report = Report(replica, incarnation, tuple(self.settled), sums, self._slowest, tuple(self.refused))
-        self.settled, self.refused, self._losses = [], [], []
-        self.sent = now
-        return report

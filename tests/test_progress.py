@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from distbelief.downpour import Tally
 from distbelief.leases import Leases
 from distbelief.progress import Counters, Meter
 from distbelief.roster import Refusal, Report
 from distbelief.section import SectionStatus, ShardStatus
+from distbelief.tally import Tally
 from distbelief.training_loss import Losses
 
 
