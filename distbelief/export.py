@@ -7,6 +7,7 @@ The model is put together tensor by tensor: nobody needs to hold it.
 """
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from distbelief import checkpoint, tensor_file
+from distbelief import checkpoint, shard_file, tensor_file
 from distbelief.errors import CheckpointError, ConfigurationError
 from distbelief.files import MALFORMED, AnyPath
 from distbelief.parameters import place_of
@@ -49,6 +50,14 @@ class Entry(msgspec.Struct, frozen=True):
         return dtype
 
 
+class Template(msgspec.Struct, frozen=True):
+    """What a run notes at its start, and the checksum that proves it unchanged."""
+
+    crc32: int
+    """Of the file of initial values and, behind it, the entries."""
+    entries: msgspec.Raw
+
+
 def write_template(run: Path, module: nn.Module, values: Values | None = None) -> None:
     """Note, once per run, how to make a state_dict of a checkpoint.
 
@@ -73,7 +82,12 @@ def write_template(run: Path, module: nn.Module, values: Values | None = None) -
     with tensor_file.create(run / INITIAL, tensors) as file:
         for name, value in initial.items() if values is None else values(dict.fromkeys(initial)):
             file.write(name, value)
-    (run / STATE).write_bytes(msgspec.json.encode(entries))
+    text = msgspec.json.encode(entries)
+    (run / STATE).write_bytes(msgspec.json.encode(Template(_checksum(run, text), msgspec.Raw(text))))
+
+
+def _checksum(run: Path, entries: bytes | msgspec.Raw) -> int:
+    return zlib.crc32(entries, shard_file.measure(run / INITIAL)[1])
 
 
 def state_dict(run: Path) -> dict[str, torch.Tensor]:
@@ -118,7 +132,10 @@ def export(run: Path, path: Path, rejected: Callable[[AnyPath, str], None] = lam
 
 def _entries(run: Path) -> dict[str, Entry]:
     try:
-        return msgspec.json.decode((run / STATE).read_bytes(), type=dict[str, Entry])
+        template = msgspec.json.decode((run / STATE).read_bytes(), type=Template)
+        if _checksum(run, template.entries) != template.crc32:
+            raise OSError(f"{STATE} or {INITIAL} was changed since it was written")
+        return msgspec.json.decode(template.entries, type=dict[str, Entry])
     except (OSError, *MALFORMED) as error:
         raise _unknown(run, error) from error
 

@@ -93,11 +93,11 @@ def _metadata(state: ShardState) -> dict[str, str]:
 def seal(draft: Draft, state: ShardState, *, partial: bool = False, durable: bool = True) -> ShardFile:
     """Put the file where it belongs and describe it; a `durable` one outlives the machine. Raises OSError."""
     draft.finish(durable=durable)
-    size_bytes, checksum = _measure(draft.local)
+    size_bytes, checksum = measure(draft.local)
     return ShardFile(draft.place.name, state.start, state.stop, size_bytes, checksum, partial)
 
 
-def _measure(path: Path) -> tuple[int, int]:
+def measure(path: Path) -> tuple[int, int]:
     """(size in bytes, checksum) of the file. Raises OSError."""
     size_bytes = checksum = 0
     with path.open("rb") as file:
@@ -115,7 +115,7 @@ def check(folder: AnyPath, file: ShardFile) -> None:
     try:
         if not path.exists():
             raise CheckpointError(f"{path} is missing")
-        size_bytes, checksum = _measure(path) if isinstance(path, Path) else (path.size_bytes(), file.crc32)
+        size_bytes, checksum = measure(path) if isinstance(path, Path) else (path.size_bytes(), file.crc32)
     except OSError as error:
         if not isinstance(path, Path):
             raise OutOfReach(path, error) from error

@@ -124,7 +124,7 @@ def test_the_exported_file_is_the_state_dict_of_the_trained_module_however_it_wa
 
 def test_a_frozen_parameter_in_the_memory_of_a_trained_one_does_not_take_its_place(tmp_path: Path) -> None:
     write_template(tmp_path, Shadowed())
-    entries = msgspec.json.decode((tmp_path / STATE).read_bytes())
+    entries = msgspec.json.decode((tmp_path / STATE).read_bytes())["entries"]
     assert entries["online.weight"]["source"] == "parameters"
     assert entries["target.weight"] == {**entries["online.weight"], "source": "initial", "name": "target.weight"}
 
@@ -174,6 +174,31 @@ def test_a_run_that_cannot_be_exported_says_why(tmp_path: Path) -> None:
             state_dict(tmp_path)
         (tmp_path / name).write_bytes(whole)
     assert state_dict(tmp_path)
+
+
+@pytest.mark.parametrize("name", [INITIAL, STATE])
+def test_a_flipped_bit_in_any_byte_of_what_a_run_notes_of_its_model_is_noticed(name: str, tmp_path: Path) -> None:
+    trained(half_frozen, tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="does not say how its model is made"):
+            state_dict(tmp_path)
+    (tmp_path / name).write_bytes(whole)
+    assert state_dict(tmp_path)
+
+
+def test_the_initial_values_of_another_run_are_not_taken(tmp_path: Path) -> None:
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        trained(half_frozen, tmp_path / name)
+    torch.manual_seed(1)
+    write_template(tmp_path / "other", half_frozen())
+    (tmp_path / "other" / INITIAL).replace(tmp_path / "mine" / INITIAL)
+    with pytest.raises(CheckpointError, match=r"initial\.safetensors was changed since it was written"):
+        state_dict(tmp_path / "mine")
 
 
 def test_a_run_folder_that_cannot_take_the_template_is_an_os_error(tmp_path: Path) -> None:
