@@ -27,7 +27,7 @@ from torch import nn
 
 from distbelief import shard_file
 from distbelief.errors import CheckpointError, OtherFormat, OutOfReach
-from distbelief.files import MALFORMED, AnyPath, children, copy, open_over, path_of, remove
+from distbelief.files import MALFORMED, AnyPath, children, copy, may_be_whole, open_over, path_of, remove
 from distbelief.lbfgs import SolverState
 from distbelief.leases import LeaseState
 from distbelief.parameters import Layout, Piece, Span, changed_pieces, trainable
@@ -329,7 +329,7 @@ def read_manifest(folder: AnyPath) -> Manifest:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} was not completed") from error
     except (OSError, *MALFORMED) as error:
-        if isinstance(error, OSError) and not isinstance(folder, Path):
+        if isinstance(error, OSError) and may_be_whole(folder, error):
             raise OutOfReach(folder / MANIFEST, error) from error
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
     for file in (*manifest.shards, *([manifest.buffers] if manifest.buffers else [])):

@@ -7,7 +7,7 @@ DistbeliefError
 ├── TrainingFailed          the job stopped without reaching its end
 ├── CheckpointError         a checkpoint cannot be read, or is of another model
 │   ├── OtherFormat         another version of distbelief wrote it, in a way that this one does not read
-│   └── OutOfReach          its store could not be asked
+│   └── OutOfReach          its store could not be asked, or its file not be looked at
 └── ChannelError            a call did not come back with an answer
     ├── PeerLost            the other side is gone; the call may or may not have run
     ├── DeadlineExceeded    no answer in time; the call may or may not have run
@@ -55,10 +55,13 @@ class OtherFormat(CheckpointError):
 
 
 class OutOfReach(CheckpointError):
-    """A checkpoint is in a store that cannot be asked now."""
+    """A checkpoint is in a store that cannot be asked now, or in a file that this process may not read."""
 
     def __init__(self, place: object, reason: object) -> None:
-        super().__init__(f"{place} is out of reach: {reason}\nhint: what is there is as it was; try again later")
+        super().__init__(
+            f"{place} is out of reach: {reason}\nhint: what is there is as it was; try again later, or as "
+            "somebody who may read it"
+        )
 
 
 class ChannelError(DistbeliefError):

@@ -6,6 +6,7 @@ however that ends; what is read from it is read in the parts that are needed.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ import msgspec
 MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoding raises for what is not as it was written: of no text, or of too many brackets, Python's own errors."""
 _COPY_BYTES = 1 << 24
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT)
 
 
 @final
@@ -168,7 +170,15 @@ def open_to_read(path: AnyPath) -> BinaryIO:
 
 def children(folder: AnyPath) -> list[AnyPath]:
     """What is in a folder; nothing where there is none. Raises OSError."""
-    return [*folder.glob("*")] if isinstance(folder, Path) else [*folder.children()]
+    try:
+        return [*folder.iterdir()] if isinstance(folder, Path) else [*folder.children()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def may_be_whole(path: AnyPath, error: OSError) -> bool:
+    """Whether what could not be read may be as it was: in a store, or where the system refused to look."""
+    return isinstance(path, StorePath) or error.errno in _REFUSALS
 
 
 def remove(path: AnyPath) -> None:

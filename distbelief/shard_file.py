@@ -16,7 +16,7 @@ import torch
 
 from distbelief import tensor_file
 from distbelief.errors import CheckpointError, OutOfReach
-from distbelief.files import AnyPath, Draft, open_to_read
+from distbelief.files import AnyPath, Draft, may_be_whole, open_to_read
 from distbelief.parameters import Span
 from distbelief.tensor_file import TensorFile, TensorReader
 
@@ -117,7 +117,7 @@ def check(folder: AnyPath, file: ShardFile) -> None:
             raise CheckpointError(f"{path} is missing")
         size_bytes, checksum = measure(path) if isinstance(path, Path) else (path.size_bytes(), file.crc32)
     except OSError as error:
-        if not isinstance(path, Path):
+        if may_be_whole(path, error):
             raise OutOfReach(path, error) from error
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if size_bytes != file.size_bytes:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of checkpoints: complete or not at all, damage is noticed and the one before is taken, disks may be full."""
 
+import errno
 import itertools
 import os
 import shutil
@@ -17,7 +18,7 @@ from torch import nn
 
 from distbelief import checkpoint, shard_file
 from distbelief.checkpoint import BUFFERS, MANIFEST, LayoutRecord, Manifest
-from distbelief.errors import CheckpointError, ConfigurationError, OtherFormat
+from distbelief.errors import CheckpointError, ConfigurationError, OtherFormat, OutOfReach
 from distbelief.export import export, write_template
 from distbelief.files import copy
 from distbelief.leases import Lease, LeaseState
@@ -201,6 +202,27 @@ def test_the_checkpoint_of_another_version_is_not_damaged_and_no_older_one_is_ta
     (after / MANIFEST).write_bytes(msgspec.json.encode(written))
     with pytest.raises(OtherFormat, match=r"has format (99|1), this version reads 2\nhint: go on with"):
         newest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("reader", "refused"),
+    [(Path, "read_bytes"), (shard_file, "measure"), (Path, "iterdir")],
+    ids=["manifest", "shard", "folder"],
+)
+def test_what_this_process_may_not_read_is_not_damaged_and_no_older_one_is_taken_for_it(
+    reader: object, refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in (1.0, 2.0):
+        take(tmp_path, value)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reader, refused, refuse)
+        with pytest.raises(OutOfReach, match=r"out of reach: .*Permission denied.*\nhint: .*who may read it"):
+            newest(tmp_path)
+    assert newest(tmp_path)[1] == []
 
 
 @pytest.mark.parametrize("done", ["nothing", "one shard", "all shards", "the buffers", "the manifest's bytes"])
