@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of calls between endpoints, on shared memory and over TCP: strangers, mistakes, deadlines, order, background."""
 
+import contextlib
 import os
 import resource
 import secrets
@@ -203,6 +204,23 @@ def test_a_flood_of_strangers_takes_no_more_than_its_share_and_others_are_served
     assert town.answer(town.peer(peer.locate().result()).call(Clerk.note, 3)) == [1, 2, 3]
 
 
+@contextlib.contextmanager
+def descriptors_to_spare(count: int) -> Iterator[None]:
+    """This process can open so many files and no more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    fillers = [os.open(os.devnull, os.O_RDONLY)]
+    while fillers[-1] < highest:
+        fillers.append(os.dup(fillers[0]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(fillers) + 1 + count, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in fillers:
+            os.close(descriptor)
+
+
 def test_strangers_cannot_use_up_the_descriptors_of_a_role(
     town: Town, clerk: Clerk, address: Address, stranger: Callable[[], socket.socket]
 ) -> None:
@@ -210,18 +228,16 @@ def test_strangers_cannot_use_up_the_descriptors_of_a_role(
         stranger()
     peer = town.peer(address)
     future = peer.call(Clerk.note, 1)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
-    fillers = [os.open(os.devnull, os.O_RDONLY)]
-    while fillers[-1] < highest:
-        fillers.append(os.dup(fillers[0]))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(fillers) + 5, limits[1]))
-    try:
+    with descriptors_to_spare(4):
         assert town.answer(future) == [1]
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        for descriptor in fillers:
-            os.close(descriptor)
+
+
+def test_a_caller_for_whom_a_role_has_no_descriptor_waits_until_there_is_one(town: Town, clerk: Clerk) -> None:
+    future = town.peer(town.serve(clerk)).call(Clerk.note, 1)
+    with descriptors_to_spare(0):
+        town.work(3)
+        assert not future.done()
+    assert town.answer(future) == [1]
 
 
 def test_nothing_is_parsed_before_the_caller_has_proved_himself(

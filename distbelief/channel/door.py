@@ -21,6 +21,8 @@ STRANGERS = 256
 STRANGER_SECONDS = 60.0
 """How long a caller may take to prove himself: as long as an honest one that computes meanwhile would wait for an
 answer."""
+PAUSE_SECONDS = 0.01
+"""Until a caller is asked in again for whom there was no descriptor."""
 
 NO_KEY = "did not prove that they are of this job"
 MALFORMED = "sent what is no message"
@@ -46,14 +48,17 @@ class Door:
         """How many connections were refused, by reason."""
 
     def accept(self, listener: socket.socket) -> None:
-        """Take one caller in."""
+        """Take one caller in; where there is no descriptor for him, he waits at the listener."""
         with contextlib.suppress(ConnectionError, BlockingIOError):
             try:
                 link, _ = listener.accept()
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._strangers:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
                     raise
-                self._end_oldest(TOO_MANY)
+                if self._strangers:
+                    self._end_oldest(TOO_MANY)
+                else:
+                    time.sleep(PAUSE_SECONDS)  # the listener is ready again at once
                 return
             self._strangers.append((time.monotonic(), self._admit(link)))
             if len(self._strangers) > STRANGERS:
