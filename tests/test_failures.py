@@ -525,6 +525,7 @@ def test_a_change_of_the_working_folder_does_not_split_the_run(tmp_path: Path, m
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, if it is there
+@pytest.mark.filterwarnings("ignore:.*TensorBoard is told no more")
 def test_a_run_folder_that_is_moved_meanwhile_is_not_made_anew(tmp_path: Path) -> None:
     def move(observation: Observation) -> None:
         if isinstance(observation.event, EpochFinished) and (tmp_path / "run0").exists():

@@ -469,6 +469,13 @@ def test_tensorboard_hides_what_was_undone_by_going_on_from_the_very_beginning(t
     assert [scalar.step for scalar in read_board(tmp_path).Scalars("loss")] == [70]
 
 
+def test_a_board_that_cannot_be_written_is_said_once_and_does_not_stop_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(RuntimeWarning, match="Not a directory.*; TensorBoard is told no more") as said:
+        write_board(tmp_path / "file" / "board", scripted_run())
+    assert len(said) == 1
+
+
 def test_without_tensorboard_there_is_no_listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert tensorboard_files(tmp_path) is None

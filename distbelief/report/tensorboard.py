@@ -4,6 +4,7 @@
 The step of every scalar is the number of examples settled, so that runs with different numbers of replicas compare.
 """
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ class TensorBoardFiles:
     """A listener that writes scalars as they come and, at the end, the histogram of staleness.
 
     TensorBoard's own thread writes the file; an event costs a few microseconds. It never raises: when the file cannot
-    be written, nothing more is. Build it with `tensorboard_files`.
+    be written, it warns once, and nothing more is. Build it with `tensorboard_files`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,10 +43,10 @@ class TensorBoardFiles:
             return
         try:
             self._write(observation)
-        except Exception:
+        except Exception as problem:
             # TensorBoard hands on whatever its thread met (a full disk, a vanished folder) at the next call;
             # training goes on without it
-            self._broken = True
+            self._give_up(problem)
 
     def close(self) -> None:
         """Write out what is pending and end TensorBoard's thread. May be called again."""
@@ -53,8 +54,13 @@ class TensorBoardFiles:
         if writer is not None:
             try:
                 writer.close()
-            except Exception:
-                self._broken = True
+            except Exception as problem:
+                self._give_up(problem)
+
+    def _give_up(self, problem: Exception) -> None:
+        if not self._broken:
+            self._broken = True
+            warnings.warn(f"{self._folder}: {problem}; TensorBoard is told no more", RuntimeWarning, stacklevel=3)
 
     def _write(self, observation: Observation) -> None:
         match observation.event:
