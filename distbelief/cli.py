@@ -138,7 +138,7 @@ def _resume(arguments: list[str]) -> None:
                 f"{fixed} cannot be changed when a run is resumed: it goes on where it is",
                 hint=f"leave {fixed} out; to try something else, copy the run folder and resume the copy",
             )
-    if not Path(before.script).is_file():
+    if not os.path.isfile(before.script):
         raise ConfigurationError(
             f"{run} was started with the file {before.script}, which is not there any more",
             hint=f"put it back, or call distbelief.train(job, resume={str(run)!r})",

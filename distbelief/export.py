@@ -7,6 +7,7 @@ The model is put together tensor by tensor: nobody needs to hold it.
 """
 
 import contextlib
+import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -103,8 +104,8 @@ def export(run: Path, path: Path, rejected: Callable[[AnyPath, str], None] = lam
     `rejected` hears of newer ones that are damaged. Memory: twice the largest of parameters and buffers. Raises
     CheckpointError, and ConfigurationError when `path` cannot be written.
     """
-    path = path.resolve()  # what a link names is written, not the link replaced
-    if path.exists() and not path.is_file():
+    path = Path(os.path.realpath(path))  # what a link names is written, not the link replaced
+    if os.path.exists(path) and not os.path.isfile(path):
         kind = "folder" if path.is_dir() else "device or pipe"
         raise ConfigurationError(f"{path} is a {kind}", hint="give a file, such as model.safetensors")
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):

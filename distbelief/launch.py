@@ -81,8 +81,10 @@ def in_package() -> bool:
 
 def job_of(path: Path) -> Callable[..., Job]:
     """The `job` of a script, as a function. Raises ConfigurationError."""
-    if not path.is_file():
-        raise ConfigurationError(f"there is no file {path}", hint="give the path of a Python file that defines job")
+    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
+        raise ConfigurationError(
+            f"there is no file {path} that can be read", hint="give the path of a Python file that defines job"
+        )
     path = path.resolve()  # other processes import it from where it lies, by the name that it has there
     check_name(path)
     found = getattr(_load(path), "job", None)

@@ -3,6 +3,7 @@
 
 import contextlib
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from datetime import datetime
@@ -24,7 +25,7 @@ def choose(job: Job, resume: Path | str | None) -> tuple[Path, Path]:
     if resume is not None:
         shown = Path(resume)
         run = shown.absolute()
-        if not run.is_dir():
+        if not os.path.isdir(run):
             raise CheckpointError(f"{shown} is no run folder\nhint: give the folder that an earlier run printed")
         return run, shown
     name = getattr(job.model, "__name__", getattr(getattr(job.model, "func", None), "__name__", "model")).lower()

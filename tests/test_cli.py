@@ -592,6 +592,29 @@ def test_an_export_writes_what_a_link_names_and_no_device(
     assert "pipe is a device or pipe" in refused(run, capsys, "export", "a", "pipe")
 
 
+LONG = "x" * 300 + ".py"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train LONG", r"there is no file x+\.py that can be read"),
+        ("plan LONG", r"there is no file x+\.py that can be read"),
+        ("show LONG", r"x+\.py/events\.jsonl cannot be read: File name too long"),
+        ("show loop", r"loop/events\.jsonl cannot be read: Too many levels of symbolic links"),
+        ("resume LONG", r"x+\.py does not say how it was started: .*File name too long"),
+        ("export a LONG", r"x+\.py cannot be written: .*File name too long"),
+    ],
+)
+def test_a_path_that_the_system_refuses_is_said_with_its_reason(
+    command: str, said: str, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command.startswith("export"):
+        run("train", "rules_script.py", "--run", "a", "--epochs", "1", "--cluster.engine", "simulated")
+    Path("loop").symlink_to("loop")
+    assert re.search(said, refused(run, capsys, *command.replace("LONG", LONG).split()))
+
+
 def test_a_job_whose_last_checkpoint_failed_ends_with_an_error(
     run: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

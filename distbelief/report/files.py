@@ -129,3 +129,8 @@ def _read(path: Path) -> bytes:
         raise ConfigurationError(
             f"there is no file {path}", hint="give the folder of a run, which holds events.jsonl and summary.json"
         ) from problem
+    except OSError as problem:
+        raise ConfigurationError(
+            f"{path} cannot be read: {problem.strerror}",
+            hint="give the folder of a run, as somebody who may read what is in it",
+        ) from problem
