@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import nn
 
-from distbelief.errors import ConfigurationError
+from distbelief.errors import ConfigurationError, ProtocolError
 from distbelief.parameters import persistent
 
 
@@ -83,7 +83,13 @@ class SentBuffers:
         self._sent: list[dict[int, torch.Tensor]] = [{} for _ in range(replicas)]
 
     def take(self, replica: int, partition: int, values: torch.Tensor) -> None:
-        """What a replica has sent."""
+        """What a replica has sent. Raises ProtocolError for another number of them than there are."""
+        kept = self._kept[partition]
+        if (values.shape, values.dtype) != (kept.shape, kept.dtype):
+            raise ProtocolError(
+                f"{values.numel()} numbers of {values.dtype} for the buffers of partition {partition}, which are "
+                f"{kept.numel()} of {kept.dtype}"
+            )
         self._sent[replica][partition] = values.clone()
 
     def lose(self, replica: int, at_work: int) -> None:

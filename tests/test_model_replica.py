@@ -13,7 +13,7 @@ from torch.utils import checkpoint
 
 from distbelief import gradient_place
 from distbelief.buffers import SentBuffers, flat_buffers, load_buffers
-from distbelief.errors import ConfigurationError
+from distbelief.errors import ConfigurationError, ProtocolError
 from distbelief.model_replica import (
     ModelReplica,
     Objective,
@@ -500,6 +500,15 @@ def test_a_vector_loaded_into_a_module_is_read_back_and_frozen_parameters_stay(m
     assert torch.equal(flat_parameters(parameters_of(module), layout), flat)
     left = [parameter for parameter in module.parameters() if not parameter.requires_grad]
     assert all(torch.equal(now, before) for now, before in zip(left, frozen, strict=True))
+
+
+def test_buffers_of_another_size_or_kind_are_refused_and_the_mean_is_as_it_was() -> None:
+    sent, own = SentBuffers([torch.zeros(2, dtype=torch.float64)], 2), torch.ones(2, dtype=torch.float64)
+    sent.take(0, 0, own)
+    for other in (own[:0], own[:1], own.float()):
+        with pytest.raises(ProtocolError, match=r"for the buffers of partition 0, which are 2 of torch\.float64"):
+            sent.take(1, 0, other)
+    assert torch.equal(sent.mean(2)[0], own)
 
 
 def test_the_initial_values_are_those_of_the_seed() -> None:
