@@ -376,12 +376,16 @@ class SandblasterCoordinator(Coordinator):
         )  # fmt: skip
 
     def go_on(self) -> tuple[str, str]:
-        """With more iterations, once these are behind it."""
-        iterations = 2 * self.solver.options.max_iterations
-        if self.solver.iteration < self.solver.options.max_iterations:
+        """With more of what it was limited by, once that is behind it."""
+        solver, options = self.solver, self.solver.options
+        done = {"max_iterations": solver.iteration, "max_evaluations": solver.evaluations}
+        more = {name: 2 * limit for name, count in done.items() if count >= (limit := getattr(options, name))}
+        if not more:
             return "", "job"
-        algorithm = f"dataclasses.replace(job.algorithm, max_iterations={iterations})"
-        return f"--algorithm.max-iterations {iterations}", f"dataclasses.replace(job, algorithm={algorithm})"
+        fields = ", ".join(f"{name}={limit}" for name, limit in more.items())
+        algorithm = f"dataclasses.replace(job.algorithm, {fields})"
+        words = " ".join(f"--algorithm.{name.replace('_', '-')} {limit}" for name, limit in more.items())
+        return words, f"dataclasses.replace(job, algorithm={algorithm})"
 
     def finished(self, reason: str, resume: str, export: str) -> events.JobFinished:
         """The last event of the run."""

@@ -327,6 +327,14 @@ def test_a_run_that_was_cut_short_resumes_where_it_was(replicas: int, undisturbe
     assert of_kind(after, Iterated)[0].examples > of_kind(before, Iterated)[-1].examples
 
 
+@pytest.mark.parametrize("limits", [{"max_iterations": 4}, {"max_evaluations": 6}])
+def test_what_a_search_that_met_a_limit_offers_goes_beyond_it(limits: dict[str, int], tmp_path: Path) -> None:
+    limited = job(tmp_path / "run", algorithm={"max_iterations": 50} | limits)
+    first = trained(limited)[0].summary
+    more = eval(first.resume_command, {"distbelief": db, "dataclasses": dataclasses, "job": limited}).summary
+    assert first.batch.iterations + 2 <= more.batch.iterations < 50
+
+
 def test_another_objective_takes_the_parameters_and_begins_its_own_search(tmp_path: Path) -> None:
     first = job(tmp_path / "run", algorithm={"max_iterations": 8})
     begun, before = trained(first)
