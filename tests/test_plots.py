@@ -20,7 +20,7 @@ from distbelief.errors import ConfigurationError
 from distbelief.events import Observation
 from distbelief.report import Terminal, write_plots
 from distbelief.report.plots import COLOURS, FAULT_COLOUR, collect
-from distbelief.report.words import duration, shortened
+from distbelief.report.words import duration, number, rate, shortened
 
 STALENESS = {0: 4, 1: 10, 2: 5, 7: 1}
 
@@ -429,3 +429,11 @@ def test_a_closed_pipe_does_not_stop_the_run() -> None:
 def test_durations_read_as_people_say_them() -> None:
     said = [duration(seconds) for seconds in (0.04, 9.94, 9.96, 59.6, 3599.6, 11222)]
     assert said == ["0.0 s", "9.9 s", "10 s", "1 min 00 s", "1 h 00 min", "3 h 07 min"]
+
+
+def test_numbers_keep_their_digits_where_the_form_changes() -> None:
+    assert [number(value) for value in (0.12345, 9_999.4, 9_999.5, -9_999.7, 12_345.6)] == [
+        "0.1235", "9999", "10,000", "-10,000", "12,346",
+    ]  # fmt: skip
+    assert [rate(value) for value in (0.04, 99.94, 99.96, 12_345.6)] == ["0.0", "99.9", "100", "12,346"]
+    assert [number(value) for value in (None, math.nan, math.inf, -math.inf)] == ["not finite"] * 4

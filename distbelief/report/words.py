@@ -124,12 +124,12 @@ def number(value: float | None) -> str:
     """A measured value in four digits; "not finite" for None, which is how JSON writes nan and inf."""
     if value is None or value != value or value in (float("inf"), float("-inf")):
         return "not finite"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 9_999.5 else f"{value:.4g}"
 
 
 def rate(value: float) -> str:
     """A number per second: `12,345`, or `1.2` where the fraction matters."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}"
 
 
 def duration(seconds: float) -> str:
