@@ -14,7 +14,7 @@ from distbelief.channel.base import Future, Remote
 from distbelief.checkpoint import Manifest
 from distbelief.engine.base import Engine
 from distbelief.engine.insistent import All
-from distbelief.errors import ChannelError, NotReady
+from distbelief.errors import ChannelError
 from distbelief.files import AnyPath
 from distbelief.parameter_server import ParameterServerShard
 from distbelief.roster import Settings
@@ -130,7 +130,7 @@ class CheckpointWriter:
     def _outcome(self, writing: Writing, commit: Callable[[list[list[ShardFile]]], Manifest]) -> Manifest | Exception:
         try:
             written = writing.answers.result()
-        except (ChannelError, NotReady) as error:
+        except ChannelError as error:
             return error
         return self._beside(partial(commit, written))
 
