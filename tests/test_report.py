@@ -3,6 +3,7 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
 import time
@@ -25,7 +26,8 @@ from distbelief.report import (
     text,
     write_summary,
 )
-from distbelief.report.summary import RUNNING
+from distbelief.report.summary import RUNNING, moved, one_clock
+from distbelief.report.words import better, count, first_line, sentence, values_of
 
 
 def started(resumed_examples: int = 0, resumed_refused: int = 0, resumed_repeated: int = 0) -> events.JobStarted:
@@ -221,6 +223,18 @@ def test_the_summary_of_a_resumed_run_goes_on_where_the_killed_one_stopped() -> 
     assert summary.checkpoints.written == 1
 
 
+def test_what_is_told_before_a_start_is_on_the_clock_of_that_start() -> None:
+    """Such as that a checkpoint is damaged, which is found before a run is resumed."""
+    rejected = events.CheckpointRejected(path="runs/digits/checkpoints/1", reason="checksum differs")
+    again = [Observation(0.0, rejected), Observation(0.5, started(100)), Observation(1.0, progress(150))]
+    seconds = [observation.seconds for observation in one_clock([*killed_run(), *again, *again])]
+    assert seconds[-6:] == pytest.approx([2.3, 2.8, 3.3, 3.3, 3.8, 4.3])
+    assert seconds[:-6] == [observation.seconds for observation in killed_run()]
+    summary = summarize([*killed_run(), *again, *again])
+    assert [fault.seconds for fault in summary.faults] == pytest.approx([1.5, 2.3, 3.3])
+    assert summary.wall_seconds == pytest.approx(4.3)
+
+
 def test_a_finished_run_that_was_resumed_and_killed_counts_as_killed() -> None:
     summary = summarize(scripted_run() + resumed_run()[:2])
     assert summary.reason == "killed: no end was recorded"
@@ -251,6 +265,38 @@ def test_of_a_killed_run_it_is_told_what_its_shards_had_lost_and_what_resuming_i
     failed = msgspec.structs.replace(finished(), reason="failed: TrainingFailed", seen=150, missing=150)
     words = " ".join(text(summarize([*killed_run(), Observation(2.5, failed)])).split())
     assert "150 still to come, and 50 since the last checkpoint again" in words
+
+
+def test_what_a_killed_run_will_repeat_is_counted_from_the_checkpoint_that_it_went_on_from() -> None:
+    """It may be an older one than the newest, which was damaged."""
+    further = [Observation(2.5, progress(200)), Observation(2.6, checkpoint(200))]
+    resumed = [Observation(0.0, started(100)), Observation(1.0, progress(150))]
+    words = " ".join(text(summarize([*killed_run(), *further, *resumed])).split())
+    assert "150 still to come, and 50 since the last checkpoint again" in words
+
+
+def test_a_resumed_run_that_was_killed_before_it_wrote_a_checkpoint_offers_the_one_that_it_went_on_from() -> None:
+    summary = summarize(resumed_run()[:2])
+    assert (summary.checkpoints.written, summary.resume_command) == (0, "distbelief resume runs/digits")
+
+
+def test_the_end_of_a_run_has_the_last_word() -> None:
+    end = msgspec.structs.replace(finished(), pushes=31, mini_batches=63, staleness={0: 90, 7: 6, 9: 4})
+    summary = summarize([*scripted_run()[:-1], Observation(4.5, end)])
+    assert (summary.pushes, summary.mini_batches) == (31, 63)
+    assert (summary.staleness.median, summary.staleness.p95) == (0, 7)
+
+
+def test_what_resumes_and_exports_a_run_that_was_moved_names_its_new_folder_whatever_the_names() -> None:
+    commands = {
+        "resume_command": "distbelief resume 'a run' --epochs 4", "export_command": "distbelief export 'a run' m.st"
+    }  # fmt: skip
+    elsewhere = moved(Summary(run="a run", **commands), "it's here")  # type: ignore[arg-type]
+    assert (elsewhere.run, elsewhere.resume_command, elsewhere.export_command) == (
+        "it's here", "distbelief resume 'it'\"'\"'s here' --epochs 4", "distbelief export 'it'\"'\"'s here' m.st",
+    )  # fmt: skip
+    call = Summary(run="a run", resume_command="distbelief.train(job, resume='a run')")
+    assert moved(call, "b").resume_command == "distbelief.train(job, resume='b')"
 
 
 def test_values_that_are_not_finite_are_none_in_the_summary_and_said_in_its_text() -> None:
@@ -304,6 +350,38 @@ def test_a_summary_with_many_faults_prints_the_first_and_counts_all() -> None:
     assert "50 roles lost" in page
     assert page.count("was lost") == 20
     assert "and 30 more in summary.json" in page
+
+
+def test_a_summary_says_no_more_than_there_is() -> None:
+    page = text(summarize([Observation(0.0, started())] + [Observation(1.0, LOST)] * 20))
+    assert page.count("was lost") == 20
+    assert "more in summary.json" not in page
+
+
+def test_a_run_that_was_stopped_has_examples_still_to_come_and_may_lack_its_latest_state() -> None:
+    failed = events.CheckpointFailed(path="runs/digits/checkpoints/2", reason="no space left on device")
+    stopped = msgspec.structs.replace(finished(), reason="stopped by SIGTERM", seen=150, missing=150)
+    events_before = [*killed_run(), Observation(2.5, failed)]
+    words = " ".join(text(summarize([*events_before, Observation(2.6, stopped)])).split())
+    assert "150 still to come, and 50 since the last checkpoint again" in words
+    assert "1 written, 1 failed, 0 damaged; the latest state is not kept" in words
+    written = [*events_before, Observation(2.6, checkpoint(150)), Observation(2.7, stopped)]
+    assert "not kept" not in text(summarize(written))
+
+
+def test_what_did_not_happen_is_not_said() -> None:
+    returned = events.LeasesReturned(replica=1, leases=1, examples=0, repeated=0)
+    assert sentence(returned) == "replica 1 gave back 1 lease of 0 examples"
+    assert first_line(" \n") == "no reason given"
+    assert count(0, "shard") == "0 shards"
+
+
+def test_a_metric_improves_by_the_sense_of_its_name_however_it_is_written() -> None:
+    assert [better("Test Loss", value, 0.5) for value in (0.4, 0.5, 0.6)] == [True, False, False]
+    assert [better("accuracy", value, 0.5) for value in (0.4, 0.5, 0.6)] == [False, False, True]
+    measured = values_of(events.Evaluated(examples=1, loss=0.5, metrics={"a": None}, evaluation_seconds=0.1))
+    assert measured["loss"] == 0.5
+    assert math.isnan(measured["a"])
 
 
 def test_the_summary_tells_a_rise_of_the_loss_with_what_to_do_and_of_long_words_as_much_as_two_lines_hold() -> None:
@@ -393,11 +471,53 @@ def test_a_line_that_is_no_event_is_refused_with_its_number(tmp_path: Path) -> N
 def test_files_that_are_missing_or_damaged_are_refused_with_their_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"there is no file .*events\.jsonl"):
         read_events(tmp_path / "events.jsonl")
+    (tmp_path / "a file").touch()
+    for path in (tmp_path, tmp_path / "a file" / "events.jsonl"):
+        with pytest.raises(ConfigurationError, match=r"there is no file .*\nhint: give the folder of a run"):
+            read_events(path)
     (tmp_path / "summary.json").write_text('{"run": ')
     with pytest.raises(
         ConfigurationError, match=r"summary\.json is not a summary(.|\n)*hint: remove it: .*distbelief show"
     ):
         read_summary(tmp_path / "summary.json")
+
+
+def test_a_line_for_which_there_is_no_room_is_left_out_as_a_whole_and_later_ones_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    record(path, killed_run())
+    before, limits = path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = EventFile(path)
+    file(Observation(3.0, ROSE))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.warns(RuntimeWarning, match="events are missing from it"):
+            file(Observation(3.1, LOST))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    file(Observation(3.2, RESTORED))
+    file.close()
+    file(Observation(3.3, LOST))
+    assert path.stat().st_size > before
+    assert read_events(path) == [*killed_run(), Observation(3.0, ROSE), Observation(3.2, RESTORED)]
+
+
+def test_a_summary_is_forced_to_disk_before_its_name_and_its_name_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    replaced = Path.replace
+
+    def forced(descriptor: int) -> None:
+        seen.append("the folder" if Path(f"/proc/self/fd/{descriptor}").is_dir() else "the file")
+
+    def renamed(path: Path, target: Path) -> Path:
+        seen.append("the name")
+        return replaced(path, target)
+
+    monkeypatch.setattr("os.fsync", forced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    write_summary(tmp_path / "summary.json", Summary())
+    assert seen == ["the file", "the name", "the folder"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")

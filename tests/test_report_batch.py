@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -81,6 +82,13 @@ def test_of_a_search_that_was_killed_no_number_is_told_that_only_its_end_would_h
     killed = text(summarize(run()[:6]))
     assert "evaluations   5\n" in killed
     assert "round trip" not in killed
+    assert "3,000, none twice" in killed
+    assert "none, largest gradient -" in text(summarize(run()[:1]))
+
+
+def test_a_search_that_was_resumed_lacks_no_examples_of_epochs() -> None:
+    resumed = msgspec.structs.replace(started(), resumed_examples=3000)
+    assert summarize([*run()[:6], Observation(0.0, resumed)]).examples.missing == 0
 
 
 def test_lines_in_a_log_say_where_the_search_is() -> None:

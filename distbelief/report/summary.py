@@ -168,14 +168,14 @@ def one_clock(observations: Iterable[Observation]) -> Iterator[Observation]:
     """The same events on one clock that never goes back: a resumed run goes on where the earlier one stopped."""
     offset = latest = 0.0
     for observation in observations:
-        if isinstance(observation.event, JobStarted) and observation.seconds + offset < latest:
+        if observation.seconds + offset < latest:  # not with JobStarted: damaged checkpoints are told before it
             offset = latest
-        latest = max(latest, observation.seconds + offset)
+        latest = observation.seconds + offset
         yield Observation(observation.seconds + offset, observation.event) if offset else observation
 
 
 def _after(summary: Summary, observation: Observation) -> Summary:
-    summary = replace(summary, wall_seconds=max(summary.wall_seconds, observation.seconds))
+    summary = replace(summary, wall_seconds=observation.seconds)
     event = observation.event
     if isinstance(event, FAULTS):
         fault = Fault(observation.seconds, type(event).__name__, sentence(event) or "")
