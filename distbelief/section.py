@@ -327,7 +327,8 @@ class Section:
                 start=self.span.start, stop=self.span.stop, version=newest.version, examples=newest.examples,
                 mini_batches=newest.mini_batches, lost_updates=newest.lost_updates, regained=newest.regained,
                 replicas=newest.replicas if same_cut else {}, staleness=newest.staleness,
-                taken=newest.taken if same_cut else -1, heard=newest.heard if same_cut else [],
+                # Where the job is started, no push of those that replicas send again can be in what was taken.
+                taken=newest.taken if same_cut and offers is not None else -1, heard=newest.heard,
             )  # fmt: skip
         self.ready, self._restored = True, own or offers is not None
         self._restored_version = self._state.version

@@ -669,6 +669,60 @@ def test_the_next_life_knows_that_what_it_restores_may_hold_a_push_without_a_rec
     assert float(third.read()[1][7]) == -1.0
 
 
+def taken_after_a_death(folder: Path) -> tuple[list[ShardFile], Servers]:
+    """Three pushes, the first in a checkpoint, and the second regained: the third is lost; then the fourth."""
+    first, second = Servers(rules.sgd(1.0), 1), Servers(rules.sgd(1.0), 1, ready=False)
+    first.push(0, 1, [0], gradient(1))
+    files = first.snapshot(folder)
+    first.push(0, 2, [1], gradient(2))
+    versions, fetched = first.fetch(0)
+    first.push(0, 3, versions, gradient(3))
+    second.restore(folder, files, offers=Awaited((0,), 2.0))
+    second.shards[0].offer(Offer(0, 0, versions[0], 32, 1), fetched)
+    second.push(0, 4, [0], gradient(4))
+    (folder / "again").mkdir()
+    return second.snapshot(folder / "again"), second
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_what_was_lost_and_regained_and_how_stale_pushes_were_is_counted_on_after_a_restore(
+    shards: int, tmp_path: Path
+) -> None:
+    files, before = taken_after_a_death(tmp_path)
+    after = Servers(rules.sgd(1.0), shards, ready=False)
+    after.restore(tmp_path / "again", files)
+    known = before.shards[0].status().sections[0]
+    assert (known.lost_updates, known.staleness) == (1, {0: 1, 2: 1})
+    for shard in after.shards:
+        (status,) = shard.status().sections
+        assert status == msgspec.structs.replace(known, regained=0)
+    after.push(0, 1, [3] * shards, gradient(5), incarnation=1)
+    assert {shard.status().sections[0].lost_updates for shard in after.shards} == {1}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_after_a_resume_a_push_that_is_sent_again_is_applied(shards: int, tmp_path: Path) -> None:
+    """The connection broke on its way. What was taken before, of replicas that are gone, does not hold it."""
+    files, _ = taken_after_a_death(tmp_path)
+    after = Servers(rules.sgd(1.0), shards, ready=False)
+    after.restore(tmp_path / "again", files)
+    stamps = [Stamp(1, 1, 1, 3, 32, (), again=True)] * shards
+    answers = ParameterServer(after.home, after.spans, Span(0, LENGTH), 1).push(stamps, gradient(5)).result()
+    assert answers == [Applied(4, 0)] * shards
+
+
+def test_what_a_death_loses_of_a_run_that_went_on_from_another_algorithm_is_counted_from_the_start(
+    tmp_path: Path,
+) -> None:
+    files = Servers(rules.adagrad(0.1), 1).snapshot(tmp_path)
+    after = Servers(rules.sgd(1.0), 1, ready=False)
+    after.shards[0].restore(str(tmp_path), files, {}, False, Awaited((0,), 2.0))
+    after.shards[0].offer(Offer(0, 0, -1), START)
+    after.home.clock += 2.1
+    after.push(0, 3, [0], gradient(3))
+    assert after.shards[0].status().sections[0].lost_updates == 2
+
+
 def test_a_restore_that_cannot_give_the_whole_span_or_is_of_another_rule_says_so(tmp_path: Path) -> None:
     files, servers = Servers(rules.adagrad(0.1), 2).snapshot(tmp_path), Servers(rules.adagrad(0.1), 1, ready=False)
     with pytest.raises(CheckpointError, match=r"\nhint: resume with the rule of the checkpoint"):
