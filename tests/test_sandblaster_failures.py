@@ -19,10 +19,12 @@ from torch.utils.data import TensorDataset
 import distbelief as db
 from distbelief.channel.base import Future, Remote, Signature
 from distbelief.checkpoint import complete
+from distbelief.checkpoint_writer import CheckpointWriter
 from distbelief.engine.virtual import Answer
 from distbelief.errors import PeerLost
 from distbelief.events import (
     BatchProgress,
+    CheckpointFailed,
     Evaluated,
     EvaluationLost,
     Iterated,
@@ -174,7 +176,8 @@ def test_a_step_swallowed_while_an_interrupted_job_ends_is_not_written_down_as_m
 ) -> None:
     cut_at_step(5, 1, lost, monkeypatch, interrupt=True)
     made = job(tmp_path / "run", algorithm={"max_iterations": LIMIT, "deterministic": True})
-    _, before = trained(made)
+    result, before = trained(made)
+    assert not result.summary.checkpoints.last_failed
     assert of_kind(before, JobFinished)[0].reason == "Ctrl-C"
     assert before[-1].seconds < 10.0
     _, after = trained(made, resume=tmp_path / "run")
@@ -236,6 +239,31 @@ def test_a_shard_that_dies_and_is_back_while_a_checkpoint_is_completed_is_notice
     assert torch.equal(gradient_at_the_end(tmp_path / "run")[0], undisturbed.parameters)
 
 
+def test_a_shard_that_dies_when_it_has_said_that_it_is_at_the_last_point_is_asked_again(
+    undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is back a step behind before the others have said where they are."""
+    cut_at_step(LIMIT, 0, ("snapshot",), monkeypatch)
+    sections, died = SandblasterCoordinator._sections, []
+
+    def said_before_it_died(coordinator: SandblasterCoordinator) -> Any:
+        said = sections(coordinator)
+        if isinstance(coordinator.solver.state.asked, Stop) and not died:
+            died.append("shard/0")
+            coordinator.engine._die("shard/0")  # type: ignore[attr-defined]
+            while not of_kind(heard, ShardRestored):
+                coordinator.tick()
+        return said
+
+    monkeypatch.setattr(SandblasterCoordinator, "_sections", said_before_it_died)
+    heard: list[Observation] = []
+    made = job(tmp_path / "run", algorithm={"max_iterations": LIMIT, "deterministic": True})
+    db.train(made, view=False, listeners=[heard.append])
+    assert died
+    assert of_kind(heard, JobFinished)[0].reason == f"the limit of {LIMIT} iterations was reached"
+    assert torch.equal(gradient_at_the_end(tmp_path / "run")[0], undisturbed.parameters)
+
+
 @pytest.mark.parametrize("role", ["shard/0", "shard/1"])
 @pytest.mark.parametrize("seconds", [0.0001, 0.0005, 0.001, 0.01, 0.05, 0.1001])
 def test_a_shard_that_dies_again_while_it_is_being_restored_changes_no_step(
@@ -256,6 +284,45 @@ def test_a_shard_that_dies_again_while_it_is_being_restored_changes_no_step(
     assert len(of_kind(heard, RoleLost)) == len(deaths) == 2
     assert len(of_kind(heard, EvaluationLost)) == len(of_kind(heard, ShardRestored)) == 1
     assert path_of(heard) == undisturbed.path
+
+
+def test_the_pairs_of_a_step_whose_checkpoint_failed_are_in_the_next_one(
+    undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_at_step(5, 1, ("snapshot",), monkeypatch)
+    at_step(7, monkeypatch, after=lambda coordinator: coordinator.engine._die("shard/1"))  # type: ignore[attr-defined]
+    _, heard = trained(job(tmp_path / "run", algorithm={"max_iterations": LIMIT, "deterministic": True}))
+    assert of_kind(heard, CheckpointFailed)
+    assert len(of_kind(heard, ShardRestored)) == 1
+    assert path_of(heard) == undisturbed.path
+
+
+def test_each_step_writes_down_the_one_pair_that_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, written = CheckpointWriter.begin, []
+
+    def noted(writer: CheckpointWriter, note: Any, slots: Any = (), **options: Any) -> Any:
+        written.append(list(slots))
+        return begin(writer, note, slots, **options)
+
+    monkeypatch.setattr(CheckpointWriter, "begin", noted)
+    trained(job(tmp_path / "run", algorithm={"max_iterations": 9, "history": 4}))
+    # Before the first step, at it, which has no pair, and at each one after it; at the end all.
+    assert written == [[], [], *([slot % 4] for slot in range(9)), [0, 1, 2, 3]]
+
+
+def test_who_waits_for_a_slow_replica_is_not_taken_to_hang(tmp_path: Path) -> None:
+    made = job(tmp_path / "run", algorithm={"max_iterations": 3, "backups": False}, cluster={"silence_seconds": 3.0})
+    _, heard = trained(made, faults=db.Faults(slow={"replica/1": 10_000.0}))
+    assert not of_kind(heard, RoleLost)
+    taken = [observation.seconds for observation in heard if isinstance(observation.event, Iterated)]
+    assert max(after - before for before, after in itertools.pairwise(taken)) > 2 * 3.0
+
+
+def test_a_replica_that_hangs_is_given_up_after_the_time_that_the_job_says(tmp_path: Path) -> None:
+    made = job(tmp_path / "run", algorithm={"max_iterations": 12, "backups": False}, cluster={"silence_seconds": 3.0})
+    _, heard = trained(made, faults=db.Faults(hang=((0.33, 1e6, "replica/1"),)))
+    assert [event.reason for event in of_kind(heard, RoleLost)] == ["not heard of for 3 s"]
+    assert heard[-1].seconds < 10.0
 
 
 def test_replicas_stay_until_the_last_step_is_known_to_have_been_made(
