@@ -239,6 +239,36 @@ def test_a_shard_that_dies_and_is_back_while_a_checkpoint_is_completed_is_notice
     assert torch.equal(gradient_at_the_end(tmp_path / "run")[0], undisturbed.parameters)
 
 
+@pytest.mark.parametrize("seconds", [60.0, 1e-6], ids=["passing", "durable"])
+def test_the_checkpoint_that_a_shard_is_being_given_is_not_removed_meanwhile(
+    seconds: float, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has written its part of the next one, which is completed before it can be reached."""
+    finish, died = SandblasterCoordinator._finish_writing, []
+
+    def finish_while_it_dies(coordinator: SandblasterCoordinator) -> None:
+        writing = coordinator._writing_down
+        if coordinator.solver.iteration != 5 or died or writing is None:
+            finish(coordinator)
+            return
+        writing.answers.result()
+        died.append(cut := Cut(coordinator.shards[1], coordinator.engine, ("restore",), False))
+        coordinator.shards[1] = cut
+        coordinator.engine._die("shard/1")  # type: ignore[attr-defined]
+        for _ in range(3):  # it is found dead, and the newest checkpoint is looked for
+            coordinator.tick()
+        finish(coordinator)
+        cut.lost = ()
+
+    monkeypatch.setattr(SandblasterCoordinator, "_finish_writing", finish_while_it_dies)
+    limits = {"max_iterations": LIMIT, "deterministic": True}
+    _, heard = trained(job(tmp_path / "run", algorithm=limits, checkpoint_seconds=seconds, keep_checkpoints=1))
+    assert died
+    assert len(of_kind(heard, ShardRestored)) == 1
+    assert path_of(heard) == undisturbed.path
+    assert len(complete(tmp_path / "run")) == 1
+
+
 def test_a_shard_that_dies_when_it_has_said_that_it_is_at_the_last_point_is_asked_again(
     undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
