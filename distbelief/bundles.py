@@ -242,16 +242,15 @@ class Portions:
         return sum(known) / len(known) if known else 0.0
 
     def finish(self, replica: int, index: int, loss_sum: float, now: float) -> None:
-        """The replica's contribution for the bundle is with every shard; the first copy's loss counts."""
+        """The replica's contribution for this bundle of the batch is with every shard; the first copy's loss counts."""
         hand = self._hands[replica]
         if hand.bundles and hand.bundles[0].index == index:
             bundle = hand.bundles.pop(0)
             hand.seconds_per_example = (now - hand.since) / bundle.examples
             hand.since = now
-        if index in self.batch.bundles:
-            self._open.discard(index)
-            self._done.setdefault(index, loss_sum)
-            self._deaths.pop(index, None)
+        self._open.discard(index)
+        self._done.setdefault(index, loss_sum)
+        self._deaths.pop(index, None)
 
     def lose(self, replica: int) -> Bundle | None:
         """A replica died: what it had in hand goes to others. The bundle to blame, if one is by now."""

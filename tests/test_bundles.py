@@ -165,6 +165,28 @@ def test_who_has_something_to_compute_is_given_no_copy() -> None:
     assert portions.next(1, 30.0) == Bundle(0, 0, 10)
 
 
+def test_of_what_is_done_no_copy_is_given_though_somebody_still_computes_it() -> None:
+    portions = Portions(cut_bundles(20, 10, 2), 3)
+    portions.begin(Batches(len(portions.bundles)).batch(0))
+    assert (portions.next(0, 0.0), portions.next(1, 0.0)) == (Bundle(0, 0, 10), Bundle(1, 10, 20))
+    assert portions.next(2, 5.0) == Bundle(0, 0, 10)
+    portions.finish(2, 0, 0.0, 6.0)
+    assert portions.next(2, 7.0) == Bundle(1, 10, 20)
+
+
+def test_who_would_take_longer_than_the_holder_is_given_no_copy() -> None:
+    portions = Portions(cut_bundles(40, 10, 4), 2)
+    portions.begin(Batches(len(portions.bundles)).batch(0))
+    assert portions.next(0, 0.0) == Bundle(0, 0, 10)
+    for now, bundle in ((0.0, Bundle(2, 20, 30)), (10.0, Bundle(3, 30, 40))):  # a second for an example
+        assert portions.next(1, now) == bundle
+        portions.finish(1, bundle.index, 0.0, now + 10.0)
+    assert portions.next(1, 20.0) == Bundle(1, 10, 20)
+    portions.finish(0, 0, 0.0, 100.0)  # ten seconds
+    assert portions.next(0, 100.0) is None, "it is expected to take the other one 70 more seconds"
+    assert portions.next(0, 150.0) == Bundle(1, 10, 20), "and now 120"
+
+
 def test_a_bundle_takes_as_long_as_from_its_turn_whenever_the_next_one_was_handed_out() -> None:
     portions = Portions(cut_bundles(30, 10, 3), 1)
     portions.begin(Batches(len(portions.bundles)).batch(0))

@@ -25,6 +25,7 @@ from distbelief.errors import PeerLost
 from distbelief.events import (
     BatchProgress,
     CheckpointFailed,
+    CheckpointWritten,
     Evaluated,
     EvaluationLost,
     Iterated,
@@ -325,6 +326,16 @@ def test_the_pairs_of_a_step_whose_checkpoint_failed_are_in_the_next_one(
     assert of_kind(heard, CheckpointFailed)
     assert len(of_kind(heard, ShardRestored)) == 1
     assert path_of(heard) == undisturbed.path
+
+
+@pytest.mark.parametrize(("seconds", "durable"), [(60.0, 2), (1e-6, LIMIT + 3)])
+def test_the_first_and_the_last_point_outlive_the_machine_and_one_in_so_many_seconds(
+    seconds: float, durable: int, tmp_path: Path
+) -> None:
+    _, heard = trained(job(tmp_path / "run", algorithm={"max_iterations": LIMIT}, checkpoint_seconds=seconds))
+    written = of_kind(heard, CheckpointWritten)
+    assert len(written) == durable
+    assert written[-1].examples == of_kind(heard, JobFinished)[0].seen > written[0].examples == 0
 
 
 def test_each_step_writes_down_the_one_pair_that_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
