@@ -138,7 +138,7 @@ class MoreThuente(msgspec.Struct, tag=True):
     def _shorten(self) -> Outcome:
         self.not_finite += 1
         if self.t > self.best.t:
-            self.barrier = self.t if self.barrier is None else min(self.barrier, self.t)
+            self.barrier = self.t  # nearer than the one before it, which no trial has reached since
         self.t = self.best.t + (self.t - self.best.t) / 10
         return self._again()
 

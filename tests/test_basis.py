@@ -255,6 +255,27 @@ def test_inner_products_are_of_the_pairs_as_they_are_stored(stored: torch.dtype)
     )
 
 
+def test_a_step_that_is_short_beside_the_parameters_is_measured_as_it_was_meant() -> None:
+    """Between 1e6 and the next number of float32 there is a sixteenth."""
+    torch.manual_seed(0)
+    section, gradient = Basis(torch.full((N,), 1e6), 2), torch.randn(N)
+    section.open()
+    section.add(gradient)
+    section.seal(0.0, 1, ())
+    section.step(Step(True, 0.0, None, (), (-1.0,)))
+    square = section.seal(0.25, 1, ()).rows[0][0]
+    assert square == pytest.approx(float((0.25 * gradient.double()).square().sum()), rel=1e-6)
+
+
+def test_what_is_loaded_is_all_there_is_then() -> None:
+    section = Basis(torch.zeros(3), 2)
+    for kept in ({"gradient": [2.0] * 3, "s0": [3.0] * 3, "y0": [4.0] * 3}, {"s1": [5.0] * 3, "y1": [6.0] * 3}):
+        section.load({name: torch.tensor(values) for name, values in kept.items()})
+        assert {name: vector.tolist() for name, vector in section.vectors().items()} == {"gradient": [0.0] * 3} | kept
+    section.step(Step(False, 0.0, None, (0, 1), (0.0,) * 5))
+    assert section.vectors()["s0"].tolist() == [0.0] * 3
+
+
 def reachable(section: Basis, parameters: Tensor) -> int:
     """Bytes of all memory that the tensors of the section share."""
     tensors = [value for value in vars(section).values() if isinstance(value, Tensor)]

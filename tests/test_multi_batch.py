@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import MutableSequence
 from pathlib import Path
@@ -114,6 +115,17 @@ def test_it_comes_near_the_optimum_of_all_data_with_a_fraction_of_the_passes(tmp
     first_tenth = [event for event in of_kind(batches, Iterated) if event.examples <= 5 * EXAMPLES][-1]
     early_full = [event for event in of_kind(heard, Iterated) if event.examples <= 5 * EXAMPLES][-1]
     assert first_tenth.iteration > 2 * early_full.iteration
+
+
+def test_each_point_is_tried_on_the_batch_after_the_one_on_which_the_point_before_was_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, taken = Batches.batch, []
+    monkeypatch.setattr(Batches, "batch", lambda self, number: taken.append(number) or batch(self, number))
+    _, heard = trained(job(tmp_path / "run", algorithm={"max_iterations": 6}))
+    evaluations = [1, *(event.evaluations for event in of_kind(heard, Iterated))]
+    trials = [after - before for before, after in itertools.pairwise(evaluations)]
+    assert taken == [0, *(number for number, count in enumerate(trials, start=1) for _ in range(count))]
 
 
 def test_deaths_and_the_number_of_replicas_change_no_step(tmp_path: Path) -> None:
