@@ -194,7 +194,7 @@ class MoreThuente(msgspec.Struct, tag=True):
     @property
     def decreased(self) -> bool:
         """Whether the best step lowers the loss by more than rounding."""
-        return self.best.t > 0 and self.best.loss < self.start.loss - self._rounding
+        return self.best.loss < self.start.loss - self._rounding
 
     @property
     def failure(self) -> str:

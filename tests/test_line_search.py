@@ -97,6 +97,14 @@ def test_where_the_loss_has_lost_its_digits_the_slopes_decide() -> None:
     assert len(trials) > 1
 
 
+def test_no_trial_is_made_where_the_search_began() -> None:
+    search, outcome = MoreThuente.begin(1.0, -1.0, 1.0), "try"
+    while outcome == "try":
+        assert search.t > 0
+        outcome = search.next(2.0, 1.0)  # wherever one goes
+    assert (outcome, search.t, search.decreased) == ("fail", 0.0, False)
+
+
 def test_a_gradient_of_the_wrong_sign_fails_and_is_named() -> None:
     outcome, search, trials = follow(MoreThuente.begin(1.0, -2.0, 1.0), lambda t: ((1 + t) ** 2, -2 * (1 + t)))
     assert (outcome, search.decreased) == ("fail", False)
