@@ -112,6 +112,27 @@ def test_a_gradient_of_the_wrong_sign_fails_and_is_named() -> None:
     assert "do not belong together (a wrong sign" in search.failure
 
 
+@pytest.mark.parametrize("search", [MoreThuente.begin(1.0, -1.0, 1.0), Backtracking(1.0, 1.0)])
+def test_a_lower_loss_whose_gradient_is_not_finite_shortens_the_step_too(search: Search) -> None:
+    assert search.next(0.5, math.nan) == "try"
+    assert (search.not_finite, search.decreased) == (1, False)
+    assert search.t < 1.0
+
+
+@pytest.mark.parametrize(("slope", "blamed"), [(-0.6, True), (-0.4, False)])
+def test_a_rise_is_laid_to_the_gradient_where_that_is_alike_at_both_ends(slope: float, blamed: bool) -> None:
+    """Else the step may be too long for what it promises."""
+    outcome, search, _ = follow(MoreThuente.begin(1.0, -1.0, 1.0), lambda t: (2.0, slope))
+    assert outcome == "fail"
+    assert ("do not belong together" in search.failure) == blamed
+
+
+def test_a_search_that_met_what_is_not_finite_and_no_lower_loss_says_both() -> None:
+    wall = lambda t: (2.0, 1.0) if t < 0.3 else (math.nan, math.nan)  # noqa: E731
+    _, search, trials = follow(MoreThuente.begin(1.0, -1.0, 1.0), wall)
+    assert f"not finite at 1 of {len(trials)} trial points, and at the others" in search.failure
+
+
 def test_a_loss_that_cannot_be_lowered_any_more_is_not_blamed_on_the_gradient() -> None:
     _, search, _ = follow(MoreThuente.begin(1.0, -1e-12, 1.0), lambda t: (1.0 if t < 1e-6 else 1.0 + 1e-13, -1e-12))
     assert not search.decreased
@@ -152,3 +173,12 @@ def test_backtracking_does_not_blame_the_gradient_for_what_it_promises_below_the
     while search.next(2.4 + 0.1 * search.t, -0.1 * search.t) != "fail":
         pass
     assert "do not belong together" in search.failure
+
+
+def test_backtracking_forgives_the_rounding_of_a_loss_and_blames_the_gradient_for_more_than_ten_of_it() -> None:
+    rounding = 1e-7
+    assert Backtracking(1.0, 1.0, rounding).next(1.0 + 0.9 * rounding, -1e-9) == "accept"
+    assert Backtracking(1.0, 1.0).next(1.0 + 0.9 * rounding, -1e-9) == "try"
+    for risen, blamed in ((5.0, False), (20.0, True)):
+        _, search, _ = follow(Backtracking(1.0, 1.0, rounding), lambda t, risen=risen: (1.0 + risen * rounding, -1e-6))
+        assert ("do not belong together" in search.failure) == blamed
