@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distbelief.lbfgs import Command, Evaluate, Gram, Options, Solver, SolverState, Step, Stop
 from distbelief.penalty import Penalty
-from distbelief.sealed import add
+from distbelief.sealed import Sealed, add
 from tests.functions import MINIMA
 from tests.minimise import Sandblaster, one_bundle
 
@@ -198,6 +198,37 @@ def test_an_evaluation_given_up_as_not_finite_is_one_that_was_measured_as_nan() 
     assert torch.equal(one.point, other.point)
     assert one.solver.state == other.solver.state
     assert one.solver.state.largest_gradient <= 1e-8
+
+
+@pytest.mark.parametrize(
+    ("single", "before", "now", "same"),
+    [
+        (False, 2.0, 2.0 * (1 + 1e-9), True), (False, 2.0, 2.0 * (1 + 1e-7), False), (False, 1e-20, 3e-20, True),
+        (True, 2.0, 2.0 * (1 + 1e-5), True), (True, 2.0, 2.0 * (1 + 1e-3), False), (False, 2.0, math.nan, False),
+    ],
+)  # fmt: skip
+def test_a_search_goes_on_where_its_loss_differs_by_rounding_and_else_begins_anew_and_counts_on(
+    single: bool, before: float, now: float, same: bool
+) -> None:
+    run = wood(replace(TIGHT, max_iterations=3))
+    run.run()
+    solver = Solver(replace(TIGHT, max_iterations=5, single=single), run.solver.state)
+    solver.state.loss, evaluations = before, solver.evaluations
+    assert solver.resume()[-1] == Evaluate(0.0, solver.state.history.pairs)
+    assert (math.isnan(solver.loss), math.isnan(solver.gradient_norm), solver.begins) == (True, True, True)
+    assert solver.stopped is None
+    solver.tell(now, Sealed([], 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True))
+    assert solver.iteration == (3 if same else 0)
+    assert solver.evaluations == evaluations + 1
+    assert solver.begins == (not same)
+
+
+def test_a_start_whose_gradient_is_not_finite_is_none_though_its_loss_is() -> None:
+    solver = Solver(TIGHT)
+    solver.begin()
+    (stop,) = solver.tell(1.0, Sealed([[math.inf] * 3] * 3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, False))
+    assert isinstance(stop, Stop)
+    assert "or its gradient is not finite at the starting point" in stop.reason
 
 
 def test_answers_to_what_was_not_asked_are_refused() -> None:

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 import distbelief as db
 from distbelief import cli
+from distbelief.report import read_summary
 
 SIMULATED = db.Cluster(replicas=2, shards=2, engine="simulated")
 PRECISE = db.Sandblaster(gtol=1e-9, ftol=0.0, max_iterations=500, micro_batch=16)
@@ -285,6 +286,8 @@ def test_a_run_that_was_interrupted_goes_on_by_resume(tmp_path: Path) -> None:
     assert (first.iterations, first.converged, again.converged) == (3, False, True)
     assert again.iterations == whole.iterations
     torch.testing.assert_close(again.parameters, whole.parameters, rtol=1e-9, atol=1e-11)
+    offered = read_summary(tmp_path / "run" / "summary.json").resume_command
+    assert offered == f"distbelief.minimize(..., resume='{tmp_path / 'run'}')"
 
 
 def test_what_a_run_offers_is_the_call_that_goes_on_and_one_that_is_not_kept_offers_nothing(
@@ -402,6 +405,29 @@ def of_numbers(x: Tensor, portion: Tensor) -> Tensor:
 def test_a_list_of_numbers_is_a_data_set() -> None:
     found = db.minimize(of_numbers, torch.zeros(2).double(), data=list(np.arange(5.0)), cluster=SIMULATED)
     assert found.parameters.tolist() == pytest.approx([2.0, 2.0])
+
+
+class Numbers(list[float]):
+    """A data set that can be called, too."""
+
+    def __call__(self) -> list[float]:
+        return [100.0]
+
+
+@pytest.mark.parametrize("data", [lambda: [1.0, 3.0], Numbers([1.0, 3.0])])
+def test_data_are_a_data_set_or_the_function_that_makes_it(data: Any) -> None:
+    found = db.minimize(of_numbers, torch.zeros(2).double(), data=data, cluster=SIMULATED)
+    assert found.parameters.tolist() == pytest.approx([2.0, 2.0])
+
+
+def test_groups_free_a_parameter_of_a_penalty_and_a_start_may_be_the_result_of_a_computation() -> None:
+    begin = 2 * torch.ones(1, dtype=torch.float64, requires_grad=True)
+    found = db.minimize(
+        lambda x: ((x["free"] - 1).square() + (x["held"] - 1).square()).sum() / 2, {"free": begin, "held": begin},
+        algorithm=db.Sandblaster(l2=1.0, gtol=1e-9), cluster=SIMULATED,
+        groups=lambda name, parameter: {"l2": 0.0} if name == "free" else {},
+    )  # fmt: skip
+    assert {name: float(value) for name, value in found.parameters.items()} == pytest.approx({"free": 1.0, "held": 0.5})
 
 
 def surprise(x: Tensor, portion: Tensor) -> Tensor:
