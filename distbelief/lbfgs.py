@@ -323,7 +323,7 @@ class Solver:
         return [self.state.asked]
 
     def _measure(self) -> Gram:
-        self.state.doubts = max(1, self.state.doubts)
+        self.state.doubts = 1
         self.state.asked = Gram(self.state.history.pairs)
         return self.state.asked
 

@@ -194,7 +194,7 @@ def _given(options: Any, skip: Sequence[str], words: Collection[str], prefix: st
     found: dict[str, Any] = {}
     for item in dataclasses.fields(options):
         value = getattr(options, item.name)
-        if item.name in skip and not prefix:
+        if item.name in skip:
             continue
         if dataclasses.is_dataclass(value):
             found |= _given(value, (), words, f"{prefix}{item.name}.")

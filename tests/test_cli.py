@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the command line: what is given there replaces what the file says, and is kept for resuming."""
 
+import dataclasses
 import fcntl
 import functools
 import os
@@ -14,8 +15,12 @@ from typing import Any
 
 import pytest
 
+import distbelief as db
 from distbelief import checkpoint, cli, launch
+from distbelief.launch import Launch
+from distbelief.options import parse
 from distbelief.report import read_summary
+from tests import problems
 
 SCRIPT = """
 import distbelief as db
@@ -240,6 +245,22 @@ def test_what_a_job_says_of_its_parameters_stands_beside_the_options(
     assert "--width INT How wide it is. (default: 8)" in told
     assert "How deep. (default: False)" in told
     assert told.count("How wide") == 1
+
+
+def test_an_option_of_the_file_may_have_the_name_of_a_nested_one() -> None:
+    def job(shards: int = 7) -> db.Job:
+        return dataclasses.replace(problems.job(), seed=shards)
+
+    made, _, _ = parse(job, Launch(), ["--shards", "3", "--cluster.shards", "5"], "distbelief train")
+    assert (made.seed, made.cluster.shards) == (3, 5)
+
+
+def test_what_a_job_does_to_the_value_of_an_option_is_not_there_the_next_time() -> None:
+    def job(sizes: list[int] = [1]) -> db.Job:  # noqa: B006
+        sizes.append(1)
+        return dataclasses.replace(problems.job(), seed=len(sizes))
+
+    assert [parse(job, Launch(), [], "distbelief train")[0].seed for _ in range(2)] == [2, 2]
 
 
 def test_another_algorithm_is_named_on_the_command_line_and_goes_on_where_the_first_one_was(

@@ -314,6 +314,13 @@ def test_a_loss_that_stays_nan_ends_with_that_reason_at_the_last_good_point(
     assert run.point.isfinite().all()
 
 
+def test_decreases_of_a_loss_far_below_one_are_small_by_their_size_not_by_their_share() -> None:
+    small = one_bundle(lambda x: 1e-12 * MINIMA["wood"].function(x))
+    run = Sandblaster(small, MINIMA["wood"].x, Options(gtol=0.0))
+    assert run.run().reason == "3 iterations in a row lowered the loss by no more than 1e-09 max(|loss|, 1)"
+    assert run.solver.loss > 1e-12
+
+
 def test_a_start_that_is_not_finite_ends_at_once() -> None:
     run = Sandblaster(spoilt(lambda call, x, loss, g: (math.inf, g)), ZERO, tight())
     assert run.run() == Stop("the loss (inf) or its gradient is not finite at the starting point", False)

@@ -105,6 +105,21 @@ def test_a_lost_direction_is_noticed_and_formed_again_with_inner_products_measur
     assert run.solver.evaluations <= 1.2 * whole.solver.evaluations
 
 
+def test_directions_that_are_lost_again_and_again_cost_no_history_where_a_point_was_accepted_in_between() -> None:
+    lost: list[int] = []
+
+    def now_and_then(run: Sandblaster, command: Command) -> None:
+        if isinstance(command, Evaluate) and run.solver.iteration in (20, 25) and run.solver.iteration not in lost:
+            lost.append(run.solver.iteration)
+            lose_direction(run)
+        if len(lost) == 2:
+            assert run.solver.state.history.pairs
+
+    run = wood(TIGHT, now_and_then)
+    assert run.run().converged
+    assert (lost, run.grams) == ([20, 25], 2)
+
+
 def test_pairs_that_are_mixed_up_are_noticed_and_the_history_is_dropped() -> None:
     run, stop, asked = damaged(lose_pairs, 1)
     assert asked[:3] == ["Evaluate", "Gram", "Evaluate without pairs"]
@@ -172,6 +187,7 @@ def test_with_a_limit_that_was_raised_a_run_goes_on_as_if_it_had_not_stopped(
 def test_with_more_evaluations_a_run_goes_on_from_its_last_accepted_point() -> None:
     run = wood(replace(TIGHT, max_evaluations=40))
     assert run.run().reason == "the limit of 40 evaluations was reached"
+    assert run.solver.evaluations == 40
     reached = run.solver.loss
     run.solver = Solver(TIGHT, run.solver.state)
     assert run.run(resume=True).converged

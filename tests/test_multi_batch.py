@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import random
 from collections.abc import MutableSequence
 from pathlib import Path
@@ -226,6 +227,50 @@ def test_when_no_batch_helps_any_more_it_ends_and_says_what_may_go_further() -> 
     assert "in 10 batches in a row no step lowered the loss" in commands[-1].reason
     assert not commands[-1].converged
     assert asked == 10 * 20 + 9  # and one look, without a step, at the next batch after each but the last
+
+
+def overlapping(penalty: float = 0.0) -> tuple[Solver, list[list[float]]]:
+    """A solver that has accepted its first point, at a loss of 1 and a penalty; the gradient there is 1."""
+    solver = Solver(Options(search="overlapping"))
+    solver.begin()
+    rows = [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    solver.tell(1.0, Sealed(rows, 0.0, 0.0, 0.0, 0.0, 2 * penalty, 0.0, True), (1.0, 1.0))
+    return solver, rows
+
+
+def told(solver: Solver, rows: list[list[float]], loss: float, *, penalty: float = 0.0) -> list[Any]:
+    sealed = Sealed(rows, 0.0, solver.state.slope, -0.1, 1.0, 2 * penalty, 0.0, math.isfinite(loss))
+    return solver.tell(loss, sealed, (loss, loss))
+
+
+def test_penalties_are_part_of_what_two_batches_are_compared_by() -> None:
+    for loss, penalty, accepted in ((0.5, 0.9, True), (0.5, 1.6, False)):
+        solver, rows = overlapping(penalty=1.0)
+        told(solver, rows, loss, penalty=penalty)
+        assert solver.iteration == accepted
+    solver, rows = overlapping(penalty=1.0)
+    told(solver, rows, 0.5, penalty=0.9)
+    told(solver, rows, 0.6, penalty=0.9)
+    assert solver.iteration == 1, "it was 0.5 with the penalty of then"
+
+
+def test_batches_are_passed_over_in_a_row_when_none_of_them_led_to_a_step() -> None:
+    solver, rows = overlapping()
+    for _ in range(2):
+        for _ in range(9):
+            while not (solver.state.search is None and solver.state.asked == Evaluate(0.0, ())):
+                told(solver, rows, 2.0)
+            told(solver, rows, 1.0)  # a look at the next batch
+        told(solver, rows, solver.loss - 0.5)
+        assert solver.stopped is None
+
+
+def test_a_batch_whose_loss_is_not_finite_where_the_search_stands_ends_it_and_is_named() -> None:
+    solver, rows = overlapping()
+    while solver.state.search is not None:
+        told(solver, rows, 2.0)
+    (stop,) = told(solver, rows, math.nan)
+    assert stop == Stop("the loss of a batch is not finite", False)
 
 
 def test_a_batch_that_is_passed_over_is_told_as_a_step_of_no_length(tmp_path: Path) -> None:
