@@ -707,8 +707,10 @@ def test_after_a_resume_a_push_that_is_sent_again_is_applied(shards: int, tmp_pa
     after = Servers(rules.sgd(1.0), shards, ready=False)
     after.restore(tmp_path / "again", files)
     stamps = [Stamp(1, 1, 1, 3, 32, (), again=True)] * shards
-    answers = ParameterServer(after.home, after.spans, Span(0, LENGTH), 1).push(stamps, gradient(5)).result()
-    assert answers == [Applied(4, 0)] * shards
+    server = ParameterServer(after.home, after.spans, Span(0, LENGTH), 1)
+    assert server.push(stamps, gradient(5)).result() == [Applied(4, 0)] * shards
+    stamps = [msgspec.structs.replace(stamp, replica=2) for stamp in stamps]
+    assert server.exchange(stamps, gradient(6), torch.empty(LENGTH)).result() == [5] * shards
 
 
 def test_what_a_death_loses_of_a_run_that_went_on_from_another_algorithm_is_counted_from_the_start(
