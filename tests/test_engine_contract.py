@@ -262,8 +262,8 @@ class Computing:
 class Unborn:
     """A role whose constructor raises."""
 
-    def __init__(self, home: Home) -> None:
-        raise KeyError("the user's model has a bug")
+    def __init__(self, home: Home, error: Exception | None = None) -> None:
+        raise error or KeyError("the user's model has a bug")
 
 
 class Center:
@@ -567,6 +567,17 @@ def test_a_role_that_raises_is_a_death_with_its_traceback(stage: Stage) -> None:
     assert "ValueError: the user's code has a bug" in (deaths[names[0]].failure or "")
     assert "in run" in (deaths[names[0]].failure or "")
     assert 'KeyError: "the user\'s model has a bug"' in (deaths[names[1]].failure or "")
+
+
+def test_a_role_that_raises_what_no_encoding_has_is_told_all_the_same_and_the_others_go_on(stage: Stage) -> None:
+    clerk = stage.up(Clerk)
+    name = stage.start(Unborn, OSError("no label for h\udcf6he.wav"))  # as Python has names of files that are no text
+    stage.until(stage.died)
+    assert stage.find(clerk).call(Clerk.note, 1).result() == [1]
+    (death,) = stage.died()
+    assert (death.role, death.reason) == (name, "exit code 1")
+    assert "OSError: no label for h" in (death.failure or "")
+    assert "he.wav" in (death.failure or "")
 
 
 def test_a_killed_role_is_a_death_without_a_traceback_and_is_reported_once(stage: Stage) -> None:

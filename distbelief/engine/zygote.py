@@ -87,14 +87,20 @@ def run_role(build: Callable[[], Callable[[], None]], report: int) -> None:
         # Not the user's doing: somebody this role needs is gone. It counts as a death and the role is replaced.
         code = 1
         with contextlib.suppress(OSError):
-            os.write(report, LOST + f"{type(error).__name__}: {error}".encode()[:1000])
+            os.write(report, LOST + _encoded(f"{type(error).__name__}: {error}")[:1000])
     except BaseException as error:
         code = 1
         text = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):
-            os.write(report, text.encode()[-60_000:])
-    flush()
-    os._exit(code)
+            os.write(report, _encoded(text)[-60_000:])
+    finally:  # a fork that went on would be a second zygote, which ends the roles of the first
+        flush()
+        os._exit(code)
+
+
+def _encoded(text: str) -> bytes:
+    """As UTF-8, though a name of a file in it may be no text."""
+    return text.encode(errors="backslashreplace")
 
 
 class Zygote:
