@@ -192,6 +192,28 @@ def test_who_never_comes_is_noticed_and_a_stranger_is_no_partition() -> None:
         meet(store, 0, 2, 0.3)
 
 
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [(None, DeadlineExceeded), (b"", PeerLost), (b"\0\0\0\0", PeerLost)],
+    ids=["none", "an end", "half"],
+)
+def test_who_comes_and_does_not_introduce_himself_is_no_partition(words: bytes | None, error: type[Exception]) -> None:
+    store = dist.HashStore()
+    store.set("mailbox/0", f"{mailbox._here()} 00")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+
+        def come() -> None:
+            caller.connect(bytes.fromhex(store.get("mailbox/1").decode().split()[1]))
+            if words is not None:
+                caller.send(words)
+
+        coming = threading.Thread(target=come)
+        coming.start()
+        with pytest.raises(error):
+            meet(store, 1, 2, 0.5)
+        coming.join()
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
 def test_another_user_is_refused() -> None:
     names, name = os.pipe()

@@ -126,7 +126,7 @@ class Endpoint:
 
     def poll(self, seconds: float) -> bool:
         """One round: wait for sockets, receive, answer, send; whether there was anything."""
-        time_may_end_some = bool(self._distant or self._connecting or self._door.has_strangers)
+        time_may_end_some = bool(self._distant or self._door.has_strangers)
         if time_may_end_some or self.desk.held_up:
             seconds = min(seconds, HELD_UP_SECONDS if self.desk.held_up else LOOK_SECONDS)
         ready = self._selector.select(seconds)
