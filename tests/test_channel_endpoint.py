@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -607,6 +608,26 @@ def test_who_asks_whether_an_answer_is_there_does_not_wait_for_what_is_being_rec
         assert in_time == [True]
     finally:
         caller.close()
+
+
+def test_an_errand_is_done_until_it_is_over_and_may_give_another_or_have_a_round_done_meanwhile() -> None:
+    done: list[str] = []
+    with closing(Endpoint(Town.key)) as endpoint:
+
+        def again() -> bool:
+            done.append("again")
+            return done.count("again") == 3
+
+        def once() -> bool:
+            done.append("once")
+            endpoint.attend(again)
+            endpoint.poll(0.0)
+            return True
+
+        endpoint.attend(once)
+        for _ in range(5):
+            endpoint.poll(0.0)
+    assert done == ["once", "again", "again", "again"]
 
 
 def test_an_endpoint_that_is_not_closed_is_seen_by_the_leak_check(
