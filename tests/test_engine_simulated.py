@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the simulated engine: the seed decides everything, and virtual time follows the costs."""
 
+import gc
 import hashlib
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -241,10 +244,48 @@ def test_roles_start_and_die_and_compute_in_their_modelled_time(engines: Callabl
 
 
 def test_a_hanging_role_serves_after_its_hang(engines: Callable[..., SimulatedEngine]) -> None:
-    engine = engines(costs=EXACT, faults=Faults(hang=((1.0, 3.0, "store"),)))
+    hangs = ((1.0, 3.0, "store"), (1.2, 2.0, "store"), (0.5, 9.0, "another"))
+    engine = engines(costs=EXACT, faults=Faults(hang=hangs))
     engine.start("store", 0, Store)
     engine.sleep(1.5)
     assert engine.find("store", Store).call(Store.change, 0, torch.zeros(1000)).result() == pytest.approx(3.001)
+
+
+def test_a_hanging_role_computes_after_its_hang_and_then_as_long_as_ever(
+    engines: Callable[..., SimulatedEngine],
+) -> None:
+    moments: list[float] = []
+
+    class Computing:
+        def __init__(self, home: Home) -> None:
+            self.home = home
+
+        def run(self) -> None:
+            for _ in range(3):
+                self.home.spend(50, self.home.now())
+                moments.append(self.home.now())
+            self.home.sleep(1000.0)
+
+    engine = engines(costs=EXACT, faults=Faults(hang=((0.9, 3.0, "role"),)))
+    engine.start("role", 0, Computing)
+    engine.sleep(5.0)
+    assert moments == pytest.approx([1.0, 3.5, 4.0])
+
+
+def test_a_call_that_is_being_served_when_its_role_dies_is_not_run(engines: Callable[..., SimulatedEngine]) -> None:
+    stores: list[Store] = []
+
+    def store(home: Home) -> Store:
+        stores.append(Store(home))
+        return stores[-1]
+
+    engine = engines(costs=EXACT, faults=Faults(kill=((1.0055, "store"),)))
+    engine.start("store", 0, store)
+    engine.sleep(1.0)
+    with pytest.raises(PeerLost):  # it arrives after 5 ms, and would be served a millisecond later
+        engine.find("store", Store).call(Store.change, 0, torch.zeros(1000)).result()
+    engine.sleep(1.0)
+    assert [each.calls for each in stores] == [[]]
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.3, 1.0])
@@ -272,6 +313,55 @@ def test_a_deadline_is_missed_at_most_a_second_late(engines: Callable[..., Simul
         with pytest.raises(DeadlineExceeded):
             engine.find("nobody", Store, seconds).call(Store.history).result()
         assert seconds <= engine.now() - started <= seconds + 1.0
+
+
+def test_a_role_that_waits_for_what_never_comes_goes_on_at_its_deadline(
+    engines: Callable[..., SimulatedEngine],
+) -> None:
+    engine = engines()
+    engine.start("store", 0, Store)
+    engine.start("absent", 0, Absent, 7)
+    engine.sleep(12.0)
+    calls = engine.find("store", Store).call(Store.history).result()
+    assert [who for who, _ in calls] == [7, 7, 7]
+    assert all(2.5 < after[1] - before[1] < 3.6 for before, after in pairwise([(7, 0.2), *calls]))
+
+
+def test_an_answer_that_comes_when_nobody_waits_for_it_any_more_disturbs_no_later_wait(
+    engines: Callable[..., SimulatedEngine],
+) -> None:
+    moments: list[float] = []
+
+    class Impatient:
+        def __init__(self, home: Home) -> None:
+            self.home = home
+
+        def run(self) -> None:
+            answer = self.home.find("store", Store).call(Store.change, 0, torch.zeros(1000))
+            for seconds in (0.0005, 0.001):
+                assert not answer.wait(seconds)
+            before = self.home.now()
+            self.home.sleep(10.0)
+            moments.extend((before, self.home.now()))
+            self.home.sleep(1000.0)
+
+    engine = engines(costs=EXACT)
+    engine.start("store", 0, Store)
+    engine.sleep(1.0)
+    engine.start("impatient", 0, Impatient)
+    engine.sleep(20.0)
+    assert moments == pytest.approx([1.5015, 11.5015])
+
+
+def test_an_answer_that_has_been_waited_for_is_let_go(engines: Callable[..., SimulatedEngine]) -> None:
+    engine = engines()
+    engine.start("store", 0, Store)
+    answer = engine.find("store", Store).call(Store.history)
+    assert answer.result() == []
+    kept = weakref.ref(answer)
+    del answer
+    gc.collect()
+    assert kept() is None
 
 
 def test_a_late_answer_writes_nothing_into_the_callers_memory(engines: Callable[..., SimulatedEngine]) -> None:
@@ -330,6 +420,17 @@ def test_no_thread_is_left_after_closing_whatever_the_roles_were_doing() -> None
     engine.stop("stubborn/0")
     engine.close()
     assert not any(thread.name == "distbelief-simulated" for thread in threading.enumerate())
+
+
+def test_who_simulates_has_torchs_threads_back_afterwards() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with closing(SimulatedEngine()):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_error_of_the_user_in_a_role_does_not_reach_the_scheduler(engines: Callable[..., SimulatedEngine]) -> None:

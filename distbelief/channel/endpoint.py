@@ -179,12 +179,9 @@ class Endpoint:
         return connection
 
     def start(self, connection: Connection, pending: PendingCall, fields: bytes) -> None:
-        """Send a call; its future is done when the answer has come or its deadline has passed."""
+        """Send a call on a connection that is not closed; its future is done when it is answered or too late."""
         signature, tensors = pending.signature, pending.tensors
         with self.lock:
-            if connection not in self._connections:
-                pending.settle(error=PeerLost("the connection to the peer broke"))
-                return
             self._number += 1
             narrow = signature.rounded and self._wire.dtype == "bfloat16"
             references, body, travelling_bytes = [], [], 0

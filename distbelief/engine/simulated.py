@@ -73,7 +73,7 @@ class SimulatedHome:
 
     def sleep(self, seconds: float) -> None:
         """Wait in virtual time."""
-        self._engine.wait(None, self._engine.clock + max(0.0, seconds))
+        self._engine.wait(None, self._engine.clock + seconds)
 
     def find(self, role: str, kind: type[R], deadline_seconds: float = 60.0) -> Remote[R]:
         """A reference to another role."""
@@ -176,7 +176,7 @@ class SimulatedEngine(SimulatedHome):
 
     def wait(self, answer: Answer | None, until: float) -> None:
         """Let others go on until the answer is there or the moment has come."""
-        if self._serving_depth and self.current is None:
+        if self._serving_depth:
             raise RuntimeError("an exported method must not wait for a future; return it or let the activity wait")
         activity = self.current
         if answer is not None:
@@ -185,9 +185,9 @@ class SimulatedEngine(SimulatedHome):
             if answer is None:
                 self.at(until, activity.run_until_it_waits)
             else:
-                answer.waiter, answer.waits_until = activity, until
+                answer.waiter = activity
                 if until < answer.deadline:
-                    self.at(until, lambda: self._stop_waiting(activity, answer, until))
+                    self.at(until, lambda: self._stop_waiting(activity, answer))
             activity.wait()
         elif answer is not None:
             if until < answer.deadline:
@@ -202,8 +202,8 @@ class SimulatedEngine(SimulatedHome):
         if answer is not None:
             self._waited.pop(answer, None)
 
-    def _stop_waiting(self, activity: Activity, answer: Answer, until: float) -> None:
-        if answer.waiter is activity and answer.waits_until == until:
+    def _stop_waiting(self, activity: Activity, answer: Answer) -> None:
+        if answer.waiter is activity:
             answer.waiter = None
             activity.run_until_it_waits()
 
@@ -218,8 +218,7 @@ class SimulatedEngine(SimulatedHome):
         self.at(self.clock, activity.run_until_it_waits)
 
     def _next(self) -> None:
-        seconds, _, _, action = heapq.heappop(self._agenda)
-        self.clock = max(self.clock, seconds)
+        self.clock, _, _, action = heapq.heappop(self._agenda)
         action()
 
     # calls
@@ -235,7 +234,7 @@ class SimulatedEngine(SimulatedHome):
             self._serve(home)
 
     def _serve(self, home: SimulatedHome) -> None:
-        if not home.queue or not home.alive:
+        if not home.queue:
             return
         call = home.serving = home.queue.popleft()
         size = sum(tensor.nbytes for tensor in call.tensors)

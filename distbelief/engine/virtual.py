@@ -50,7 +50,6 @@ class Answer:
         self._error: Exception | None = None
         self._settled = False
         self.waiter: Activity | None = None
-        self.waits_until = deadline
         self._then: list[Callable[[], None]] = []
 
     def settle(self, value: Any = None, error: Exception | None = None) -> None:
