@@ -25,7 +25,7 @@ from distbelief.channel.base import Future, Out, exported, signature_of
 from distbelief.channel.door import STRANGERS
 from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.frames import Call
-from distbelief.channel.futures import BackgroundWork
+from distbelief.channel.futures import BackgroundWork, PendingCall
 from distbelief.channel.peer import Peer, at
 from distbelief.channel.place import Address
 from distbelief.errors import (
@@ -427,6 +427,16 @@ def test_a_call_to_a_silent_peer_ends_at_its_deadline(town: Town, address: Addre
     with pytest.raises(DeadlineExceeded, match="note was not answered within"):
         future.result()
     assert deadline_seconds - 0.02 <= time.monotonic() - started < deadline_seconds + 0.5
+
+
+def test_who_gives_up_a_call_whose_answer_has_just_come_loses_no_other_call(town: Town, peer: Peer[Clerk]) -> None:
+    answered = peer.call(Clerk.note, 1)
+    town.answer(answered)
+    other = peer.call(Clerk.note, 2)
+    assert isinstance(answered, PendingCall)
+    peer.endpoint.give_up(answered, "its deadline has passed")  # as another thread may that asked a moment before
+    assert answered.result() == [1]
+    assert town.answer(other) == [1, 2]
 
 
 def test_a_late_answer_writes_nothing_into_the_callers_memory(town: Town, clerk: Clerk, address: Address) -> None:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of links between hosts: found when called, made without waiting, cut anywhere, silent; and of who is refused."""
 
+import gc
 import os
 import resource
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
@@ -165,6 +167,18 @@ def test_connecting_to_a_silent_host_ends_in_time_and_holds_nobody_up(town: Town
             with pytest.raises(PeerLost, match=rf"nothing answers at .*{address[1]}.*within 0\.4 s"):
                 town.answer(future)
         assert 0.4 <= time.monotonic() - started < 1.0
+        connection = weakref.ref(lost._connection)
+        del lost, futures, future
+        gc.collect()
+        assert connection() is None, "it is let go"
+
+
+def test_who_is_being_connected_to_has_his_time_however_silent_he_is(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "is_silent", lambda *_: True)
+    with nobody() as address, pytest.raises(PeerLost, match=r"within 0\.8 s"):
+        town.answer(town.peer(address, wire=Wire(connect_seconds=0.8)).call(Clerk.note, 1))
 
 
 def test_the_error_names_the_address_at_which_nobody_listens_and_why(town: Town) -> None:
@@ -422,6 +436,33 @@ def test_a_socket_is_woken_for_a_quarter_of_a_body_and_never_for_more_than_is_to
     with closing(socket.socket()) as link:
         assert links.wake_for(link, awaited_bytes, 0) == wanted
         assert link.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == wanted
+
+
+def test_a_host_is_lost_that_is_silent_at_two_looks_in_a_row(
+    town: Town, clerk: Clerk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = town.peer(town.serve(clerk))
+    assert town.answer(peer.call(Clerk.note, 1)) == [1]
+    monkeypatch.setattr("distbelief.channel.endpoint.LOOK_SECONDS", 0.01)
+    looks: list[bool] = []
+    always = False
+
+    def is_silent(*_: object) -> bool:
+        looks.append(always or not (looks and looks[-1]))
+        return looks[-1]
+
+    monkeypatch.setattr(links, "is_silent", is_silent)
+    future = peer.call(Clerk.note, 2)
+    while len(looks) < 8:
+        peer.endpoint.poll(0.02)
+    assert not future.done()
+    always = True
+    with pytest.raises(PeerLost, match="its host has been silent for 1.5 s"):
+        while True:
+            peer.endpoint.poll(0.02)
+            assert len(looks) < 20
+            if future.done():
+                future.result()
 
 
 def test_connections_are_watched_for_silence_only_where_another_host_may_be(town: Town, clerk: Clerk) -> None:

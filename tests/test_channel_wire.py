@@ -194,6 +194,15 @@ def test_calls_under_tls_are_the_same_calls_and_nothing_of_them_can_be_read(
         assert values.numpy().tobytes()[:64] not in proxy.heard[0]
 
 
+def test_on_one_host_calls_share_memory_and_nothing_is_encrypted(certificate: Certificate) -> None:
+    wire = Wire(certificate=certificate)
+    with closing(Town("shared_memory")) as near:
+        peer = near.peer(near.serve(Clerk(), wire=wire), wire=wire)
+        values, out = (memory.allocate(1000, torch.float32) for _ in range(2))
+        near.answer(peer.call(Clerk.mirror, values.fill_(1 / 3), out))
+        assert torch.equal(out, values)
+
+
 def test_many_calls_under_way_at_once_under_tls_all_arrive(town: Town, certificate: Certificate) -> None:
     wire = Wire(certificate=certificate)
     peer = town.peer(town.serve(Clerk(), wire=wire), wire=wire)

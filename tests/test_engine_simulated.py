@@ -343,14 +343,18 @@ def test_an_answer_that_comes_when_nobody_waits_for_it_any_more_disturbs_no_late
             before = self.home.now()
             self.home.sleep(10.0)
             moments.extend((before, self.home.now()))
+            assert self.home.find("store", Store).call(Store.history).wait(5.0)
+            before = self.home.now()
+            self.home.sleep(20.0)
+            moments.append(self.home.now() - before)
             self.home.sleep(1000.0)
 
     engine = engines(costs=EXACT)
     engine.start("store", 0, Store)
     engine.sleep(1.0)
     engine.start("impatient", 0, Impatient)
-    engine.sleep(20.0)
-    assert moments == pytest.approx([1.5015, 11.5015])
+    engine.sleep(50.0)
+    assert moments == pytest.approx([1.5015, 11.5015, 20.0])
 
 
 def test_an_answer_that_has_been_waited_for_is_let_go(engines: Callable[..., SimulatedEngine]) -> None:
@@ -445,6 +449,27 @@ def test_an_error_of_the_user_in_a_role_does_not_reach_the_scheduler(engines: Ca
     engine.sleep(1.0)
     (death,) = engine.deaths()
     assert "SystemExit: 3" in (death.failure or "")
+
+
+def test_a_role_that_raises_while_it_is_ended_leaves_the_next_incarnation_alone(
+    engines: Callable[..., SimulatedEngine],
+) -> None:
+    class Clinging:
+        def __init__(self, home: Home) -> None:
+            self.home = home
+
+        def run(self) -> None:
+            try:
+                self.home.sleep(1000.0)
+            finally:
+                raise ValueError("what is to be closed is not there any more")
+
+    engine = engines()
+    engine.start("store", 0, Clinging)
+    engine.sleep(1.0)
+    engine.stop("store")
+    engine.start("store", 1, Store)
+    assert engine.find("store", Store, 5.0).call(Store.history).result() == []
 
 
 def test_a_role_may_not_be_waited_for_by_what_it_answers(engines: Callable[..., SimulatedEngine]) -> None:
