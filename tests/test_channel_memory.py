@@ -250,6 +250,11 @@ def test_a_tensor_that_is_not_contiguous_is_refused_by_the_callers_side(peer: Pe
         peer.call(Keeper.total, torch.zeros(10, 2)[:, 0])
 
 
+def test_a_tensor_of_another_device_is_refused_by_the_callers_side(peer: Peer[Keeper]) -> None:
+    with pytest.raises(TypeError, match="on meta"):
+        peer.call(Keeper.total, torch.zeros(10, device="meta"))
+
+
 def test_a_block_is_read_and_written_in_place_and_ordinary_memory_is_not(
     town: Town, peer: Peer[Keeper], keeper: Keeper
 ) -> None:
@@ -282,6 +287,30 @@ def test_calls_under_way_at_once_do_not_mix_their_tensors(town: Town, peer: Peer
         town.answer(future)
     whole = [bool(out.eq(float(number + 1)).all()) for number, out in enumerate(outs)]
     assert whole == [True] * 4, "an answer was torn"
+
+
+def test_a_block_that_is_shared_behind_a_long_body_arrives(town: Town, peer: Peer[Keeper]) -> None:
+    long = torch.ones(4 << 20)
+    answers = []
+    for number in (1.0, 2.0, 3.0):
+        answers += [(number * len(long), peer.call(Keeper.total, long * number))]
+        answers += [(number * 10, peer.call(Keeper.total, memory.allocate(10, torch.float32).fill_(number)))]
+    for total, answer in answers:
+        assert town.answer(answer) == total
+
+
+def test_a_block_is_mapped_once_however_often_it_is_named(
+    town: Town, peer: Peer[Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped: list[int] = []
+    attach = Block.attach
+    monkeypatch.setattr(
+        Block, "attach", lambda identifier, number: mapped.append(identifier) or attach(identifier, number)
+    )
+    block = memory.allocate(100, torch.float32).fill_(1.0)
+    for length in (1, 50, 100, 50):
+        assert town.answer(peer.call(Keeper.total, block[:length])) == length
+    assert len(mapped) == (1 if town.transport == "shared_memory" else 0)
 
 
 def test_a_callers_memory_is_let_go_when_the_caller_goes(town: Town, peer: Peer[Keeper], keeper: Keeper) -> None:

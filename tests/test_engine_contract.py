@@ -266,6 +266,15 @@ class Unborn:
         raise error or KeyError("the user's model has a bug")
 
 
+class Bereft:
+    """A role that somebody it needs is gone for."""
+
+    def __init__(self, home: Home) -> None: ...
+
+    def run(self) -> None:
+        raise PeerLost("shard/0 is gone")
+
+
 class Center:
     """The coordinator's role."""
 
@@ -578,6 +587,12 @@ def test_a_role_that_raises_what_no_encoding_has_is_told_all_the_same_and_the_ot
     assert (death.role, death.reason) == (name, "exit code 1")
     assert "OSError: no label for h" in (death.failure or "")
     assert "he.wav" in (death.failure or "")
+
+
+def test_a_role_that_loses_whom_it_needs_is_a_death_that_is_no_error_of_the_users(stage: Stage) -> None:
+    name = stage.start(Bereft)
+    stage.until(stage.died)
+    assert stage.died() == [Death(name, 0, "PeerLost: shard/0 is gone", None)]
 
 
 def test_a_killed_role_is_a_death_without_a_traceback_and_is_reported_once(stage: Stage) -> None:

@@ -426,12 +426,28 @@ def test_no_thread_is_left_after_closing_whatever_the_roles_were_doing() -> None
     assert not any(thread.name == "distbelief-simulated" for thread in threading.enumerate())
 
 
-def test_who_simulates_has_torchs_threads_back_afterwards() -> None:
+def test_what_is_simulated_computes_in_one_thread_and_who_simulates_has_his_own_back() -> None:
+    found: list[int] = []
+
+    def build() -> tuple[None, None]:
+        found.append(torch.get_num_threads())
+        torch.set_num_threads(2)  # as scripts do
+        return None, None
+
+    class Computing:
+        def __init__(self, home: Home) -> None: ...
+
+        def run(self) -> None:
+            found.append(torch.get_num_threads())
+
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with closing(SimulatedEngine()):
-            assert torch.get_num_threads() == 1
+        with closing(SimulatedEngine()) as engine:
+            engine.load(build)
+            engine.start("role", 0, Computing)
+            engine.sleep(1.0)
+        assert found == [1, 1]
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

@@ -116,8 +116,7 @@ class Activity:
         self._turn.acquire()
         torch.set_num_threads(1)
         try:
-            if not self.killed:
-                self._life()
+            self._life()
         except Killed:
             pass
         except ChannelError as error:
@@ -131,10 +130,10 @@ class Activity:
         """Called by the scheduler: hand over the baton and take it back."""
         if self.over:
             return
-        previous, self._engine.current = self._engine.current, self
+        self._engine.current = self
         self._turn.release()
         self._engine.baton.acquire()
-        self._engine.current = previous
+        self._engine.current = None
 
     def wait(self) -> None:
         """Called by the activity: hand the baton back until resumed."""
