@@ -157,6 +157,7 @@ def test_what_is_answered_later_or_not_at_all_lends_nothing(
     town, role, reader = library
     peer, other = reader(), reader()
     out, again = torch.full((LENGTH,), -1.0), torch.full((LENGTH,), -1.0)
+    town.answer(other.call(Library.add, 7))
     later = peer.call(Library.take_later, out)
     town.until(lambda: role.endpoint.desk._deferred)
     town.answer(other.call(Library.add, 1))
@@ -164,13 +165,14 @@ def test_what_is_answered_later_or_not_at_all_lends_nothing(
         town.answer(other.call(Library.take_and_fail, again))
     role.held.set()
     town.answer(later)
-    assert number(out) == 0.0
+    assert number(out) == 7.0
+    assert not role.endpoint.desk.lending._loans
     kept = peer.call(Library.take_when_kept, out)
     town.until(lambda: role.endpoint.desk._deferred)
     role.keep()
     town.answer(other.call(Library.add, 1))
     town.answer(kept)
-    assert number(out) == 1.0
+    assert number(out) == 8.0
     town.answer(other.call(Library.put, torch.full((LENGTH,), 5.0)))
     assert town.answer(other.call(Library.take, again)) == 5
     assert number(again) == 5.0

@@ -69,6 +69,14 @@ def test_no_rate_is_below_zero_when_a_shard_goes_back_to_a_checkpoint() -> None:
     assert rates == [0.0, 90.0, 0.0, 60.0]
 
 
+def test_what_a_shard_has_lost_is_known_though_it_tells_of_itself_before_it_is_known_to_be_restored() -> None:
+    counters = Counters()
+    for version in (10, 4, 5):
+        counters.update([shard(version)])
+    counters.restored(0, [4])
+    assert counters.lost_updates == 6
+
+
 def test_the_epoch_that_is_told_is_the_last_one_when_all_are_over() -> None:
     assert Meter(0.0, 0).progress(1.0, settled([50, 50, 50, 50]), Counters(), 0).epoch == 1
 
