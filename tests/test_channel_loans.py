@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbelief.channel import links, second_stream
-from distbelief.channel.base import Future, Out, Promise, exported
+from distbelief.channel.base import Future, Out, Promise, exported, rounded
 from distbelief.channel.codec import Part
 from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.frames import bytes_of
@@ -47,6 +47,11 @@ class Library:
     def take(self, out: Out) -> int:
         self.endpoint.desk.lending.lend(out, self.own)
         return int(self.own[0])
+
+    @exported
+    @rounded
+    def take_rounded(self, out: Out) -> None:
+        self.endpoint.desk.lending.lend(out, self.own)
 
     @exported
     def take_later(self, out: Out) -> Future[None]:
@@ -122,6 +127,20 @@ def test_what_is_lent_is_not_copied(library: tuple[Town, Library, Callable[[], P
     role.own += 1  # without a word: so what is on its way changes
     assert town.answer(future) == 0
     assert out.aminmax() == (0.0, 1.0)
+
+
+def test_what_travels_rounded_is_not_sent_as_it_is_lent() -> None:
+    town, role, wire = Town("tcp"), Library(), Wire(dtype="bfloat16")
+    with closing(town):
+        peer = town.peer(town.serve(role), wire=wire)
+        role.endpoint = town.endpoints[0]
+        role.own.fill_(1 / 3)
+        for _ in range(3):  # the first one has no second stream yet
+            out = torch.zeros(LENGTH)
+            town.answer(peer.call(Library.take_rounded, out))
+            assert number(out) == float(torch.tensor(1 / 3).bfloat16())
+        assert peer._connection is not None
+        assert peer._connection.second is not None
 
 
 def test_what_is_on_its_way_is_as_it_was_though_it_is_changed_meanwhile(
