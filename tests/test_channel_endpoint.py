@@ -2,12 +2,14 @@
 """Laws of calls between endpoints, on shared memory and over TCP: strangers, mistakes, deadlines, order, background."""
 
 import contextlib
+import gc
 import os
 import resource
 import secrets
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -24,8 +26,8 @@ from distbelief.channel.authenticate import AcceptingSide, CallingSide
 from distbelief.channel.base import Future, Out, exported, signature_of
 from distbelief.channel.door import STRANGERS
 from distbelief.channel.endpoint import Endpoint
-from distbelief.channel.frames import Call
-from distbelief.channel.futures import BackgroundWork, PendingCall
+from distbelief.channel.frames import Answer, Call
+from distbelief.channel.futures import BackgroundWork, Kept, PendingCall
 from distbelief.channel.peer import Peer, at
 from distbelief.channel.place import Address
 from distbelief.errors import (
@@ -344,6 +346,33 @@ def test_an_answer_of_the_wrong_type_is_a_protocol_error(town: Town, peer: Peer[
         town.answer(peer.call(Clerk.promise_a_number))
 
 
+def test_a_call_with_another_number_of_tensors_is_a_protocol_error_of_the_caller(town: Town, peer: Peer[Any]) -> None:
+    class Another:
+        @exported
+        def total(self, one: torch.Tensor, two: torch.Tensor) -> float: ...
+
+    with pytest.raises(ProtocolError, match="total takes 1 tensors, 2 came"):
+        town.answer(peer.call(Another.total, torch.zeros(3), torch.zeros(0)))
+    assert town.answer(peer.call(Clerk.note, 1)) == [1]
+
+
+def test_an_answer_that_is_no_text_is_a_protocol_error_and_not_the_end_of_the_caller(peer: Peer[Clerk]) -> None:
+    pending = PendingCall(peer.endpoint, signature_of(Clerk.greet), [], 5.0)
+    pending.take(Answer(1, b"\xa2\xff\xfe"))
+    with pytest.raises(ProtocolError, match="answer to greet"):
+        pending.result()
+
+
+def test_a_call_that_is_answered_holds_none_of_its_tensors_any_more(town: Town, peer: Peer[Clerk]) -> None:
+    values, out = torch.ones(10), torch.zeros(10)
+    answers = [peer.call(Clerk.total, values), peer.call(Clerk.fill, 1.0, out)]
+    assert [town.answer(answer) for answer in answers] == [10.0, 10]
+    held = [weakref.ref(values), weakref.ref(out)]
+    del values, out
+    gc.collect()
+    assert [each() for each in held] == [None, None]
+
+
 @pytest.mark.parametrize("name", ["__init__", "__reduce__", "__class__", "secret", "_private", "notes", "", "note\0"])
 def test_what_is_not_exported_cannot_be_called(town: Town, peer: Peer[Clerk], name: str) -> None:
     forged = replace(signature_of(Clerk.hand_out), name=name)
@@ -427,6 +456,14 @@ def test_a_call_to_a_silent_peer_ends_at_its_deadline(town: Town, address: Addre
     with pytest.raises(DeadlineExceeded, match="note was not answered within"):
         future.result()
     assert deadline_seconds - 0.02 <= time.monotonic() - started < deadline_seconds + 0.5
+
+
+def test_who_would_wait_longer_waits_until_the_deadline(town: Town, address: Address) -> None:
+    future, started = town.peer(address, 0.2).call(Clerk.note, 1), time.monotonic()  # nobody lets the clerk work
+    assert future.wait(20.0)
+    assert time.monotonic() - started < 2.0
+    with pytest.raises(DeadlineExceeded):
+        future.result()
 
 
 def test_who_gives_up_a_call_whose_answer_has_just_come_loses_no_other_call(town: Town, peer: Peer[Clerk]) -> None:
@@ -550,6 +587,19 @@ def test_background_work_that_raises_and_a_caller_that_does_not_wait_for_it_harm
     gate.set()
     town.work(10)
     assert town.answer(peer.call(Clerk.note, 1)) == [1]
+
+
+def test_who_waits_is_woken_by_what_another_thread_keeps_or_has_done() -> None:
+    with closing(Endpoint(Town.key)) as endpoint:
+        kept: Kept[int] = Kept(endpoint)
+        works = [lambda: kept.keep(1), lambda: BackgroundWork(int, endpoint, lambda run: run())]
+        for work in works:
+            timer = threading.Timer(0.05, work)
+            started = time.monotonic()
+            timer.start()
+            endpoint.poll(5.0)
+            assert 0.04 < time.monotonic() - started < 2.0
+            timer.join()
 
 
 def test_a_background_endpoint_sends_and_receives_while_its_owner_computes(town: Town, clerk: Clerk) -> None:

@@ -20,6 +20,7 @@ from distbelief.errors import ConfigurationError
 from distbelief.events import Observation
 from distbelief.report import Terminal, write_plots
 from distbelief.report.plots import COLOURS, FAULT_COLOUR, collect
+from distbelief.report.terminal import View
 from distbelief.report.words import duration, number, rate, shortened
 
 STALENESS = {0: 4, 1: 10, 2: 5, 7: 1}
@@ -282,6 +283,30 @@ def test_of_slow_mini_batches_the_rate_and_the_time_left_are_told_as_they_are() 
     assert all(7 <= int(left.split()[0]) <= 11 and " min " in left for *_, left in steady), "and not from 1 to 60"
 
 
+def test_the_training_loss_that_is_shown_is_the_last_one_that_was_told() -> None:
+    lines = plain([started(), progress(1.0, 100, 0.75), progress(2.0, 200, None)], seconds_between=1.0)
+    assert "| loss 0.75 |" in lines[-1]
+
+
+def test_of_checkpoints_and_refused_pushes_in_a_row_the_last_is_kept_and_of_other_things_each() -> None:
+    written = [
+        Observation(float(number), events.CheckpointWritten(path="c", examples=number, checkpoint_seconds=0.1))
+        for number in range(1, 5)
+    ]
+    view = View()
+    for observation in (started(), *written[:2], lost(2.5), *written[2:], lost(4.5)):
+        view = view.after(observation)
+    assert list(view.notable) == [written[1], lost(2.5), written[3], lost(4.5)]
+
+
+def test_when_a_run_has_ended_no_time_is_left() -> None:
+    view = View()
+    for observation in (started(), progress(1.0, 500, 0.6), progress(2.0, 600, 0.6)):
+        view = view.after(observation)
+    assert view.remaining_seconds
+    assert view.after(finished(2.5)).remaining_seconds is None
+
+
 def test_while_nothing_is_settled_the_time_left_grows() -> None:
     still = [progress(1.0 * second, min(20 * second, 500), 0.5) for second in range(1, 125)]
     lines = plain([started(), *still], seconds_between=1.0)
@@ -308,6 +333,13 @@ def test_the_last_measurement_is_told_before_the_progress_that_came_behind_it() 
     assert "accuracy 0.9" in lines[-3]
     assert "100 %" in lines[-2]
     assert "ended" in lines[-1]
+
+
+def test_a_measurement_that_was_not_told_is_not_told_behind_a_later_one() -> None:
+    happened = [started(), *(evaluated(1.0 + at, 500, at) for at in (0.1, 0.2)), *(progress(3.0, 600, 0.5),) * 3]
+    lines = plain([*happened, evaluated(4.0, 700, 0.3), finished(5.0)], seconds_between=0.4)
+    told = [line.split("accuracy ")[1] for line in lines if "accuracy" in line]
+    assert told == ["0.1", "0.3"]
 
 
 def test_a_model_that_diverged_does_not_flood_the_log() -> None:
@@ -360,6 +392,23 @@ def test_the_live_view_shows_the_state_within_the_width(width: int) -> None:
     halfway = live(eventful_run()[:12], width)
     for words in ("500  of 1,000, 500 per second", "10.0 per second, 1 refused"):
         assert sum(words in line for line in halfway) == 1, words
+
+
+@pytest.mark.parametrize(
+    ("silent_seconds", "ended", "said"),
+    [(9.0, False, "running for 1.0 s"), (12.0, False, "no news for 12 s; 1.0 s"), (12.0, True, "ended after 1.0 s")],
+)
+def test_the_live_view_says_when_nothing_has_been_heard_for_long_unless_all_is_over(
+    silent_seconds: float, ended: bool, said: str
+) -> None:
+    file, clock = io.StringIO(), Clock()
+    console = Console(file=file, force_terminal=True, width=100, height=30, legacy_windows=False, color_system=None)
+    with Terminal(console, clock=clock) as terminal:
+        for observation in (started(), progress(1.0, 500, 0.6), *([finished(1.0)] if ended else [])):
+            terminal(observation)
+        clock.now += silent_seconds
+    assert said in file.getvalue()
+    assert ("no news" in file.getvalue()) == ("no news" in said)
 
 
 def test_the_best_value_of_a_metric_is_kept_by_its_sense() -> None:

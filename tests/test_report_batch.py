@@ -110,6 +110,9 @@ def test_the_time_left_of_a_search_that_was_resumed_is_judged_by_what_it_did_sin
     for seconds, event in ((0.0, started()), (0.5, progress(20)), (10.5, progress(22))):
         view = view.after(Observation(seconds, event))
     assert view.remaining_seconds == pytest.approx((40 - 22) * 10 / 2)
+    for seconds, event in ((20.0, started()), (20.5, progress(30)), (30.5, progress(32))):
+        view = view.after(Observation(seconds, event))
+    assert view.remaining_seconds == pytest.approx((40 - 32) * 10 / 2)
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
