@@ -7,6 +7,7 @@ import os
 import resource
 import secrets
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -600,6 +601,16 @@ def test_who_waits_is_woken_by_what_another_thread_keeps_or_has_done() -> None:
             endpoint.poll(5.0)
             assert 0.04 < time.monotonic() - started < 2.0
             timer.join()
+
+
+def test_who_waits_hears_of_background_work_that_ends_its_thread() -> None:
+    with closing(Endpoint(Town.key)) as endpoint:
+        work = BackgroundWork(
+            lambda: sys.exit("enough"), endpoint, lambda run: threading.Thread(target=run).start()
+        )  # fmt: skip
+        assert work.wait(5.0)
+        with pytest.raises(SystemExit, match="enough"):
+            work.result()
 
 
 def test_a_background_endpoint_sends_and_receives_while_its_owner_computes(town: Town, clerk: Clerk) -> None:

@@ -342,6 +342,18 @@ def test_a_measurement_that_was_not_told_is_not_told_behind_a_later_one() -> Non
     assert told == ["0.1", "0.3"]
 
 
+def test_what_a_console_has_no_letters_for_is_told_without_them() -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    reason = events.JobStopping(reason="Größe")
+    with Terminal(Console(file=file, width=80)) as terminal:
+        for observation in (started(), Observation(1.0, reason), finished(2.0)):
+            terminal(observation)
+    file.seek(0)
+    told = file.read()
+    assert "stopping: Gr??e" in told
+    assert "ended" in told
+
+
 def test_a_model_that_diverged_does_not_flood_the_log() -> None:
     refused = events.PushRefused(replica=0, step=1, examples=10, reason="nan")
     lines = plain([Observation(1.0, refused)] * 1000)
