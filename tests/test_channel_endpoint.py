@@ -603,6 +603,13 @@ def test_who_waits_is_woken_by_what_another_thread_keeps_or_has_done() -> None:
             timer.join()
 
 
+def test_who_waits_for_a_promise_waits_as_long_as_asked() -> None:
+    with closing(Endpoint(Town.key)) as endpoint:
+        started = time.monotonic()
+        assert not Kept(endpoint).wait(0.1)
+        assert 0.1 <= time.monotonic() - started < 0.5
+
+
 def test_who_waits_hears_of_background_work_that_ends_its_thread() -> None:
     with closing(Endpoint(Town.key)) as endpoint:
         work = BackgroundWork(
