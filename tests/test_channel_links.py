@@ -5,10 +5,12 @@ import gc
 import os
 import resource
 import socket
+import struct
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from typing import Any, cast
 
 import numpy
 import pytest
@@ -462,6 +464,28 @@ def test_a_host_is_lost_that_is_silent_at_two_looks_in_a_row(
         peer.endpoint.poll(0.02)
     with pytest.raises(PeerLost, match=r"its host has been silent for 1\.5 s"):
         future.result()
+
+
+@pytest.mark.parametrize(
+    ("sent_again", "probes", "growing", "data_ms", "acknowledged_ms", "silent"),
+    [
+        (1, 0, 0, 2000, 2000, True), (0, 1, 0, 2000, 2000, True), (0, 2, 1, 2000, 2000, True),
+        (0, 0, 0, 9000, 9000, False), (0, 1, 1, 2000, 2000, False),
+        (1, 0, 0, 100, 2000, False), (1, 0, 0, 2000, 100, False), (1, 0, 0, 1400, 1400, False),
+    ],
+)  # fmt: skip
+def test_silence_is_to_leave_something_unanswered_and_neither_send_nor_acknowledge_anything(
+    sent_again: int, probes: int, growing: int, data_ms: int, acknowledged_ms: int, silent: bool
+) -> None:
+    class Link:
+        """As the kernel tells of a connection: linux/tcp.h, struct tcp_info."""
+
+        def getsockopt(self, level: int, option: int, length: int) -> bytes:
+            times = [0] * 13
+            times[11:] = [data_ms, acknowledged_ms]
+            return struct.pack("=8B13I", 1, 0, sent_again, probes, growing, 0, 0, 0, *times)
+
+    assert links.is_silent(cast(Any, Link()), 1.5) == silent
 
 
 def test_connections_are_watched_for_silence_only_where_another_host_may_be(town: Town, clerk: Clerk) -> None:

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of what a job can choose for the links between hosts: bfloat16, TLS; and of a host that falls silent."""
 
+import contextlib
 import json
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -247,6 +251,32 @@ def test_who_does_not_hold_the_jobs_certificate_is_refused_on_either_side(town: 
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         town.until(lambda: strict.refused[door.NO_KEY] == 2)
     assert town.answer(town.peer(address, wire=ours).call(Clerk.thirds, torch.ones(1))) is None
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["no certificate", "an older TLS"])
+def test_a_stranger_who_verifies_nobody_is_refused_without_a_certificate_and_with_an_older_tls(
+    town: Town, certificate: Certificate, held: bool, tmp_path: Path
+) -> None:
+    address = town.serve(Clerk(), wire=Wire(certificate=certificate))
+    assert isinstance(address, tuple)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if held:
+        (tmp_path / "both.pem").write_bytes(certificate.private + certificate.public)
+        context.load_cert_chain(tmp_path / "both.pem")
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+    heard: list[bytes] = []
+
+    def come() -> None:
+        with contextlib.suppress(OSError), context.wrap_socket(socket.create_connection(address, 5.0)) as link:
+            heard.append(link.recv(100))
+
+    coming = threading.Thread(target=come)
+    coming.start()
+    town.until(lambda: not coming.is_alive())
+    coming.join()
+    assert not b"".join(heard)
+    assert town.endpoints[0].refused == {door.NO_KEY: 1}
 
 
 def test_the_jobs_key_is_asked_for_under_tls_as_well(town: Town, certificate: Certificate) -> None:
