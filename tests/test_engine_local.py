@@ -468,6 +468,17 @@ def test_a_peer_killed_in_the_middle_of_a_call_is_lost_at_once(
         engine.sleep(0.01)
 
 
+def test_a_role_that_is_stopped_before_it_has_begun_is_not_counted_among_the_processes(
+    engine: LocalEngine,
+) -> None:
+    before = dict(engine.processes)
+    for incarnation in range(3):
+        engine.start(NAMES[-1], incarnation, Clerk, SHARED)
+        engine.stop(NAMES[-1])
+    engine.sleep(0.5)
+    assert engine.processes == before
+
+
 def test_stopping_ends_a_role_that_is_busy_or_stopped(start: Callable[..., Remote[Clerk]], engine: LocalEngine) -> None:
     busy, stopped = start(), start()
     pids = [clerk.call(Clerk.pid).result() for clerk in (busy, stopped)]
