@@ -208,6 +208,14 @@ def test_what_changes_in_the_call_that_lends_it_arrives_as_it_was(
     assert number(role.own) == 6.0
 
 
+def test_what_has_been_sent_is_lent_no_more(library: tuple[Town, Library, Callable[[], Peer[Library]]]) -> None:
+    town, role, reader = library
+    peer, out = reader(), torch.zeros(LENGTH)
+    for _ in range(4):
+        town.answer(peer.call(Library.take, out))
+        assert len(role.endpoint.desk.lending._loans) == 1
+
+
 def test_who_has_gone_keeps_nothing_lent(library: tuple[Town, Library, Callable[[], Peer[Library]]]) -> None:
     town, role, reader = library
     peer, other = reader(), reader()

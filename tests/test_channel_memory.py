@@ -347,6 +347,17 @@ def test_a_reference_to_memory_that_is_not_shared_is_refused_and_others_are_serv
     assert town.answer(town.peer(peer.locate().result()).call(Keeper.total, torch.ones(3))) == 3.0
 
 
+@pytest.mark.parametrize("body", [b"", b"more"], ids=["alone", "with a body"])
+def test_who_offers_a_block_and_sends_none_is_refused_and_others_are_served(
+    town: Town, peer: Peer[Keeper], body: bytes
+) -> None:
+    assert town.answer(peer.call(Keeper.total, torch.ones(2))) == 2.0
+    assert peer._connection is not None
+    peer._connection.send(frames.encode(frames.Attach(7), len(body)), [memoryview(body)])
+    town.until(lambda: peer._connection is None or peer._connection.closed)
+    assert town.answer(town.peer(peer.locate().result()).call(Keeper.total, torch.ones(3))) == 3.0
+
+
 @pytest.mark.parametrize("town", ["tcp"], indirect=True)
 def test_a_body_that_is_shorter_than_its_tensors_costs_no_memory_and_others_are_served(
     town: Town, peer: Peer[Keeper], monkeypatch: pytest.MonkeyPatch

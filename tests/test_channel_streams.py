@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of second streams: what travels on two is what was sent, whatever becomes of either; and when there is none."""
 
+import select
 import socket
 import threading
 import time
@@ -189,6 +190,21 @@ def test_a_call_is_lost_soon_when_one_of_its_streams_breaks_and_the_next_one_con
         assert first or cut < 3 * WIDE or lost == 1
         assert time.monotonic() - started < 10
         town.until(lambda: connection_of(peer).second is not None or cut < 3 * WIDE)
+
+
+def test_a_second_stream_that_ends_before_all_is_there_has_broken() -> None:
+    noticed: list[bool] = []
+    one, other = socket.socketpair()
+    with one, other:
+        one.setblocking(False)
+        stream = SecondStream(one, lambda: None, lambda: noticed.append(True), lambda: None)
+        stream.receive([memoryview(bytearray(10))])
+        other.sendall(b"half")
+        assert stream.carry() == select.POLLIN
+        other.shutdown(socket.SHUT_WR)
+        assert stream.carry() == 0
+        assert isinstance(stream.error, ConnectionError)
+        assert noticed == [True]
 
 
 def test_nothing_is_written_into_a_callers_memory_once_it_has_given_up(town: Town) -> None:

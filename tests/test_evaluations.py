@@ -142,6 +142,17 @@ def test_small_examples_are_measured_many_at_once(monkeypatch: pytest.MonkeyPatc
     assert loss == pytest.approx(999.5)
 
 
+def test_of_fewer_examples_than_a_mini_batch_has_all_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measured_at_once(monkeypatch, 1, torch.arange(5.0).view(-1, 1)) == ([5], 2.0)
+
+
+def test_a_model_is_measured_as_it_is_used_and_not_as_it_is_trained() -> None:
+    data = TensorDataset(torch.ones(20, 1), torch.zeros(20))
+    job = db.Job(model=nn.Identity, loss=lambda output, target: output.mean(), data=data, batch_size=8)
+    loss, _ = job.measures.measure(nn.Dropout(0.5).train(), data, torch.device("cpu"))
+    assert loss == 1.0
+
+
 @pytest.mark.parametrize(("wide", "long"), [(1, 100_000), (100_000, 1)])
 def test_of_large_examples_or_outputs_no_more_are_measured_at_once_than_are_trained_on(
     wide: int, long: int, monkeypatch: pytest.MonkeyPatch

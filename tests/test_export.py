@@ -129,6 +129,22 @@ def test_a_frozen_parameter_in_the_memory_of_a_trained_one_does_not_take_its_pla
     assert entries["target.weight"] == {**entries["online.weight"], "source": "initial", "name": "target.weight"}
 
 
+def test_what_is_trained_is_written_with_checkpoints_alone(tmp_path: Path) -> None:
+    write_template(tmp_path, plain())
+    assert load_file(tmp_path / INITIAL) == {}
+
+
+def test_what_is_handed_out_detached_is_what_is_trained_where_that_lies_in_the_same_memory(tmp_path: Path) -> None:
+    class Detached(Shadowed):
+        def state_dict(self, *arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
+            return {name: value.detach() for name, value in super().state_dict(*arguments, **options).items()}
+
+    write_template(tmp_path, Detached())
+    entries = msgspec.json.decode((tmp_path / STATE).read_bytes())
+    assert {(entry["source"], entry["name"]) for entry in entries.values()} >= {("parameters", "online.weight")}
+    assert entries["target.weight"] == entries["online.weight"]
+
+
 def test_a_fresh_module_takes_the_export_strictly_and_computes_the_same(tmp_path: Path) -> None:
     module = trained(Everything, tmp_path)
     torch.manual_seed(99)
