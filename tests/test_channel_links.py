@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of links between hosts: found when called, made without waiting, cut anywhere, silent; and of who is refused."""
 
+import contextlib
 import gc
 import os
 import resource
@@ -190,6 +191,16 @@ def test_the_error_names_the_address_at_which_nobody_listens_and_why(town: Town)
         town.answer(town.peer(address).call(Clerk.note, 1))
     with pytest.raises(PeerLost, match=r"nothing answers at .*no such host"):
         town.answer(town.peer(("no such host", 1)).call(Clerk.note, 1))
+
+
+def test_where_as_many_callers_wait_as_may_the_next_one_is_told_so() -> None:
+    with closing(Town("shared_memory")) as near, contextlib.ExitStack() as waiting:
+        listener = waiting.enter_context(near.listen())
+        listener.listen(1)
+        for _ in range(2):
+            waiting.enter_context(links.dial(near.address(listener)))
+        with pytest.raises(PeerLost, match="as many callers wait there as it lets wait"):
+            links.dial(near.address(listener))
 
 
 # cuts, delays, silence
