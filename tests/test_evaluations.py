@@ -2,7 +2,7 @@
 """When a job evaluates: at each so many examples, one at a time, and at its end what it led to; how much at once."""
 
 import math
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 import distbelief as db
 from distbelief import evaluator
+from distbelief.errors import ConfigurationError
 from distbelief.evaluations import Evaluations
 
 
@@ -165,6 +166,15 @@ def test_of_large_examples_or_outputs_no_more_are_measured_at_once_than_are_trai
 def test_of_examples_in_between_as_many_are_measured_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     given, _ = measured_at_once(monkeypatch, 1, torch.zeros(100, 8190))  # with target and output 32 KiB each
     assert given == [8, 32, 32, 32, 4]
+
+
+@pytest.mark.parametrize(("found", "shown"), [(torch.ones(2, 3), r"\[2, 3\]"), (None, "NoneType"), ("much", "str")])
+def test_a_metric_that_is_no_number_is_named_with_what_it_is(found: object, shown: str) -> None:
+    data = TensorDataset(torch.ones(4, 1), torch.zeros(4))
+    metrics: dict[str, Any] = {"accuracy": lambda output, target: found}
+    job = db.Job(model=nn.Identity, loss=lambda output, target: output.mean(), data=data, test=data, metrics=metrics)
+    with pytest.raises(ConfigurationError, match=rf"the metric accuracy is {shown}, not a number\nhint: "):
+        job.measures.measure(nn.Identity(), data, torch.device("cpu"))
 
 
 def test_what_evaluate_may_return_for_a_metric_is_what_a_metric_may_return_to_types_as_in_fact() -> None:
