@@ -140,7 +140,7 @@ def test_what_is_handed_out_detached_is_what_is_trained_where_that_lies_in_the_s
             return {name: value.detach() for name, value in super().state_dict(*arguments, **options).items()}
 
     write_template(tmp_path, Detached())
-    entries = msgspec.json.decode((tmp_path / STATE).read_bytes())
+    entries = msgspec.json.decode((tmp_path / STATE).read_bytes())["entries"]
     assert {(entry["source"], entry["name"]) for entry in entries.values()} >= {("parameters", "online.weight")}
     assert entries["target.weight"] == entries["online.weight"]
 

@@ -354,7 +354,7 @@ def test_each_step_writes_down_the_one_pair_that_is_new(tmp_path: Path, monkeypa
 def test_an_evaluation_that_is_lost_is_no_rate_below_zero(tmp_path: Path) -> None:
     slow = {f"replica/{replica}": 1000.0 for replica in range(3)}
     made = job(tmp_path / "run", algorithm={"max_iterations": 3, "backups": False})
-    _, heard = trained(made, faults=db.Faults(slow=slow, kill=((5.0, "shard/1"),)))
+    _, heard = trained(made, faults=db.Faults(slow=slow, kill=((3.0, "shard/1"),)))
     told = of_kind(heard, BatchProgress)
     assert any(after.examples < before.examples for before, after in itertools.pairwise(told))
     assert min(event.examples_per_second for event in told) == 0
