@@ -315,8 +315,7 @@ class ModelReplica:
         source = self._gradient.flat
         if mean and self._mini_batches > 1:
             source.div_(self._mini_batches)
-        self._written = [False] * len(self._parameters)
-        self._mini_batches = 0
+        self.discard()
         if clip_norm is not None:
             norm = torch.linalg.vector_norm(source)
             if not norm.isfinite():  # of numbers whose squares are too large for their type
@@ -337,6 +336,11 @@ class ModelReplica:
         else:
             self._spare.flat.copy_(source)
         return self._spare.flat
+
+    def discard(self) -> None:
+        """Begin to accrue anew, in the same place."""
+        self._written = [False] * len(self._parameters)
+        self._mini_batches = 0
 
     def _add_momentum(self, gradient: torch.Tensor) -> None:
         """`v = momentum * v + g; g += momentum * v`: what torch.optim.SGD steps by with `nesterov`."""

@@ -283,7 +283,7 @@ class SandblasterReplica:
                 self.home.spend(examples, started)
                 started = self.home.now()
                 if self.superseded(task):
-                    self.model.take_gradient(mean=False, clip_norm=None)
+                    self.model.discard()
                     return None
         except Exception as error:
             error.add_note(f"while computing examples {bundle.start} to {bundle.stop - 1}")

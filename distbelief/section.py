@@ -120,8 +120,6 @@ class Section:
         self._fenced: dict[int, int] = {}
         self.ready = self._restored = False
         """Whether it has its parameters."""
-        self._replaces = False
-        """Whether an earlier life may have answered replicas that are at work."""
         self._restored_version = 0
         self._offers_until: float | None = None
         """While it waits for newer parameters, until when: for ever before the first offer."""
@@ -222,7 +220,7 @@ class Section:
         unheard = state.taken >= 0 and stamp.replica not in state.heard
         if unheard:
             state.heard.append(stamp.replica)
-        overwritten = answered_there and self._replaces and stamp.replica not in self._answers
+        overwritten = answered_there and stamp.replica not in self._answers
         if stamp.again and (unheard or overwritten):
             # An earlier life may have applied it; then it is in the parameters that were taken, or a gradient no more.
             state.lost_updates += 1
@@ -335,5 +333,5 @@ class Section:
         self.ready, self._restored = True, own or offers is not None
         self._restored_version = self._state.version
         if offers is not None:
-            self._replaces, self._awaited, self._offers_until = True, offers, math.inf
+            self._awaited, self._offers_until = offers, math.inf
         return self._restored_version

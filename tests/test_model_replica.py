@@ -264,6 +264,23 @@ def test_a_gradient_that_was_taken_stays_untouched_while_the_next_one_accrues() 
     assert len({gradient.data_ptr() for gradient, _ in kept}) == 2
 
 
+def test_what_is_discarded_leaves_the_gradient_that_was_taken_and_no_trace_in_the_next_one() -> None:
+    replica, given = Replica(), batches(3)
+    replica.it.compute(given[0])
+    taken = replica.it.take_gradient(mean=True, clip_norm=None)
+    assert taken is not None
+    kept = taken.clone()
+    replica.it.compute(given[1])
+    replica.it.discard()
+    assert replica.it.accrued == 0
+    assert torch.equal(taken, kept)
+    replica.it.compute(given[2])
+    assert torch.equal(taken, kept)
+    gradient = replica.it.take_gradient(mean=False, clip_norm=None)
+    assert gradient is not None
+    assert torch.equal(gradient, replica.plain_gradient(given[2:]))
+
+
 def test_backward_makes_the_first_gradient_of_a_large_weight_where_it_is_accrued() -> None:
     replica = Replica()
     layer, made = replica.module.get_submodule("0"), list[int]()

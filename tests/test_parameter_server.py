@@ -564,9 +564,10 @@ def test_a_shard_that_came_back_takes_what_was_fetched_and_no_push_counts_twice(
         assert missing - unsure <= counters.lost_updates <= missing + unsure
 
 
+@pytest.mark.parametrize("offers", [Awaited((0, 1), 2.0), None])  # None with local_rate, and where numbers are rounded
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_a_gradient_over_which_a_dead_shard_may_have_answered_is_lost_and_not_applied(
-    exchanges: bool, tmp_path: Path
+    exchanges: bool, offers: Awaited | None, tmp_path: Path
 ) -> None:
     before = Servers(rules.sgd(1.0), 1)
     one, two, into = Puller(0), Puller(1), torch.empty(LENGTH)
@@ -577,7 +578,7 @@ def test_a_gradient_over_which_a_dead_shard_may_have_answered_is_lost_and_not_ap
     if exchanges:  # applied and answered, but for the end: what is sent again begins with parameters
         stamp, sent = one.unanswered or one.begin(7)
         before.shards[0].exchange(stamp, sent, sent)
-    after.restore(tmp_path, files, offers=Awaited((0, 1), 2.0))
+    after.restore(tmp_path, files, offers=offers)
     for puller in (one, two):
         after.shards[0].offer(*puller.offer())
     stamp, sent = one.repeat()
@@ -707,10 +708,8 @@ def test_after_a_resume_a_push_that_is_sent_again_is_applied(shards: int, tmp_pa
     after = Servers(rules.sgd(1.0), shards, ready=False)
     after.restore(tmp_path / "again", files)
     stamps = [Stamp(1, 1, 1, 3, 32, (), again=True)] * shards
-    server = ParameterServer(after.home, after.spans, Span(0, LENGTH), 1)
-    assert server.push(stamps, gradient(5)).result() == [Applied(4, 0)] * shards
-    stamps = [msgspec.structs.replace(stamp, replica=2) for stamp in stamps]
-    assert server.exchange(stamps, gradient(6), torch.empty(LENGTH)).result() == [5] * shards
+    answers = ParameterServer(after.home, after.spans, Span(0, LENGTH), 1).push(stamps, gradient(5)).result()
+    assert answers == [Applied(4, 0)] * shards
 
 
 def test_what_a_death_loses_of_a_run_that_went_on_from_another_algorithm_is_counted_from_the_start(
