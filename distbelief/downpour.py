@@ -277,7 +277,7 @@ class DownpourReplica:
         return self.all_settled()
 
     def all_settled(self) -> bool:
-        """Settle what was carried if no partition of this replica waits for a push; whether none waits for a fetch."""
+        """Settle what was carried if no partition waits for a push; whether none waits for a push or a fetch."""
         pushing, fetching, self.stopping = self.group.any(
             self.pushing is not None, self.fetching is not None, self.told_to_stop or self.stopping
         )
