@@ -20,7 +20,8 @@ from torch import nn
 
 from benchmarks.partition_peers import build, mini_batch
 from benchmarks.processes import forked
-from distbelief.partition.group import Group
+from distbelief.cluster import available_cores
+from distbelief.partition.group import Group, Site
 from distbelief.partition.materialise import record
 from distbelief.partition.units import units
 
@@ -34,7 +35,7 @@ class Partition:
         recorded = record(partial(build, model), seed=0)
         plan = units(recorded.module, self._batch[0], partitions)
         store = dist.FileStore(str(Path(folder) / "store"), partitions)
-        self._group = Group(store, index, partitions)
+        self._group = Group(store, index, partitions, Site(own_core=partitions <= available_cores()))
         pieces = {piece.name: (piece.full_shape, piece.box) for piece in plan.pieces(index)}
         self._share = plan.share(index, dict(recorded.values(pieces)), self._group)
         self._out = index == plan.out

@@ -153,14 +153,14 @@ def compare(parameters: int, peers: Mapping[str, Peer], quick: bool) -> Comparis
 
 
 def _opened(
-    stack: ExitStack, method: Callable[[], AbstractContextManager[Callable[[], None]]], calls: int
+    stack: ExitStack, method: Callable[[], AbstractContextManager[push_fetch_product.Measure]], calls: int
 ) -> Callable[[], float]:
     """Enter `method` now; where that fails, its measurement fails instead of the benchmark."""
     try:
-        call = stack.enter_context(method())
+        measure = stack.enter_context(method())
     except Exception as error:
         return lambda failure=error: _raise(failure)  # type: ignore[misc]
-    return lambda: timed(call, calls)
+    return lambda: measure(calls)
 
 
 def _raise(error: Exception) -> float:

@@ -1,19 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product's rows: a real shard in a process of its own, the caller in this one, as replicas call it."""
+"""The product's rows: a real shard and its caller, each a role with a process and a core of its own."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from benchmarks.processes import timed
 from distbelief import adagrad
-from distbelief.channel.base import Out, exported
+from distbelief.channel.base import Out, Promise, exported
 from distbelief.cluster import TransportName
 from distbelief.engine.base import Home
 from distbelief.engine.local import LocalEngine
 from distbelief.parameter_server import ParameterServer, ParameterServerShard, shard_name
 from distbelief.parameters import Layout, Piece, Span
 from distbelief.section import Stamp
+
+CALLER, ECHO = "caller", "echo"
+Call = Callable[[], object]
+Measure = Callable[[int], float]
+"""Seconds of each of so many calls."""
+
+
+class Caller:
+    """A role that makes calls when it is asked how long they take."""
+
+    def __init__(self, home: Home, begin: Callable[[Home, int], Call], parameters: int) -> None:
+        """`begin` makes what is called."""
+        torch.set_num_threads(1)
+        self._home, self._begin, self._parameters = home, begin, parameters
+        self._asked = list[tuple[int, Promise[float]]]()
+
+    @exported
+    def measure(self, calls: int) -> Promise[float]:
+        """Seconds per call, when they are over."""
+        promise = self._home.promise()
+        self._asked.append((calls, promise))
+        return promise
+
+    def run(self) -> None:
+        """Make the calls that are asked for."""
+        call = self._begin(self._home, self._parameters)
+        while True:
+            self._home.sleep(0.001)
+            for calls, promise in self._asked:
+                promise.keep(timed(call, calls))
+            self._asked.clear()
 
 
 class Echo:
@@ -53,35 +85,43 @@ class Pushes:
         self._version = self._server.exchange([stamp], self._gradient, self._fetched).result()[0]
 
 
+def _echoes(home: Home, parameters: int) -> Call:
+    role = home.find(ECHO, Echo)
+    there, back = (home.allocate(parameters, torch.float32) for _ in range(2))
+    return lambda: role.call(Echo.exchange, there, back).result()
+
+
 @contextmanager
-def product(parameters: int, transport: TransportName) -> Iterator[Callable[[], None]]:
+def product(parameters: int, transport: TransportName) -> Iterator[Measure]:
     """Each call is one push and one fetch of all parameters, answered by the shard."""
-    engine = LocalEngine([shard_name(0)], transport=transport)
-    try:
-        engine.load(_nothing)
-        span, layout = whole(parameters)
+    span, layout = whole(parameters)
+    with _engine(shard_name(0), transport) as engine:
         engine.start(shard_name(0), 0, ParameterServerShard, span, layout, adagrad(0.01))
-        yield Pushes(engine, parameters)
-    finally:
-        engine.close()
+        yield _caller(engine, Pushes, parameters)
 
 
 @contextmanager
-def echo(parameters: int, transport: TransportName) -> Iterator[Callable[[], None]]:
+def echo(parameters: int, transport: TransportName) -> Iterator[Measure]:
     """Each call moves one tensor there and one back, as a push and the fetch behind it do, without an optimizer."""
-    engine = LocalEngine(["echo"], transport=transport)
+    with _engine(ECHO, transport) as engine:
+        engine.start(ECHO, 0, Echo)
+        yield _caller(engine, _echoes, parameters)
+
+
+@contextmanager
+def _engine(answering: str, transport: TransportName) -> Iterator[LocalEngine]:
+    engine = LocalEngine([answering, CALLER], transport=transport, own_cores=True)
     try:
         engine.load(_nothing)
-        engine.start("echo", 0, Echo)
-        role = engine.find("echo", Echo)
-        there, back = (engine.allocate(parameters, torch.float32) for _ in range(2))
-
-        def there_and_back() -> None:
-            role.call(Echo.exchange, there, back).result()
-
-        yield there_and_back
+        yield engine
     finally:
         engine.close()
+
+
+def _caller(engine: LocalEngine, begin: Callable[[Home, int], Call], parameters: int) -> Measure:
+    engine.start(CALLER, 0, Caller, begin, parameters)
+    caller = engine.find(CALLER, Caller)
+    return lambda calls: caller.call(Caller.measure, calls).result()
 
 
 def _nothing() -> tuple[None, None]:

@@ -127,7 +127,18 @@ class Cluster:
         """
         if self.engine == "ray":
             return self.threads_per_replica or max(1, int(self.cpus_per_replica / self.plan.partitions))
-        return self.threads_per_replica or max(1, (available_cores() - 1) // (self.replicas * self.plan.partitions))
+        return self.threads_per_replica or max(1, (available_cores() - 1) // self._computing)
+
+    @property
+    def own_cores(self) -> bool:
+        """Whether each process of a replica, and on one machine each shard, has cores that no other one computes on."""
+        if self.engine == "ray":
+            return self.cpus_per_replica >= self.plan.partitions
+        return self._computing * self.threads + self.shards <= available_cores()
+
+    @property
+    def _computing(self) -> int:
+        return self.replicas * self.plan.partitions
 
     def own_devices(self, visible: int) -> bool:
         """Whether each process of a replica has an accelerator of its own, where so many are visible to it."""
@@ -135,7 +146,7 @@ class Cluster:
             return False  # one for all
         if self.engine == "ray":
             return self.gpus_per_replica >= self.plan.partitions
-        return visible >= self.replicas * self.plan.partitions
+        return visible >= self._computing
 
     @property
     def plan(self) -> Plan:

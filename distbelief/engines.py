@@ -29,7 +29,7 @@ def engine_of(job: Job, faults: Faults | None, costs: Costs | None) -> Engine:
         return SimulatedEngine(job.seed, costs=costs, faults=faults)
     if cluster.engine == "local":
         _allow_files(cluster, evaluates=job.test is not None)
-        return LocalEngine(shards, transport=cluster.transport, faults=faults)
+        return LocalEngine(shards, transport=cluster.transport, faults=faults, own_cores=cluster.own_cores)
     try:
         from distbelief.engine.ray import RayKeepers
     except ImportError as error:

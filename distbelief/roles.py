@@ -19,7 +19,7 @@ from distbelief.model_partition import Meeting, PartObjective
 from distbelief.model_replica import ModelReplica, Part, build, pick_device, whole
 from distbelief.parameter_server import ParameterServer
 from distbelief.parameters import Layout, Span
-from distbelief.partition.group import Group, form_default_group
+from distbelief.partition.group import Group, Site, form_default_group
 from distbelief.partition.stages import StagePlan
 from distbelief.roster import EVALUATOR, replica_name, shard_silence_seconds
 from distbelief.sandblaster import Sandblaster, SandblasterReplica
@@ -43,22 +43,18 @@ def _seat(
     if cut is None:
         module, layout = build(job.model, job.seed, job.grouping, prepared.layout)
         begin_draws(seed)
-        return Seat(whole(module), layout, Span(0, layout.length), Group(None, 0, 1, device=device))
+        return Seat(whole(module), layout, Span(0, layout.length), Group(None, 0, 1, Site(device=device)))
     coordinator = home.find(COORDINATOR, Coordinator, UNTIL_LOST_SECONDS)
     meeting = Meeting(home, coordinator, (Coordinator.keep, Coordinator.look), f"{name}/{home.incarnation}")
     # A partner may be waiting for a shard.
     patience = shard_silence_seconds(job.cluster.silence_seconds, spans, cut.layout.dtype)
     own_device = device.type == "cuda" and job.cluster.own_devices(torch.cuda.device_count())
-    group = Group(
-        meeting, partition, job.cluster.plan.partitions, deadline_seconds=patience, device=device,
-        own_device=own_device, address=home.address,
-    )  # fmt: skip
+    own_core = name != EVALUATOR and job.cluster.own_cores
+    site = Site(device=device, own_device=own_device, own_core=own_core, address=home.address)
+    group = Group(meeting, partition, job.cluster.plan.partitions, site, deadline_seconds=patience)
     if isinstance(cut.plan, StagePlan):
         store = dist.PrefixStore("stages", meeting)  # type: ignore[attr-defined]
-        form_default_group(
-            store, partition, group.size, patience,
-            device=device, own_device=own_device, address=home.address,
-        )  # fmt: skip
+        form_default_group(store, partition, group.size, patience, site)
     part = cut.part(partition, group, seed)
     begin_draws(seed)
     return Seat(part, cut.layout.of_partition(partition), cut.layout.partitions[partition], group)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from distbelief.channel import mailbox
 from distbelief.channel.mailbox import RING_BYTES, Mailbox, meet, settle
+from distbelief.channel.spin import Spin
 from distbelief.errors import DeadlineExceeded, PeerLost
 from tests.partition.threads import side_by_side
 
@@ -45,21 +46,24 @@ def parcel(seed: int, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("own_core", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_parcels_of_any_size_arrive_in_their_order_both_ways_at_once(processes: int, seed: int) -> None:
+def test_parcels_of_any_size_arrive_in_their_order_both_ways_at_once(
+    processes: int, seed: int, own_core: bool
+) -> None:  # fmt: skip
     draw = random.Random(seed)
     lengths = [draw.choice([0, 1, 7, 4096, 100_000, RING_BYTES - 1, RING_BYTES, 2 * RING_BYTES + 5]) for _ in range(12)]
 
     def work(boxes: dict[int, Mailbox]) -> None:
         (me,) = {*range(processes)} - boxes.keys()
-        pause = random.Random(me)
+        pause, spin = random.Random(me), Spin(own_core)
         for number, length in enumerate(lengths):
             arrivals = {other: torch.empty(length, dtype=torch.uint8) for other in boxes}
             for other, box in boxes.items():
                 box.receive(arrivals[other])
                 box.send(parcel(1000 * number + 10 * me + other, length))
             time.sleep(pause.choice([0, 0, 0.003]))
-            settle(boxes.values(), 10.0)
+            settle(boxes.values(), 10.0, spin)
             for other, arrival in arrivals.items():
                 assert torch.equal(arrival, parcel(1000 * number + 10 * other + me, length))
 
@@ -72,14 +76,14 @@ def test_many_parcels_may_be_on_their_way_before_the_first_is_taken() -> None:
     def send(boxes: dict[int, Mailbox]) -> None:
         for number in range(count):
             boxes[1].send(torch.tensor([number]))
-        settle(boxes.values(), 20.0)
+        settle(boxes.values(), 20.0, Spin(False))
 
     def take(boxes: dict[int, Mailbox]) -> None:
         time.sleep(0.3)
         arrivals = torch.full((count, 1), -1)
         for number in range(count):
             boxes[0].receive(arrivals[number])
-        settle(boxes.values(), 20.0)
+        settle(boxes.values(), 20.0, Spin(False))
         assert torch.equal(arrivals[:, 0], torch.arange(count))
 
     together(send, take)
@@ -104,11 +108,11 @@ def test_what_was_sent_before_the_sender_left_arrives_and_nothing_after_it(unrea
         left.wait(10)
         arrival, missing = torch.zeros(3), torch.zeros(3)
         boxes[0].receive(arrival)
-        settle(boxes.values(), 10.0)
+        settle(boxes.values(), 10.0, Spin(False))
         assert arrival.tolist() == [1.0, 1.0, 1.0]
         boxes[0].receive(missing)
         with pytest.raises(PeerLost, match="closed the connection"):
-            settle(boxes.values(), 10.0)
+            settle(boxes.values(), 10.0, Spin(False))
 
     together(send, take)
 
@@ -118,12 +122,14 @@ import sys
 import torch
 import torch.distributed as dist
 from distbelief.channel.mailbox import meet, settle
+from distbelief.channel.spin import Spin
+spin = Spin(True)
 box = meet(dist.FileStore(sys.argv[1], 2), 1, 2, 20.0)[0]
 while True:
     arrival = torch.empty(1000)
     box.receive(arrival)
     box.send(arrival)
-    settle([box], 100.0)
+    settle([box], 100.0, spin)
 """
 
 
@@ -140,14 +146,14 @@ def child(store: Path) -> Iterator[int]:
 
 def test_a_killed_process_is_noticed_at_once_and_a_stopped_one_within_the_deadline(tmp_path: Path) -> None:
     with child(tmp_path / "store") as number:
-        box = meet(dist.FileStore(str(tmp_path / "store"), 2), 0, 2, 20.0)[1]
+        box, spin = meet(dist.FileStore(str(tmp_path / "store"), 2), 0, 2, 20.0)[1], Spin(True)
 
         def swap(seconds: float) -> None:
             box.receive(torch.empty(1000))
             box.send(torch.ones(1000))
-            settle([box], seconds)
+            settle([box], seconds, spin)
 
-        swap(10.0)
+        [swap(10.0) for _ in range(20)]
         os.kill(number, signal.SIGSTOP)
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded, match="nothing came within"):  # after what it had sent before
@@ -167,7 +173,7 @@ def test_who_has_closed_it_himself_is_told_so_at_the_next_parcel() -> None:
             box.close()
             box.receive(torch.empty(3))
         with pytest.raises(PeerLost):
-            settle(boxes.values(), 10.0)
+            settle(boxes.values(), 10.0, Spin(False))
 
     together(work, work)
 

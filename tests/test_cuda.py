@@ -17,7 +17,7 @@ from distbelief.events import Evaluated, Observation, RoleLost, RoleStarted
 from distbelief.model_replica import ModelReplica, whole
 from distbelief.parameters import lay_out
 from distbelief.partition import group
-from distbelief.partition.group import Group
+from distbelief.partition.group import Group, Site
 from distbelief.plan import Plan
 from tests import problems
 from tests.killer import Killer, settled
@@ -203,7 +203,7 @@ def test_what_replicas_push_lies_in_page_locked_memory() -> None:
     device = torch.device("cuda", 0)
     replica = ModelReplica(
         whole(module), lay_out(module), differentiate, device,
-        lambda length, dtype: torch.zeros(length, dtype=dtype), Group(None, 0, 1, device=device),
+        lambda length, dtype: torch.zeros(length, dtype=dtype), Group(None, 0, 1, Site(device=device)),
     )  # fmt: skip
     assert replica.spare.is_pinned()
     replica.compute(torch.ones(2, 300)).item()

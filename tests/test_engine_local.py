@@ -22,11 +22,14 @@ import torch
 from conftest import MARK, Settle, marked_processes
 from torch.utils.data import TensorDataset
 
+import distbelief as db
 from distbelief.channel.base import Out, Remote, exported
 from distbelief.engine.base import Death, Home
 from distbelief.engine.local import LocalEngine
 from distbelief.engine.pickles import SHARED, Pickler, Unpickler
+from distbelief.engines import engine_of
 from distbelief.errors import ConfigurationError, DeadlineExceeded, PeerLost, TrainingFailed, UserCodeError
+from tests import problems
 
 pytestmark = pytest.mark.xdist_group("local engine")  # one is made for all of them, and not one in each worker
 
@@ -75,6 +78,10 @@ class Clerk:
     @exported
     def fill(self, value: float, out: Out) -> None:
         out.fill_(value)
+
+    @exported
+    def looks_first(self) -> bool:
+        return self.home._endpoint._spin._own_core  # type: ignore[attr-defined, no-any-return]
 
     @exported
     def hang(self) -> None:
@@ -170,6 +177,20 @@ def test_a_process_is_named_after_its_role(start: Callable[..., Remote[Clerk]], 
     names = {role: Path(f"/proc/{pid}/comm").read_text().strip() for role, pid in engine.processes.items()}
     assert len(names) == 2
     assert names == {role: f"db:{role}"[:15] for role in names}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_roles_look_before_they_sleep_where_each_has_a_core_and_the_coordinator_never_does(
+    shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distbelief.cluster.available_cores", lambda: 2)
+    wanted = problems.job(cluster=db.Cluster(replicas=1, shards=shards))
+    with closing(engine_of(wanted, None, None)) as engine:
+        assert isinstance(engine, LocalEngine)
+        engine.load(prepare, None)
+        engine.start("shard/0", 0, Clerk)
+        assert engine.find("shard/0", Clerk).call(Clerk.looks_first).result() == (shards == 1)
+        assert not engine._endpoint._spin._own_core
 
 
 def test_a_role_that_writes_to_its_data_set_changes_its_own_copy(start: Callable[..., Remote[Clerk]]) -> None:

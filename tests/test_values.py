@@ -450,6 +450,27 @@ def test_threads_are_shared_among_replicas_and_never_none() -> None:
 
 
 @pytest.mark.parametrize(
+    ("cluster", "own"),
+    [
+        (db.Cluster(replicas=4, shards=4), True),  # one thread each
+        (db.Cluster(replicas=4, shards=5), False),
+        (db.Cluster(replicas=2, shards=2), True),  # three threads each
+        (db.Cluster(replicas=2, shards=3), False),
+        (db.Cluster(replicas=1, partitions=7, shards=1), True),
+        (db.Cluster(replicas=2, partitions=4, shards=1), False),
+        (db.Cluster(replicas=2, shards=1, threads_per_replica=4), False),
+        (db.Cluster(replicas=9, partitions=4, shards=9, engine="ray", cpus_per_replica=4), True),
+        (db.Cluster(replicas=2, partitions=4, engine="ray", cpus_per_replica=3), False),
+    ],
+)
+def test_who_has_a_core_of_eight_for_himself(
+    cluster: db.Cluster, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr("distbelief.cluster.available_cores", lambda: 8)
+    assert cluster.own_cores == own
+
+
+@pytest.mark.parametrize(
     ("named", "devices", "own"),
     [(None, [0, 1, 2, 3], True), ("cuda", [0, 1, 2, 3], True), ("cuda:1", [1, 1, 1, 1], False)],
 )

@@ -15,6 +15,7 @@ loan          a role's own memory, sent as it is unless it changes first
 wire          what a job can choose of all this
 second_stream half of each large body, by a thread of its own
 connection    one socket: frames in, frames out, tensors without copies
+spin          looking for a moment before sleeping
 door          who comes in, and who is refused
 widening      how connections come to a second stream
 endpoint      all connections of one process

@@ -29,6 +29,7 @@ from distbelief.channel.futures import PendingCall
 from distbelief.channel.place import Address
 from distbelief.channel.second_stream import WIDE_BYTES
 from distbelief.channel.secure import SecureLink
+from distbelief.channel.spin import Spin
 from distbelief.channel.widening import Widening
 from distbelief.channel.wire import Wire
 from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost, ProtocolError
@@ -47,17 +48,18 @@ class Endpoint:
     `role` answers calls that arrive. `listeners` are bound already: a Unix socket, whose callers share memory with this
     process, and TCP, or one of them. `body_limit` bounds, in bytes, what one frame may make this process allocate;
     `wire` says how calls travel between hosts. `permit` is asked before any part of a frame goes out, by whichever
-    thread sends it; it may end this process, whose time is over.
+    thread sends it; it may end this process, whose time is over. `own_core` as in Spin.
     """
 
     def __init__(
-        self, key: bytes, *, role: object = None, listeners: Sequence[socket.socket] = (),
+        self, key: bytes, *, role: object = None, listeners: Sequence[socket.socket] = (), own_core: bool = False,
         body_limit: int = 1 << 40, wire: Wire | None = None, permit: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._key, self._body_limit, self._wire = key, body_limit, wire or Wire()
         self._permit = permit
         self.desk = Desk(role, self._speak, body_limit)
         self._selector = selectors.DefaultSelector()
+        self._spin = Spin(own_core)
         self._connections: set[Connection] = set()
         self._pending: dict[tuple[Connection, int], PendingCall] = {}
         self._number = 0
@@ -95,6 +97,7 @@ class Endpoint:
 
     def background(self) -> None:
         """Poll in a thread from now on; there the role answers, if it exports anything."""
+        self._spin = Spin(own_core=False)  # what the role computes needs the interpreter
         self._thread = threading.Thread(target=self._poll_until_closed, name="distbelief-channel", daemon=True)
         self._thread.start()
 
@@ -129,7 +132,7 @@ class Endpoint:
         time_may_end_some = bool(self._distant or self._door.has_strangers)
         if time_may_end_some or self.desk.held_up:
             seconds = min(seconds, HELD_UP_SECONDS if self.desk.held_up else LOOK_SECONDS)
-        ready = self._selector.select(seconds)
+        ready = self._spin.wait(self._selector.select, seconds)
         with self.lock:
             for key, events in ready:
                 if isinstance(key.data, Connection):

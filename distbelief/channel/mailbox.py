@@ -9,6 +9,7 @@ than the ring passes through it piece by piece.
 
 import contextlib
 import datetime
+import functools
 import os
 import select
 import socket
@@ -22,6 +23,7 @@ from typing import Any, final
 import torch
 
 from distbelief.channel.memory import Block
+from distbelief.channel.spin import Spin
 from distbelief.errors import DeadlineExceeded, PeerLost
 
 RING_BYTES = 1 << 18
@@ -169,7 +171,7 @@ class Mailbox:
         self._link.close()
 
 
-def settle(mailboxes: Collection[Mailbox], seconds: float) -> None:
+def settle(mailboxes: Collection[Mailbox], seconds: float, spin: Spin) -> None:
     """Return when all parcels of these have been sent and have arrived. Raises PeerLost, DeadlineExceeded."""
     until = time.monotonic() + seconds
     while unsettled := [mailbox for mailbox in mailboxes if not mailbox.settled]:
@@ -179,10 +181,15 @@ def settle(mailboxes: Collection[Mailbox], seconds: float) -> None:
         left = until - time.monotonic()
         if left <= 0:
             raise DeadlineExceeded(f"nothing came within {seconds:g} s")
-        bells = select.poll()
-        for mailbox in unsettled:
-            mailbox.watch(bells)
-        bells.poll(1000 * left)
+        spin.wait(functools.partial(_rings, unsettled), left)
+
+
+def _rings(mailboxes: Collection[Mailbox], seconds: float) -> bool:
+    """Whether there is anything to hear of any of these, or soon."""
+    bells = select.poll()
+    for mailbox in mailboxes:
+        mailbox.watch(bells)
+    return bool(bells.poll(1000 * seconds))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

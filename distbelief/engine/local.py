@@ -38,6 +38,8 @@ class Wiring:
     key: bytes
     addresses: dict[str, Address]
     faults: Faults
+    own_cores: bool
+    """Whether each role that computes or answers has a core of its own."""
 
 
 def _birth(
@@ -46,7 +48,7 @@ def _birth(
 ) -> Callable[[], None]:  # fmt: skip
     """What a fork does first: build the role on the listeners it was given, and return the role's life."""
     listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors]
-    endpoint = Endpoint(wiring.key, listeners=listeners)
+    endpoint = Endpoint(wiring.key, listeners=listeners, own_core=wiring.own_cores)
     role = factory(LocalHome(name, incarnation, wiring, endpoint), *arguments)
     return life_of(role, endpoint, over_tcp=not isinstance(wiring.addresses[COORDINATOR], str))
 
@@ -64,7 +66,7 @@ class LocalHome(ProcessHome):
 class LocalEngine(LocalHome):
     """Starts, watches and ends the processes of one job.
 
-    `listening` names the roles that answer calls.
+    `listening` names the roles that answer calls. With `own_cores` each role but the coordinator has a core of its own.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class LocalEngine(LocalHome):
         *,
         transport: TransportName = "shared_memory",
         faults: Faults | None = None,
+        own_cores: bool = False,
     ) -> None:
         names = (COORDINATOR, *listening)
         self._listeners: dict[str, socket.socket] = {}
@@ -87,7 +90,7 @@ class LocalEngine(LocalHome):
                 hint="use fewer shards, or allow this process more open files (ulimit -n)",
             ) from error
         addresses = {name: name_of(listener) for name, listener in self._listeners.items()}
-        self._wiring = Wiring(new_key(), addresses, faults or Faults())
+        self._wiring = Wiring(new_key(), addresses, faults or Faults(), own_cores)
         endpoint = Endpoint(self._wiring.key, listeners=[self._listeners[COORDINATOR]])
         super().__init__(COORDINATOR, 0, self._wiring, endpoint)
         self._nursery = Nursery(endpoint)

@@ -8,6 +8,7 @@ Whoever finds it broken gets PeerLost or DeadlineExceeded, closes it, and forms 
 import datetime
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, final
 
 import msgspec
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from distbelief.channel import mailbox
 from distbelief.channel.mailbox import Mailbox
+from distbelief.channel.spin import Spin
 from distbelief.engine.listener import LOOPBACK
 from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost
 from distbelief.partition.staging import StagingGroup
@@ -23,7 +25,29 @@ from distbelief.partition.staging import StagingGroup
 DEFAULT_BACKEND, STAGING_BACKEND = "gloo_at_address", "staged_gloo"
 """What torch calls gloo of ours: its own listens where the name of the host leads, or an environment variable."""
 TOLD_BYTES, LENGTH_BYTES = 512, 2
+_CPU = torch.device("cpu")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where one partition computes, and what it has there for itself."""
+
+    device: torch.device = _CPU
+    own_device: bool = False
+    """Whether no two partitions share a device, so that they can talk over nccl where those are accelerators."""
+    own_core: bool = False
+    """Whether no other process of the job computes on its core."""
+    address: str = LOOPBACK
+    """Where the others reach this host."""
+
+    @property
+    def direct(self) -> bool:
+        """Whether parcels go from accelerator to accelerator."""
+        return self.own_device and self.device.type == "cuda"
+
+
+_HERE = Site()
 
 
 @final
@@ -31,25 +55,23 @@ class Group:
     """What one partition says to the others. One partition alone is a group, too, which has nothing to say."""
 
     def __init__(
-        self, store: Any, index: int, size: int, *,
-        deadline_seconds: float = 60.0, device: torch.device | None = None, own_device: bool = False,
-        address: str = LOOPBACK,
+        self, store: Any, index: int, size: int, site: Site = _HERE, *, deadline_seconds: float = 60.0
     ) -> None:  # fmt: skip
         """Meet the others over `store`, a torch.distributed.Store kept from here on; one partition alone needs none.
 
-        This takes at most `deadline_seconds`, and so does every later wait. `device` is where this partition computes;
-        with `own_device` no two partitions share one, so that they can talk over nccl. `address` is where the others
-        reach this host. Raises DeadlineExceeded when not all of them come, PeerLost when one goes at once.
+        This takes at most `deadline_seconds`, and so does every later wait. Raises DeadlineExceeded when not all
+        of them come, PeerLost when one goes at once.
         """
         self.index, self.size = index, size
-        self.device = torch.device("cpu") if device is None else device
+        self.device = site.device
         self.elements_sent = self.elements_received = 0
         """What swaps have moved, all told."""
         self.thread: torch.Tensor | None = None
         """The scalar that runs through the exchanges of a mini-batch, see `exchange`."""
         self._store = store
         """nccl asks it when the first parcel goes, and does not keep what Python adds to a store alive."""
-        self._direct = own_device and self.device.type == "cuda"
+        self._direct = site.direct
+        self._spin = Spin(site.own_core)
         self._backend: Any = None
         self._mailboxes: dict[int, Mailbox] = {}
         """By partition; none where they are on several hosts, or talk over nccl."""
@@ -58,7 +80,7 @@ class Group:
         if size > 1:
             assert store is not None, "several partitions meet over a store"
             limit = datetime.timedelta(seconds=deadline_seconds)
-            self._backend = self._attempt(lambda: self._form(store, limit, address))
+            self._backend = self._attempt(lambda: self._form(store, limit, site.address))
             if not self._direct:
                 self._mailboxes = self._attempt(lambda: mailbox.meet(store, index, size, deadline_seconds))
 
@@ -156,7 +178,8 @@ class Group:
                     self._mailboxes[sender].receive(tensor)
                 for to, tensor in parcels.items():
                     self._mailboxes[to].send(tensor)
-                return [_Posted([self._mailboxes[other] for other in {*parcels, *arrivals}], self._deadline_seconds)]
+                mailboxes = [self._mailboxes[other] for other in {*parcels, *arrivals}]
+                return [_Posted(mailboxes, self._deadline_seconds, self._spin)]
             if self._direct:  # nccl pairs sends with receives within one coalesced call
                 self._backend._start_coalescing()
             works = [self._backend.recv([tensor], sender, 0) for sender, tensor in arrivals.items()]
@@ -193,21 +216,15 @@ class Group:
         return kind(f"a partition of this replica {told}, says partition {self.index} of {self.size}: {error}")
 
 
-def form_default_group(
-    store: Any, index: int, size: int, deadline_seconds: float, *,
-    device: torch.device, own_device: bool = False, address: str = LOOPBACK,
-) -> None:  # fmt: skip
-    """Make the partitions of a replica this process's default process group, over which torch's pipelining talks.
-
-    `device`, `own_device` and `address` as for Group.
-    """
+def form_default_group(store: Any, index: int, size: int, deadline_seconds: float, site: Site) -> None:
+    """Make the partitions of a replica this process's default process group, over which torch's pipelining talks."""
     limit = datetime.timedelta(seconds=deadline_seconds)
-    if own_device and device.type == "cuda":
-        torch.cuda.set_device(device)
+    if site.direct:
+        torch.cuda.set_device(site.device)
         dist.init_process_group("nccl", store=store, rank=index, world_size=size, timeout=limit)
         return
 
-    form = functools.partial(_gloo, address=address)
+    form = functools.partial(_gloo, address=site.address)
 
     def staged(*given: Any) -> StagingGroup:
         return StagingGroup(form(*given), index, size)
@@ -215,7 +232,7 @@ def form_default_group(
     if DEFAULT_BACKEND not in dist.Backend.backend_list:
         dist.Backend.register_backend(DEFAULT_BACKEND, form, devices=["cpu"])
         dist.Backend.register_backend(STAGING_BACKEND, staged, devices=["cuda"])
-    backend = DEFAULT_BACKEND if device.type == "cpu" else STAGING_BACKEND
+    backend = DEFAULT_BACKEND if site.device.type == "cpu" else STAGING_BACKEND
     dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=limit)
 
 
@@ -232,11 +249,11 @@ def _gloo(store: Any, index: int, size: int, limit: datetime.timedelta, address:
 class _Posted:
     """Parcels in mailboxes, with the face of the backend's works."""
 
-    def __init__(self, mailboxes: Sequence[Mailbox], seconds: float) -> None:
-        self._mailboxes, self._seconds = mailboxes, seconds
+    def __init__(self, mailboxes: Sequence[Mailbox], seconds: float, spin: Spin) -> None:
+        self._mailboxes, self._seconds, self._spin = mailboxes, seconds, spin
 
     def wait(self) -> None:
-        mailbox.settle(self._mailboxes, self._seconds)
+        mailbox.settle(self._mailboxes, self._seconds, self._spin)
 
 
 @final

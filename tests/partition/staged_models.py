@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distbelief.errors import DeadlineExceeded, PeerLost
-from distbelief.partition.group import form_default_group
+from distbelief.partition.group import Site, form_default_group
 from distbelief.partition.materialise import record
 from distbelief.partition.pipeline import Pipeline, preload
 from distbelief.partition.stages import Stage, StagePlan, stages
@@ -334,7 +334,7 @@ def live(folder: str, size: int, index: int, task: str) -> int:
         staged = task == "trains through host memory"
         form_default_group(
             dist.FileStore(str(Path(folder) / "meeting"), size), index, size, PATIENCE_SECONDS[task],
-            device=torch.device("cuda") if staged else torch.device("cpu"),
+            Site(device=torch.device("cuda" if staged else "cpu")),
         )  # fmt: skip
         TASKS[task](index, size)
         dist.destroy_process_group()

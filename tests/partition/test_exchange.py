@@ -22,7 +22,7 @@ from distbelief.errors import ConfigurationError, DeadlineExceeded, PeerLost
 from distbelief.leases import Lease
 from distbelief.partition.box import Box, count, field, inside, sizes, tiles, whole
 from distbelief.partition.exchange import Exchange, routes, tie, traffic
-from distbelief.partition.group import Group
+from distbelief.partition.group import Group, Site
 from distbelief.roster import Granted
 
 SHAPE, KERNEL = (3, 8, 10), 5
@@ -273,7 +273,7 @@ def gradients_in_pinned_memory(folder: str, index: int, device: str) -> None:
     for name, (have, _, shape) in CASES.items():
         if index < len(have):
             store = dist.FileStore(f"{folder}/{name}", len(have))
-            group = Group(store, index, len(have), device=torch.device(device))
+            group = Group(store, index, len(have), Site(device=torch.device(device)))
             found[name] = gradient(name, torch.ones(2, *shape), group)
             group.close()
     torch.save(found, f"{folder}/{index}.pt")
