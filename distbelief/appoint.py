@@ -190,7 +190,7 @@ def started(
         algorithm=_described(algorithm), shard_balance=max(lengths) / (sum(lengths) / len(lengths)),
         resumed_examples=coordinator.examples, resumed_repeated=leases.repeated if leases else 0,
         resumed_refused=leases.refused if leases else 0, iterations=iterations,
-        resume_command=resume, export_command=export,
+        resume_command=resume, export_command=export, virtual=job.cluster.engine == "simulated",
     )  # fmt: skip
 
 

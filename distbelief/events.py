@@ -37,6 +37,8 @@ class JobStarted(Event, frozen=True):
     resume_command: str = ""
     """Goes on with the run once a checkpoint of it is written; empty where nothing does."""
     export_command: str = ""
+    virtual: bool = False
+    """Whether seconds are those of the simulated engine's clock."""
 
 
 class RoleStarted(Event, frozen=True):

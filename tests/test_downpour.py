@@ -180,6 +180,7 @@ def test_every_example_counts_exactly_once_in_an_epoch_without_failure(
     )
     summary = trained(job, tmp_path).summary
     assert (summary.examples.seen, summary.examples.repeated, summary.examples.missing) == (2002, 0, 0)
+    assert summary.virtual == (engine == "simulated")
 
 
 def test_replicas_learn_together(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import msgspec
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
@@ -19,7 +20,7 @@ from distbelief import events
 from distbelief.errors import ConfigurationError
 from distbelief.events import Observation
 from distbelief.report import Terminal, write_plots
-from distbelief.report.plots import COLOURS, FAULT_COLOUR, collect
+from distbelief.report.plots import COLOURS, FAULT_COLOUR, _over_time, collect
 from distbelief.report.terminal import View
 from distbelief.report.words import duration, number, rate, shortened
 
@@ -117,6 +118,15 @@ def test_three_pictures_are_written_with_their_curves_in_them(tmp_path: Path) ->
         assert share(picture, COLOURS[0]) > 0.001
     for path in paths[:2]:
         assert share(pixels(path), COLOURS[2]) > 0.001, "the test metric is drawn"
+
+
+def test_time_is_wall_clock_time_or_that_of_the_simulated_engine() -> None:
+    def label(virtual: bool) -> str:
+        begun = Observation(0.0, msgspec.structs.replace(started().event, virtual=virtual))
+        axes: str = _over_time(collect([begun, *run()[1:]])).axes[-1].get_xlabel()
+        return axes
+
+    assert [label(virtual) for virtual in (False, True)] == ["wall-clock time (seconds)", "virtual time (seconds)"]
 
 
 def test_a_bar_of_the_histogram_stands_for_each_staleness(tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ def test_a_summary_says_what_the_events_of_a_finished_run_add_up_to() -> None:
         "batch": None,
         "reason": "all 3 epochs finished",
         "wall_seconds": 4.5,
+        "virtual": False,
         "algorithm": "Downpour",
         "replicas": 2,
         "shards": 2,
@@ -367,6 +368,12 @@ def test_a_run_that_was_stopped_has_examples_still_to_come_and_may_lack_its_late
     assert "1 written, 1 failed, 0 damaged; the latest state is not kept" in words
     written = [*events_before, Observation(2.6, checkpoint(150)), Observation(2.7, stopped)]
     assert "not kept" not in text(summarize(written))
+
+
+def test_seconds_of_a_virtual_clock_are_called_so() -> None:
+    for virtual, said in ((True, "recorded (2.0 s of virtual time)"), (False, "recorded (2.0 s)")):
+        begun = msgspec.structs.replace(started(), virtual=virtual)
+        assert said in text(summarize([Observation(0.0, begun), Observation(2.0, progress(150))]))
 
 
 def test_what_did_not_happen_is_not_said() -> None:

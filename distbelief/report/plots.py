@@ -72,6 +72,8 @@ class Curves:
     staleness: dict[int, int] = field(default_factory=dict)
     iterations: dict[int, Iterated] = field(default_factory=dict)
     """By number; one that was taken again counts as it was taken last."""
+    clock: str = "wall-clock"
+    """Whose time it is."""
 
     def standing(self) -> "Curves":
         """Without what resuming undid: what lay, in examples, beyond the point from which a later run went on."""
@@ -126,6 +128,7 @@ def collect(observations: Iterable[Observation]) -> Curves:
                 examples, again = event.resumed_examples, bool(curves.title or event.resumed_examples)
                 roles = f"{count(event.replicas, 'replica')}, {count(event.shards, 'shard')}"
                 curves.title = f"{event.run}: {event.algorithm}, {roles}"
+                curves.clock = "virtual" if event.virtual else "wall-clock"
                 if again:
                     curves.marks.append(Mark(seconds, examples, "resumed"))
             case Progress():
@@ -157,7 +160,7 @@ def _over_time(curves: Curves) -> "Figure":
     points = [*curves.loss, *(point for points in curves.test.values() for point in points)]
     longest = max(point.seconds for point in points)
     unit, length = ("hours", 3600) if longest > 3 * 3600 else ("minutes", 60) if longest > 180 else ("seconds", 1)
-    return _curves(curves, f"wall-clock time ({unit})", lambda happened: happened.seconds / length)
+    return _curves(curves, f"{curves.clock} time ({unit})", lambda happened: happened.seconds / length)
 
 
 def _over_examples(curves: Curves) -> "Figure":

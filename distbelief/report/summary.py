@@ -111,6 +111,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = KILLED
     wall_seconds: float = 0.0
     """Seconds observed, over all the times the run was started."""
+    virtual: bool = False
+    """Whether they are those of the simulated engine's clock."""
     algorithm: str = ""
     replicas: int = 0
     shards: int = 0
@@ -226,6 +228,7 @@ def _started(summary: Summary, event: JobStarted) -> Summary:
         summary,
         run=event.run,
         reason=KILLED,
+        virtual=event.virtual,
         algorithm=event.algorithm,
         replicas=event.replicas,
         shards=event.shards,
@@ -299,7 +302,8 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
     checkpoints = summary.checkpoints
     yield "run", summary.run
     running = summary.reason == RUNNING
-    yield "so far" if running else "ended", f"{summary.reason} ({duration(summary.wall_seconds)})"
+    clock = " of virtual time" if summary.virtual else ""
+    yield "so far" if running else "ended", f"{summary.reason} ({duration(summary.wall_seconds)}{clock})"
     epochs = "" if summary.batch is not None else f"{count(summary.epochs, 'epoch')}, "
     yield (
         "job",
