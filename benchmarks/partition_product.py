@@ -35,7 +35,7 @@ class Partition:
         recorded = record(partial(build, model), seed=0)
         plan = units(recorded.module, self._batch[0], partitions)
         store = dist.FileStore(str(Path(folder) / "store"), partitions)
-        self._group = Group(store, index, partitions, Site(own_core=partitions <= available_cores()))
+        self._group = Group(store, index, partitions, Site(own_core=partitions < available_cores()))
         pieces = {piece.name: (piece.full_shape, piece.box) for piece in plan.pieces(index)}
         self._share = plan.share(index, dict(recorded.values(pieces)), self._group)
         self._out = index == plan.out

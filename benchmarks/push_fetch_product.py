@@ -9,43 +9,65 @@ import torch
 from benchmarks.processes import timed
 from distbelief import adagrad
 from distbelief.channel.base import Out, Promise, exported
-from distbelief.cluster import TransportName
-from distbelief.engine.base import Home
+from distbelief.cluster import TransportName, available_cores
+from distbelief.engine.base import COORDINATOR, Home
 from distbelief.engine.local import LocalEngine
 from distbelief.parameter_server import ParameterServer, ParameterServerShard, shard_name
 from distbelief.parameters import Layout, Piece, Span
 from distbelief.section import Stamp
 
 CALLER, ECHO = "caller", "echo"
+ORDER_SECONDS = 3600.0
+"""The caller waits for an order at most so long."""
 Call = Callable[[], object]
 Measure = Callable[[int], float]
 """Seconds of each of so many calls."""
 
 
+class Orders:
+    """What the benchmark's own process answers: how many calls are to be measured, and what was."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self._engine = engine
+        self._ordered, self._measured = engine.promise(), engine.promise()
+
+    @exported
+    def next(self) -> Promise[int]:
+        """So many calls, as soon as they are ordered."""
+        return self._ordered
+
+    @exported
+    def measured(self, seconds: float) -> None:
+        """Each of them took so long."""
+        self._ordered, done, self._measured = self._engine.promise(), self._measured, self._engine.promise()
+        done.keep(seconds)
+
+    def measure(self, calls: int) -> float:
+        """Order so many calls, and wait until they are measured. Raises RuntimeError when a process dies."""
+        done = self._measured
+        self._ordered.keep(calls)
+        while not done.wait(1.0):
+            if deaths := self._engine.deaths():
+                raise RuntimeError(f"{deaths[0].role} died: {deaths[0].reason}")
+        seconds: float = done.result()
+        return seconds
+
+
 class Caller:
-    """A role that makes calls when it is asked how long they take."""
+    """A role that does nothing but calls, as a replica's process does: it answers none."""
 
     def __init__(self, home: Home, begin: Callable[[Home, int], Call], parameters: int) -> None:
         """`begin` makes what is called."""
         torch.set_num_threads(1)
         self._home, self._begin, self._parameters = home, begin, parameters
-        self._asked = list[tuple[int, Promise[float]]]()
-
-    @exported
-    def measure(self, calls: int) -> Promise[float]:
-        """Seconds per call, when they are over."""
-        promise = self._home.promise()
-        self._asked.append((calls, promise))
-        return promise
 
     def run(self) -> None:
-        """Make the calls that are asked for."""
+        """Make the calls that are ordered."""
         call = self._begin(self._home, self._parameters)
+        orders = self._home.find(COORDINATOR, Orders, ORDER_SECONDS)
         while True:
-            self._home.sleep(0.001)
-            for calls, promise in self._asked:
-                promise.keep(timed(call, calls))
-            self._asked.clear()
+            calls = orders.call(Orders.next).result()
+            orders.call(Orders.measured, timed(call, calls)).result()
 
 
 class Echo:
@@ -110,7 +132,8 @@ def echo(parameters: int, transport: TransportName) -> Iterator[Measure]:
 
 @contextmanager
 def _engine(answering: str, transport: TransportName) -> Iterator[LocalEngine]:
-    engine = LocalEngine([answering, CALLER], transport=transport, own_cores=True)
+    own_cores = [answering, CALLER] if available_cores() > 1 else []
+    engine = LocalEngine([answering], transport=transport, own_cores=own_cores)
     try:
         engine.load(_nothing)
         yield engine
@@ -119,9 +142,10 @@ def _engine(answering: str, transport: TransportName) -> Iterator[LocalEngine]:
 
 
 def _caller(engine: LocalEngine, begin: Callable[[Home, int], Call], parameters: int) -> Measure:
+    orders = Orders(engine)
+    engine.answer(orders)
     engine.start(CALLER, 0, Caller, begin, parameters)
-    caller = engine.find(CALLER, Caller)
-    return lambda calls: caller.call(Caller.measure, calls).result()
+    return orders.measure
 
 
 def _nothing() -> tuple[None, None]:

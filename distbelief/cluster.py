@@ -131,9 +131,12 @@ class Cluster:
 
     @property
     def own_cores(self) -> bool:
-        """Whether each process of a replica, and on one machine each shard, has cores that no other one computes on."""
+        """Whether each process of a replica, and on one machine each shard, has cores that no other one computes on.
+
+        A Ray that is begun for the job gives as many cores as are asked for, whatever the machine has.
+        """
         if self.engine == "ray":
-            return self.cpus_per_replica >= self.plan.partitions
+            return self.address is not None and self.cpus_per_replica >= self.plan.partitions * self.threads
         return self._computing * self.threads + self.shards <= available_cores()
 
     @property

@@ -29,7 +29,9 @@ def engine_of(job: Job, faults: Faults | None, costs: Costs | None) -> Engine:
         return SimulatedEngine(job.seed, costs=costs, faults=faults)
     if cluster.engine == "local":
         _allow_files(cluster, evaluates=job.test is not None)
-        return LocalEngine(shards, transport=cluster.transport, faults=faults, own_cores=cluster.own_cores)
+        replicas = [name for index in range(cluster.replicas) for name in _members(replica_name(index), cluster)]
+        own_cores = [*shards, *replicas] if cluster.own_cores else []
+        return LocalEngine(shards, transport=cluster.transport, faults=faults, own_cores=own_cores)
     try:
         from distbelief.engine.ray import RayKeepers
     except ImportError as error:
@@ -94,12 +96,15 @@ def groups(cluster: Cluster, *, evaluates: bool) -> list[Group]:
             hint=f"use gpus_per_replica={int(gpus) * partitions} or {(int(gpus) + 1) * partitions}",
         )
 
-    def members(name: str) -> tuple[str, ...]:
-        return tuple(member_name(name, partition, partitions) for partition in range(partitions))
-
     # In the order in which room is reserved: who needs most, first.
-    found = [Group(members(replica_name(index)), each) for index in range(cluster.replicas)]
+    found = [Group(_members(replica_name(index), cluster), each) for index in range(cluster.replicas)]
     found.append(Group(tuple(shard_name(index) for index in range(cluster.shards)), {"CPU": 1.0}, spread=True))
     if evaluates:
-        found.append(Group(members(EVALUATOR), {"CPU": 1.0 / partitions}))
+        found.append(Group(_members(EVALUATOR, cluster), {"CPU": 1.0 / partitions}))
     return found
+
+
+def _members(name: str, cluster: Cluster) -> tuple[str, ...]:
+    """The roles of a replica, or of the evaluator: its partitions."""
+    partitions = cluster.plan.partitions
+    return tuple(member_name(name, partition, partitions) for partition in range(partitions))

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import TensorDataset
 
+from distbelief.cluster import Cluster
 from distbelief.coordinator import Coordinator
 from distbelief.data_shard import DataShard
 from distbelief.downpour import DownpourReplica
@@ -35,6 +36,13 @@ class Seat:
     group: Group
 
 
+def site_of(cluster: Cluster, name: str, device: torch.device, address: str) -> Site:
+    """Where a partition of the replica `name`, or of the evaluator, computes."""
+    own_device = device.type == "cuda" and cluster.own_devices(torch.cuda.device_count())
+    own_core = name != EVALUATOR and cluster.own_cores
+    return Site(device=device, own_device=own_device, own_core=own_core, address=address)
+
+
 def _seat(
     home: Home, prepared: Prepared, name: str, partition: int, device: torch.device, seed: int, spans: Sequence[Span]
 ) -> Seat:  # fmt: skip
@@ -48,9 +56,7 @@ def _seat(
     meeting = Meeting(home, coordinator, (Coordinator.keep, Coordinator.look), f"{name}/{home.incarnation}")
     # A partner may be waiting for a shard.
     patience = shard_silence_seconds(job.cluster.silence_seconds, spans, cut.layout.dtype)
-    own_device = device.type == "cuda" and job.cluster.own_devices(torch.cuda.device_count())
-    own_core = name != EVALUATOR and job.cluster.own_cores
-    site = Site(device=device, own_device=own_device, own_core=own_core, address=home.address)
+    site = site_of(job.cluster, name, device, home.address)
     group = Group(meeting, partition, job.cluster.plan.partitions, site, deadline_seconds=patience)
     if isinstance(cut.plan, StagePlan):
         store = dist.PrefixStore("stages", meeting)  # type: ignore[attr-defined]

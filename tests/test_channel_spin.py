@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.spin import SHORT_WAITS, SPIN_SECONDS, Spin
 
 LOOK_SECONDS = SPIN_SECONDS / 30
@@ -14,14 +15,19 @@ class Visitor:
     """Somebody who is awaited on a clock of his own: a look takes a while, and who sleeps is woken at once."""
 
     def __init__(self) -> None:
-        self.looks = list[float]()
+        self.looks, self.yields = list[float](), 0
         self.now = self._comes = 0.0
 
     def expect(self, spin: Spin, comes_after: float, patience: float = 1.0) -> bool:
         """Wait for him; whether he has come. How long each look may sleep is written down."""
         self.looks.clear()
+        self.yields = 0
         self._comes = self.now + comes_after
         return spin.wait(self._look, patience)
+
+    def give_way(self) -> None:
+        """The core is offered to others."""
+        self.yields += 1
 
     def _look(self, seconds: float) -> bool:
         self.looks.append(seconds)
@@ -33,6 +39,7 @@ class Visitor:
 def visitor(monkeypatch: pytest.MonkeyPatch) -> Visitor:
     visitor = Visitor()
     monkeypatch.setattr("distbelief.channel.spin.time", SimpleNamespace(perf_counter=lambda: visitor.now))
+    monkeypatch.setattr("distbelief.channel.spin.os", SimpleNamespace(sched_yield=visitor.give_way))
     return visitor
 
 
@@ -56,6 +63,7 @@ def test_after_short_waits_what_comes_at_once_is_not_slept_for(visitor: Visitor)
     for _ in range(3):
         assert visitor.expect(spin, 3.5 * LOOK_SECONDS)
         assert visitor.looks == [0.0] * 4
+        assert visitor.yields == 3
 
 
 def test_what_does_not_come_within_the_moment_is_slept_for_and_so_are_the_next(visitor: Visitor) -> None:
@@ -88,3 +96,11 @@ def test_who_does_not_come_is_given_up_in_time_and_who_may_not_wait_looks_once(v
     assert not visitor.expect(spin, 1.0, patience)
     assert visitor.looks == [0.0] * 4 + [patience]
     assert visitor.now - started < 8 * LOOK_SECONDS
+
+
+def test_a_thread_beside_a_role_that_computes_sleeps_at_once() -> None:
+    endpoint = Endpoint(b"k" * 32, own_core=True)
+    assert endpoint._spin._own_core
+    endpoint.background()
+    assert not endpoint._spin._own_core
+    endpoint.close()

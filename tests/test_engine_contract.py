@@ -73,7 +73,7 @@ class Kind:
 
 
 ENGINES = {
-    "local, shared memory": Kind(partial(LocalEngine, ROLES, own_cores=True), kill_process),
+    "local, shared memory": Kind(partial(LocalEngine, ROLES, own_cores=ROLES), kill_process),
     "local, TCP": Kind(partial(LocalEngine, ROLES, transport="tcp"), kill_process),
     "two hosts": Kind(on_two_hosts, lambda engine, role: engine.signal(role, signal.SIGKILL)),
     "ray": Kind(on_ray, lambda engine, role: engine.signal(role, signal.SIGKILL), quick=False),

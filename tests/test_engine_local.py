@@ -179,18 +179,19 @@ def test_a_process_is_named_after_its_role(start: Callable[..., Remote[Clerk]], 
     assert names == {role: f"db:{role}"[:15] for role in names}
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-def test_roles_look_before_they_sleep_where_each_has_a_core_and_the_coordinator_never_does(
-    shards: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cores", [2, 3])
+def test_replicas_and_shards_look_before_they_sleep_where_each_has_a_core_and_nobody_else_does(
+    cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distbelief.cluster.available_cores", lambda: 2)
-    wanted = problems.job(cluster=db.Cluster(replicas=1, shards=shards))
+    monkeypatch.setattr("distbelief.cluster.available_cores", lambda: cores)
+    wanted = problems.job(cluster=db.Cluster(replicas=1, partitions=2, shards=1))
     with closing(engine_of(wanted, None, None)) as engine:
         assert isinstance(engine, LocalEngine)
         engine.load(prepare, None)
         engine.start("shard/0", 0, Clerk)
-        assert engine.find("shard/0", Clerk).call(Clerk.looks_first).result() == (shards == 1)
+        assert engine.find("shard/0", Clerk).call(Clerk.looks_first).result() == (cores == 3)
         assert not engine._endpoint._spin._own_core
+        assert engine._wiring.own_cores == ({"shard/0", "replica/0/0", "replica/0/1"} if cores == 3 else set())
 
 
 def test_a_role_that_writes_to_its_data_set_changes_its_own_copy(start: Callable[..., Remote[Clerk]]) -> None:

@@ -374,6 +374,9 @@ def test_seconds_of_a_virtual_clock_are_called_so() -> None:
     for virtual, said in ((True, "recorded (2.0 s of virtual time)"), (False, "recorded (2.0 s)")):
         begun = msgspec.structs.replace(started(), virtual=virtual)
         assert said in text(summarize([Observation(0.0, begun), Observation(2.0, progress(150))]))
+    begun = msgspec.structs.replace(started(), virtual=True)
+    again = [Observation(0.0, begun), Observation(2.0, progress(150)), Observation(0.0, started(150))]
+    assert "2.0 s of virtual time" in text(summarize(again))
 
 
 def test_what_did_not_happen_is_not_said() -> None:

@@ -26,6 +26,9 @@ from distbelief.launch import job_of
 from distbelief.leases import Release
 from distbelief.model_replica import pick_device
 from distbelief.parameters import lay_out
+from distbelief.partition.group import Group
+from distbelief.roles import site_of
+from distbelief.roster import EVALUATOR
 from tests.problems import classifier, job, points
 
 cross_entropy = nn.functional.cross_entropy
@@ -459,8 +462,10 @@ def test_threads_are_shared_among_replicas_and_never_none() -> None:
         (db.Cluster(replicas=1, partitions=7, shards=1), True),
         (db.Cluster(replicas=2, partitions=4, shards=1), False),
         (db.Cluster(replicas=2, shards=1, threads_per_replica=4), False),
-        (db.Cluster(replicas=9, partitions=4, shards=9, engine="ray", cpus_per_replica=4), True),
-        (db.Cluster(replicas=2, partitions=4, engine="ray", cpus_per_replica=3), False),
+        (db.Cluster(replicas=9, partitions=4, shards=9, engine="ray", address="auto", cpus_per_replica=4), True),
+        (db.Cluster(replicas=2, partitions=4, engine="ray", address="auto", cpus_per_replica=3), False),
+        (db.Cluster(partitions=2, engine="ray", address="auto", cpus_per_replica=4, threads_per_replica=3), False),
+        (db.Cluster(replicas=1, engine="ray", cpus_per_replica=1), False),  # of a Ray that counts no cores
     ],
 )
 def test_who_has_a_core_of_eight_for_himself(
@@ -468,6 +473,18 @@ def test_who_has_a_core_of_eight_for_himself(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("distbelief.cluster.available_cores", lambda: 8)
     assert cluster.own_cores == own
+
+
+def test_a_partition_of_a_replica_has_its_core_and_the_evaluators_share_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for cores in (2, 3):
+        monkeypatch.setattr("distbelief.cluster.available_cores", lambda: cores)  # noqa: B023 - asked at once
+        cluster = db.Cluster(replicas=1, partitions=2, shards=1)
+        sites = [site_of(cluster, name, torch.device("cpu"), "::1") for name in ("replica/0", EVALUATOR)]
+        assert [site.own_core for site in sites] == [cores == 3, False]
+        assert [Group(None, 0, 1, site)._spin._own_core for site in sites] == [cores == 3, False]
+        assert {(site.address, site.device.type, site.own_device) for site in sites} == {("::1", "cpu", False)}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import functools
 import pickle
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,8 +38,8 @@ class Wiring:
     key: bytes
     addresses: dict[str, Address]
     faults: Faults
-    own_cores: bool
-    """Whether each role that computes or answers has a core of its own."""
+    own_cores: frozenset[str]
+    """Names of the roles that have a core of their own."""
 
 
 def _birth(
@@ -48,7 +48,7 @@ def _birth(
 ) -> Callable[[], None]:  # fmt: skip
     """What a fork does first: build the role on the listeners it was given, and return the role's life."""
     listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors]
-    endpoint = Endpoint(wiring.key, listeners=listeners, own_core=wiring.own_cores)
+    endpoint = Endpoint(wiring.key, listeners=listeners, own_core=name in wiring.own_cores)
     role = factory(LocalHome(name, incarnation, wiring, endpoint), *arguments)
     return life_of(role, endpoint, over_tcp=not isinstance(wiring.addresses[COORDINATOR], str))
 
@@ -66,7 +66,7 @@ class LocalHome(ProcessHome):
 class LocalEngine(LocalHome):
     """Starts, watches and ends the processes of one job.
 
-    `listening` names the roles that answer calls. With `own_cores` each role but the coordinator has a core of its own.
+    `listening` names the roles that answer calls, `own_cores` those that have a core of their own.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class LocalEngine(LocalHome):
         *,
         transport: TransportName = "shared_memory",
         faults: Faults | None = None,
-        own_cores: bool = False,
+        own_cores: Iterable[str] = (),
     ) -> None:
         names = (COORDINATOR, *listening)
         self._listeners: dict[str, socket.socket] = {}
@@ -90,7 +90,7 @@ class LocalEngine(LocalHome):
                 hint="use fewer shards, or allow this process more open files (ulimit -n)",
             ) from error
         addresses = {name: name_of(listener) for name, listener in self._listeners.items()}
-        self._wiring = Wiring(new_key(), addresses, faults or Faults(), own_cores)
+        self._wiring = Wiring(new_key(), addresses, faults or Faults(), frozenset(own_cores))
         endpoint = Endpoint(self._wiring.key, listeners=[self._listeners[COORDINATOR]])
         super().__init__(COORDINATOR, 0, self._wiring, endpoint)
         self._nursery = Nursery(endpoint)

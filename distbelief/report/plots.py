@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run in pictures, an optional extra: `pip install 'distbelief[plots]'`.
 
-`over_time.png`       training loss and test metrics over wall-clock time, with everything that happened
+`over_time.png`       training loss and test metrics over time, with everything that happened
 `over_examples.png`   the same over examples: what resuming undid is left out
 `staleness.png`       how many pushes were applied at each staleness
 `iterations.png`      of Sandblaster: loss, gradient and evaluations over iterations
@@ -128,7 +128,7 @@ def collect(observations: Iterable[Observation]) -> Curves:
                 examples, again = event.resumed_examples, bool(curves.title or event.resumed_examples)
                 roles = f"{count(event.replicas, 'replica')}, {count(event.shards, 'shard')}"
                 curves.title = f"{event.run}: {event.algorithm}, {roles}"
-                curves.clock = "virtual" if event.virtual else "wall-clock"
+                curves.clock = "virtual" if event.virtual else curves.clock
                 if again:
                     curves.marks.append(Mark(seconds, examples, "resumed"))
             case Progress():

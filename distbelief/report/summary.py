@@ -112,7 +112,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     wall_seconds: float = 0.0
     """Seconds observed, over all the times the run was started."""
     virtual: bool = False
-    """Whether they are those of the simulated engine's clock."""
+    """Whether any of them are those of the simulated engine's clock."""
     algorithm: str = ""
     replicas: int = 0
     shards: int = 0
@@ -228,7 +228,7 @@ def _started(summary: Summary, event: JobStarted) -> Summary:
         summary,
         run=event.run,
         reason=KILLED,
-        virtual=event.virtual,
+        virtual=summary.virtual or event.virtual,
         algorithm=event.algorithm,
         replicas=event.replicas,
         shards=event.shards,
