@@ -115,7 +115,7 @@ class Sandblaster:
                 f"Sandblaster(batch={self.batch}) with l1 or bounds: there is no rule for batches that change",
                 hint="use batch=None, or l2",
             )
-        pair = self.bounds or (None, None)
+        pair = (None, None) if self.bounds is None else self.bounds
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(it, Real | None) for it in pair)):
             raise ConfigurationError(
                 f"Sandblaster(bounds={self.bounds}) is no pair of numbers",

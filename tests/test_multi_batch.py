@@ -162,6 +162,7 @@ def test_it_resumes_on_the_batches_that_come_next(tmp_path: Path) -> None:
         ({"batch": 64, "overlap": 0.0}, r"overlap=0\.0"),
         ({"batch": 64, "overlap": 0.6}, r"overlap=0\.6"),
         ({"batch": 64, "l1": 0.1}, r"batch=64.*l1 or bounds"),
+        ({"batch": 64, "bounds": (0.0, None)}, r"batch=64.*l1 or bounds"),
     ],
 )
 def test_batches_that_cannot_work_are_refused(fields: dict[str, Any], message: str) -> None:

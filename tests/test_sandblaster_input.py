@@ -26,21 +26,32 @@ from tests.test_sandblaster import CLASSES, FEATURES, job, net, of_kind, points,
         ({"l1": -0.1}, r"l1=-0\.1.*0 or positive"),
         ({"l2": float("nan")}, r"l2=nan"),
         ({"gtol": -1.0}, r"gtol=-1\.0"),
+        ({"gtol": math.inf}, r"gtol=inf"),
         ({"ftol": -1.0}, r"ftol=-1\.0"),
         ({"ftol": float("nan")}, r"ftol=nan"),
+        ({"ftol": math.inf}, r"ftol=inf"),
         ({"target": float("nan")}, r"target=nan"),
         ({"micro_batch": 0}, r"micro_batch=0"),
         ({"bounds": (0.0,)}, r"bounds=\(0\.0,\)\) is no pair of numbers\nhint: give \(lowest, highest\)"),
         ({"bounds": [(0.0, 1.0), (0.0, 2.0)]}, r"bounds=\[.*\]\) is no pair of numbers\nhint: "),
         ({"bounds": ("0", 1.0)}, r"bounds=\('0', 1\.0\)\) is no pair of numbers\nhint: "),
         ({"bounds": 5.0}, r"bounds=5\.0\) is no pair"),
+        ({"bounds": 0.0}, r"bounds=0\.0\) is no pair"),
+        ({"bounds": ()}, r"bounds=\(\)\) is no pair"),
+        ({"bounds": torch.zeros(2)}, r"bounds=tensor\(\[0\., 0\.\]\)\) is no pair"),
         ({"bounds": (1.0, -1.0)}, r"bounds=\(1\.0, -1\.0\).*nothing between"),
+        ({"bounds": (1.0, 1.0)}, r"bounds=\(1\.0, 1\.0\).*nothing between"),
         ({"l1": 0.1, "bounds": (0.0, None)}, r"l1=0\.1, bounds=\(0\.0, None\).*no rule for both"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_when_it_is_made(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(db.ConfigurationError, match=message):
         db.Sandblaster(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"ftol": 0.0}, {"gtol": 0.0}, {"batch": 16, "overlap": 0.5}, {"micro_batch": 1}])
+def test_a_value_at_the_edge_of_what_can_work_is_taken(fields: dict[str, Any]) -> None:
+    assert vars(db.Sandblaster(**fields)).items() >= fields.items()
 
 
 def dropping() -> nn.Module:
