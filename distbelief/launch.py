@@ -53,12 +53,17 @@ def read(run: Path) -> Launch:
 
 
 def of_main(job: Job) -> Launch:
-    """The script that is running, if it is a file by itself whose `job` is this very job."""
+    """The script that is running, if it is a file that a command can import, and its `job` is this very job."""
     main = sys.modules.get("__main__")
     path, found = getattr(main, "__file__", None), getattr(main, "job", None)
     if not path or not os.path.isfile(path) or found is not job or in_package():
         return Launch()
-    return Launch(str(Path(path).resolve()))
+    script = Path(path).resolve()
+    try:
+        check_name(script)
+    except ConfigurationError:
+        return Launch()
+    return Launch(str(script))
 
 
 def check_text(*paths: Path | str | None) -> None:

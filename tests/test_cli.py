@@ -8,8 +8,10 @@ import os
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -428,6 +430,7 @@ def refused(run: Callable[..., None], capsys: pytest.CaptureFixture[str], *argum
     ("name", "said"),
     [
         ("queue.py", "queue.py has the name of another module"),
+        ("turtle.py", "turtle.py has the name of another module"),
         ("pytest.py", "pytest.py has the name of another module"),
         ("script.txt", "script.txt is no Python file"),
         ("my.script.py", "my.script.py cannot be imported"),
@@ -651,6 +654,31 @@ def test_a_job_whose_last_checkpoint_failed_ends_with_an_error(
     said = refused(run, capsys, "train", "rules_script.py", "--run", "a", "--epochs", "1")
     assert "the last checkpoint of a could not be written: what was trained since the one before is lost" in said
     assert read_summary(Path("a/summary.json")).checkpoints.last_failed
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "named"),
+    [
+        ("mine.py", None, True),
+        ("mine.py", "mine", True),
+        ("mine.py", "package.mine", False),
+        ("__main__.py", "__main__", False),
+        ("my.script.py", None, False),
+        ("queue.py", None, False),
+        ("mine", None, False),
+    ],
+)
+def test_a_script_is_named_for_resuming_only_where_a_command_can_import_it(
+    name: str, spec: str | None, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).touch()
+    main, job = types.ModuleType("__main__"), problems.job()
+    main.__file__, main.__dict__["job"] = name, job
+    main.__spec__ = None if spec is None else ModuleSpec(spec, None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert launch.of_main(job).script == (str(tmp_path / name) if named else None)
+    assert launch.of_main(problems.job()).script is None
 
 
 SWEEP = """
