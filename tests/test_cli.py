@@ -552,6 +552,19 @@ def test_a_path_that_is_no_text_is_refused_by_name(
     assert not Path("../a").exists()
 
 
+def test_what_a_file_imports_is_first_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("beside", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "help_of_mine.py").write_text(f"place = {folder!r}")
+    script = tmp_path / "beside" / "helped.py"
+    script.write_text("from help_of_mine import place\n\ndef job():\n    return place\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "elsewhere"), *sys.path])
+    found: Any = launch.job_of(script)()
+    for name in ("helped", "help_of_mine"):
+        del sys.modules[name]
+    assert found == "beside"
+
+
 def test_a_file_behind_a_link_is_trained_as_the_file_that_it_is(run: Callable[..., None]) -> None:
     Path("there").mkdir()
     Path("there/rules_script.py").write_text(SCRIPT.replace("db.adagrad(0.1, eps=1e-7)", "db.sgd(0.25)"))

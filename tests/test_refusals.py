@@ -583,6 +583,21 @@ def scaling() -> nn.Module:
     return Scaling(FEATURES, CLASSES)
 
 
+class Counted(nn.Embedding):
+    """Counts its indices from one, in place: those that are given to it once more would be out of range."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.add_(1))
+
+
+def counted() -> nn.Module:
+    return Counted(2, CLASSES)
+
+
+def zeros() -> TensorDataset:
+    return TensorDataset(torch.zeros(64, dtype=torch.int64), torch.arange(64) % CLASSES)
+
+
 def scripted() -> nn.Module:
     return torch.jit.script(problems.normalised_classifier())
 
@@ -599,6 +614,10 @@ def scripted() -> nn.Module:
 def test_models_that_change_their_input_and_scripts_are_trained(model: Any, algorithm: Any, tmp_path: Path) -> None:
     result = db.train(problems.job(model=model, algorithm=algorithm, run=tmp_path / "run"), view=False)
     assert result.summary.examples.missing == 0
+
+
+def test_what_tries_a_mini_batch_several_times_has_it_each_time_as_it_is() -> None:
+    attempt(prepare(problems.job(model=counted, data=zeros, test=None, algorithm=db.Sandblaster()))[0])
 
 
 def beside() -> nn.Module:

@@ -54,6 +54,23 @@ def test_a_value_at_the_edge_of_what_can_work_is_taken(fields: dict[str, Any]) -
     assert vars(db.Sandblaster(**fields)).items() >= fields.items()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fields", "bends", "searched"),
+    [
+        (torch.float64, {}, False, ("wolfe", 1e-9)),
+        (torch.float32, {}, False, ("wolfe", 1e-7)),
+        (torch.float64, {"l1": 0.1}, True, ("backtracking", 1e-9)),
+        (torch.float32, {"batch": 64}, False, ("overlapping", 1e-7)),
+        (torch.float32, {"ftol": 0.0}, False, ("wolfe", 0.0)),
+    ],
+)
+def test_the_search_is_one_for_its_objective_and_allows_for_the_rounding_of_the_parameters(
+    dtype: torch.dtype, fields: dict[str, Any], bends: bool, searched: tuple[str, float]
+) -> None:
+    options = db.Sandblaster(**fields).options(dtype, bends)
+    assert (options.search, options.smallest_decrease) == searched
+
+
 def dropping() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 4), nn.Dropout(0.5), nn.Linear(4, CLASSES)).double()
 
