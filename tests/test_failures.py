@@ -166,10 +166,13 @@ def test_who_is_left_last_and_dies_is_followed_by_one_with_its_statistics_not_wi
     assert counted > 0.9 * expected
 
 
-def test_where_nothing_that_was_fetched_can_be_used_the_updates_since_the_checkpoint_are_lost(tmp_path: Path) -> None:
-    """After local steps a replica has other parameters than it fetched."""
-    algorithm = db.Downpour(warmstart=0, local_rate=1e-3)
-    job = simulated(checkpoint_seconds=1e6, algorithm=algorithm)
+@pytest.mark.parametrize(("local_rate", "wire"), [(1e-3, "float32"), (None, "bfloat16")])
+def test_where_nothing_that_was_fetched_can_be_used_the_updates_since_the_checkpoint_are_lost(
+    local_rate: float | None, wire: Any, tmp_path: Path
+) -> None:
+    """After local steps a replica has other parameters than it fetched, and what was rounded is not what shards had."""
+    job = simulated(checkpoint_seconds=1e6, algorithm=db.Downpour(warmstart=0, local_rate=local_rate))
+    job = dataclasses.replace(job, cluster=dataclasses.replace(job.cluster, wire=wire))
     result, heard = trained(job, tmp_path, faults=db.Faults(kill=((0.8, "shard/1"),)), costs=SLOW)
     # Every push acknowledged before the death is lost from that span: 0.6 s of four replicas at 32 ms a mini-batch.
     assert 30 <= result.summary.lost_updates <= 90
