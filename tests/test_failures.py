@@ -326,6 +326,11 @@ def test_a_shard_that_dies_while_the_last_checkpoint_is_written_comes_back_from_
     assert len(list((result.run / "checkpoints").iterdir())) == 1
 
 
+def test_a_job_that_is_not_tested_has_no_evaluator(tmp_path: Path) -> None:
+    _, heard = trained(simulated(test=None, epochs=1), tmp_path)
+    assert {event.role.split("/")[0] for event in of(RoleStarted, heard)} == {"replica", "shard"}
+
+
 def test_without_failure_no_update_is_lost_and_nothing_repeats(tmp_path: Path) -> None:
     result, heard = trained(simulated(), tmp_path, costs=SLOW)
     assert result.summary.lost_updates == result.summary.examples.repeated == 0

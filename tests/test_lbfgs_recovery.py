@@ -217,14 +217,16 @@ def test_an_evaluation_given_up_as_not_finite_is_one_that_was_measured_as_nan() 
 
 
 @pytest.mark.parametrize(
-    ("single", "before", "now", "same"),
+    ("single", "before", "now", "penalty", "finite", "same"),
     [
-        (False, 2.0, 2.0 * (1 + 1e-9), True), (False, 2.0, 2.0 * (1 + 1e-7), False), (False, 1e-20, 3e-20, True),
-        (True, 2.0, 2.0 * (1 + 1e-5), True), (True, 2.0, 2.0 * (1 + 1e-3), False), (False, 2.0, math.nan, False),
+        (False, 2.0, 2.0 * (1 + 1e-9), 0.0, True, True), (False, 2.0, 2.0 * (1 + 1e-7), 0.0, True, False),
+        (True, 2.0, 2.0 * (1 + 1e-5), 0.0, True, True), (True, 2.0, 2.0 * (1 + 1e-3), 0.0, True, False),
+        (False, 1e-20, 3e-20, 0.0, True, True), (False, 2.0, math.nan, 0.0, True, False),
+        (False, 2.0, 1.5, 0.5, True, True), (False, 2.0, 2.0, 0.0, False, False),
     ],
 )  # fmt: skip
 def test_a_search_goes_on_where_its_loss_differs_by_rounding_and_else_begins_anew_and_counts_on(
-    single: bool, before: float, now: float, same: bool
+    single: bool, before: float, now: float, penalty: float, finite: bool, same: bool
 ) -> None:
     run = wood(replace(TIGHT, max_iterations=3))
     run.run()
@@ -233,7 +235,7 @@ def test_a_search_goes_on_where_its_loss_differs_by_rounding_and_else_begins_ane
     assert solver.resume()[-1] == Evaluate(0.0, solver.state.history.pairs)
     assert (math.isnan(solver.loss), math.isnan(solver.gradient_norm), solver.begins) == (True, True, True)
     assert solver.stopped is None
-    solver.tell(now, Sealed([], 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True))
+    solver.tell(now, Sealed([], 0.0, 0.0, 0.0, 0.0, 0.0, penalty, finite))
     assert solver.iteration == (3 if same else 0)
     assert solver.evaluations == evaluations + 1
     assert solver.begins == (not same)

@@ -315,6 +315,11 @@ def weighed(weighing: Weighing, output: Tensor, target: Tensor) -> Tensor:
     return weighing(output, target)
 
 
+def weighed_by_name(output: Tensor, target: Tensor, *, weighing: nn.Module) -> Tensor:
+    loss: Tensor = weighing(output, target)
+    return loss
+
+
 def weighed_step(weighing: Weighing, model: nn.Module, batch: Any) -> Tensor:
     return weighing(model(batch[0]), batch[1])
 
@@ -382,7 +387,9 @@ def centred(output: Tensor, target: Tensor) -> Tensor:
         ({"loss": Centring()}, 1),
         ({"loss": Centring()}, 2),
         ({"loss": centred}, 1),
+        ({"loss": functools.partial(centred)}, 1),
         ({"loss": functools.partial(weighed, Centring())}, 1),
+        ({"loss": functools.partial(weighed_by_name, weighing=Centring())}, 1),
         ({"loss": Centring().forward}, 1),
         ({"loss": None, "step": Distilling(0.5), "metrics": {}}, 1),
     ],
