@@ -381,6 +381,13 @@ def centred(output: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
+class Centred:
+    """A method whose global changes, of an object that holds nothing."""
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return centred(output, target) + 0 * centring.centre.sum()
+
+
 @pytest.mark.parametrize(
     ("fields", "partitions"),
     [
@@ -388,6 +395,7 @@ def centred(output: Tensor, target: Tensor) -> Tensor:
         ({"loss": Centring()}, 2),
         ({"loss": centred}, 1),
         ({"loss": functools.partial(centred)}, 1),
+        ({"loss": Centred().loss}, 1),
         ({"loss": functools.partial(weighed, Centring())}, 1),
         ({"loss": functools.partial(weighed_by_name, weighing=Centring())}, 1),
         ({"loss": Centring().forward}, 1),
@@ -404,8 +412,20 @@ def test_what_follows_the_training_outside_of_the_model_is_refused(
     )
 
 
+def lacking() -> Any:
+    """A function one of whose variables has no value, as one of a function that is defined after it."""
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, target) if len(output) else missing
+
+    if not loss:
+        missing = torch.zeros(())
+    return loss
+
+
 @pytest.mark.parametrize(
-    "fields", [{"loss": Centring().eval()}, {"loss": None, "step": Distilling(0.0), "metrics": {}}]
+    "fields",
+    [{"loss": Centring().eval()}, {"loss": None, "step": Distilling(0.0), "metrics": {}}, {"loss": lacking()}],
 )
 def test_what_stands_still_outside_of_the_model_is_not_refused(fields: dict[str, Any]) -> None:
     attempt(prepare(problems.job(**fields))[0])

@@ -33,6 +33,7 @@ from distbelief.events import (
     JobStarted,
     Observation,
     RoleLost,
+    RoleStarted,
 )
 from distbelief.export import export, state_dict
 from distbelief.launch import Launch, read
@@ -90,6 +91,15 @@ def test_a_shard_that_dies_while_it_is_given_its_checkpoint_is_given_it_again(
         models.append(result.model)
     assert [one.event.role for one in heard if isinstance(one.event, RoleLost)] == ["shard/1"]
     assert problems.same_parameters(*models)
+
+
+def test_every_role_of_a_resumed_run_is_a_later_incarnation_than_any_before(tmp_path: Path) -> None:
+    heard: list[Observation] = []
+    begun = trained(problems.job(epochs=1), tmp_path / "run", listeners=[heard.append])
+    before = {one.event.incarnation for one in heard if isinstance(one.event, RoleStarted)}
+    heard.clear()
+    db.train(problems.job(), resume=begun.run, view=False, listeners=[heard.append])
+    assert min(one.event.incarnation for one in heard if isinstance(one.event, RoleStarted)) > max(before)
 
 
 def test_a_run_resumes_on_another_number_of_replicas_and_counts_every_example_once(tmp_path: Path) -> None:

@@ -264,11 +264,18 @@ def positive(build: Any) -> nn.Module:
 def test_a_run_does_not_go_on_with_other_data_or_a_shorter_history(tmp_path: Path) -> None:
     first = job(tmp_path / "run", algorithm={"max_iterations": 8})
     trained(first)
+    before = {path: path.read_bytes() for path in first.run.rglob("*") if path.is_file()}
     more = dataclasses.replace(first.algorithm, max_iterations=20)
     with pytest.raises(db.CheckpointError, match="a batch of 60 examples, the job has 59"):
         trained(dataclasses.replace(first, algorithm=more, data=fewer), resume=tmp_path / "run")
     with pytest.raises(db.CheckpointError, match=r"history of \d+ pairs, the job keeps 2"):
-        trained(dataclasses.replace(first, algorithm=dataclasses.replace(more, history=2)), resume=tmp_path / "run")
+        trained(
+            dataclasses.replace(
+                first, algorithm=dataclasses.replace(more, history=2), cluster=db.Cluster(replicas=1, partitions=2)
+            ),
+            resume=tmp_path / "run",
+        )
+    assert {path: path.read_bytes() for path in first.run.rglob("*") if path.is_file()} == before
 
 
 def fewer() -> TensorDataset:
