@@ -459,6 +459,7 @@ def test_another_objective_takes_the_parameters_and_begins_its_own_search(tmp_pa
     _, heard = trained(dataclasses.replace(first, algorithm=penalised), resume=tmp_path / "run")
     taken = of_kind(heard, Iterated)
     assert [event.iteration for event in taken] == list(range(1, 9))
+    assert not of_kind(heard, SearchBegun), "nothing of the search before is doubted, as nothing of it is taken"
     weights = sum(value.abs().sum().item() for name, value in begun.model.named_parameters() if "weight" in name)
     assert taken[0].loss < of_kind(before, Iterated)[-1].loss + 0.05 * weights
 

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,25 @@ def test_a_run_does_not_go_on_with_other_data_or_a_shorter_history(tmp_path: Pat
             resume=tmp_path / "run",
         )
     assert {path: path.read_bytes() for path in first.run.rglob("*") if path.is_file()} == before
+
+
+def test_a_history_that_a_refused_resume_names_is_the_shortest_that_goes_on(tmp_path: Path) -> None:
+    first = job(tmp_path / "run", algorithm={"max_iterations": 6})
+    trained(first)
+    with pytest.raises(db.CheckpointError) as refused:
+        trained(with_history(first, 2), resume=tmp_path / "run")
+    named = re.search(
+        r"history of (\d+) pairs.*\nhint: resume with Sandblaster\(history=\1\) or more", str(refused.value)
+    )
+    assert named
+    with pytest.raises(db.CheckpointError, match=named[0][:20]):
+        trained(with_history(first, int(named[1]) - 1), resume=tmp_path / "run")
+    result, _ = trained(with_history(first, int(named[1])), resume=tmp_path / "run")
+    assert result.summary.batch.iterations == 8
+
+
+def with_history(first: db.Job, history: int) -> db.Job:
+    return dataclasses.replace(first, algorithm=dataclasses.replace(first.algorithm, max_iterations=8, history=history))
 
 
 def fewer() -> TensorDataset:
