@@ -189,14 +189,19 @@ def test_what_was_lost_and_refused_before_a_run_is_resumed_is_told_after_it(tmp_
     first, _ = trained(job, tmp_path, faults=db.Faults(kill=((0.8, "shard/1"),)), costs=SLOW)
     assert first.summary.lost_updates >= 30
     assert first.summary.refused > 0
+    before = first.summary
     more = dataclasses.replace(job, epochs=job.epochs + 1)
     for shards in (2, 3):
         more = dataclasses.replace(
             more, epochs=more.epochs + 1, cluster=dataclasses.replace(job.cluster, shards=shards)
         )
-        result = db.train(more, resume=first.run, view=False)
+        heard: list[Observation] = []
+        result = db.train(more, resume=first.run, view=False, listeners=[heard.append])
+        (begun,) = of(JobStarted, heard)
+        assert begun.resumed_refused == before.refused
         assert result.summary.lost_updates == first.summary.lost_updates
         assert result.summary.refused >= first.summary.refused + 16
+        before = result.summary
 
 
 def test_a_shard_with_much_to_store_may_be_busy_for_long_and_so_may_the_replicas_that_wait_for_it(

@@ -279,6 +279,12 @@ def test_a_run_does_not_go_on_with_other_data_or_a_shorter_history(tmp_path: Pat
     assert {path: path.read_bytes() for path in first.run.rglob("*") if path.is_file()} == before
 
 
+def test_the_penalties_are_told_with_the_algorithm(tmp_path: Path) -> None:
+    algorithm = {"max_iterations": 1, "history": 3, "l1": 0.125, "l2": 0.25}
+    result, _ = trained(job(tmp_path / "run", algorithm=algorithm))
+    assert result.summary.algorithm == "Sandblaster L-BFGS, 3 pairs, l1 0.125, l2 0.25"
+
+
 def test_a_history_that_a_refused_resume_names_is_the_shortest_that_goes_on(tmp_path: Path) -> None:
     first = job(tmp_path / "run", algorithm={"max_iterations": 6})
     trained(first)
