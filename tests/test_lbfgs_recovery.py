@@ -241,6 +241,41 @@ def test_a_search_goes_on_where_its_loss_differs_by_rounding_and_else_begins_ane
     assert solver.begins == (not same)
 
 
+class Failed:
+    """A search that has found a lower loss than where it began, at `t`, and goes no further."""
+
+    decreased = True
+
+    def __init__(self, t: float) -> None:
+        self.t = t
+
+    def next(self, loss: float, measure: float) -> str:
+        return "fail"
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_of_a_search_that_fails_the_best_trial_is_taken_and_computed_again_only_if_it_is_not_the_last(
+    share: float,
+) -> None:
+    run = wood(replace(TIGHT, max_iterations=3))
+    run.run()
+    solver = Solver(replace(TIGHT, max_iterations=5), run.solver.state)
+    solver.resume()
+    state = solver.state
+    asked = solver.tell(state.loss, Sealed([], 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True))[-1]
+    assert isinstance(asked, Evaluate)
+    best, size = share * asked.t, 2 * len(state.history.pairs) + 3
+    state.search = Failed(best)  # type: ignore[assignment]
+    sealed = Sealed([[0.0] * size] * 3, 0.0, state.slope, 0.0, 1.0, 0.0, 0.0, True)
+    commands = solver.tell(state.loss, sealed)
+    if best != asked.t:
+        assert isinstance(commands[-1], Evaluate)
+        assert (commands[-1].t, state.search) == (best, None)
+        commands = solver.tell(state.loss, sealed)
+    assert isinstance(commands[0], Step)
+    assert (commands[0].commit, commands[0].t, solver.iteration) == (True, best, 4)
+
+
 def test_a_start_whose_gradient_is_not_finite_is_none_though_its_loss_is() -> None:
     solver = Solver(TIGHT)
     solver.begin()
