@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import distbelief as db
-from distbelief import checkpoint, cli
+from distbelief import checkpoint, cli, run_folder
 from distbelief.events import (
     CheckpointRejected,
     EpochFinished,
@@ -359,6 +359,39 @@ def test_a_run_folder_that_refuses_a_file_is_said_with_the_systems_reason(name: 
     (run / name).mkdir()
     with pytest.raises(db.ConfigurationError, match=r"run cannot be written: .*Is a directory.*\nhint: give run="):
         db.train(problems.job(epochs=3), resume=run, view=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (problems.classifier, "classifier"),
+        (functools.partial(problems.classifier), "classifier"),
+        (lambda: problems.classifier(), "model"),
+    ],
+)
+def test_a_run_folder_is_named_after_the_model_made_empty_and_the_same_from_wherever_it_is_resumed(
+    model: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = problems.job(model=model)
+    run, shown = run_folder.choose(job, None)
+    assert (run, shown.parent) == (tmp_path / shown, Path("runs"))
+    assert shown.name.startswith(f"{name}-2")
+    run_folder.make(job, run, shown)
+    assert not list(run.iterdir())
+    assert run_folder.choose(job, shown) == (run, shown)
+    with pytest.raises(db.ConfigurationError, match=rf"the run folder {shown} exists\nhint: "):
+        run_folder.choose(dataclasses.replace(job, run=str(shown)), None)
+
+
+def test_a_folder_of_checkpoints_beside_the_run_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = problems.job(run="run", checkpoints="kept")
+    run, shown = run_folder.choose(job, None)
+    run_folder.make(job, run, shown)
+    assert Path(str(checkpoint.home(run))).is_relative_to(tmp_path / "kept")
 
 
 def test_a_run_folder_that_exists_is_not_touched(tmp_path: Path) -> None:

@@ -72,6 +72,14 @@ def test_the_search_is_one_for_its_objective_and_allows_for_the_rounding_of_the_
     assert (options.search, options.smallest_decrease) == searched
 
 
+def test_searches_of_different_objectives_or_batches_are_told_apart() -> None:
+    each: list[dict[str, Any]] = [
+        {}, {"l1": 0.1}, {"l2": 0.1}, {"bounds": (0.0, None)}, {"batch": 64}, {"batch": 32},
+        {"batch": 64, "overlap": 0.5},
+    ]  # fmt: skip
+    assert len({db.Sandblaster(**fields).work(640, 16, 2, 0).objective for fields in each}) == len(each)
+
+
 def dropping() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 4), nn.Dropout(0.5), nn.Linear(4, CLASSES)).double()
 
