@@ -278,12 +278,7 @@ def test_a_run_does_not_go_on_with_other_data_or_a_shorter_history(tmp_path: Pat
     with pytest.raises(db.CheckpointError, match="a batch of 60 examples, the job has 59"):
         trained(dataclasses.replace(first, algorithm=more, data=fewer), resume=tmp_path / "run")
     with pytest.raises(db.CheckpointError, match=r"history of \d+ pairs, the job keeps 2"):
-        trained(
-            dataclasses.replace(
-                first, algorithm=dataclasses.replace(more, history=2), cluster=db.Cluster(replicas=1, partitions=2)
-            ),
-            resume=tmp_path / "run",
-        )
+        trained(dataclasses.replace(first, algorithm=dataclasses.replace(more, history=2)), resume=tmp_path / "run")
     assert {path: path.read_bytes() for path in first.run.rglob("*") if path.is_file()} == before
 
 
