@@ -610,15 +610,15 @@ def scaling() -> nn.Module:
     return Scaling(FEATURES, CLASSES)
 
 
-class Counted(nn.Embedding):
+class FromOne(nn.Embedding):
     """Counts its indices from one, in place: those that are given to it once more would be out of range."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.add_(1))
 
 
-def counted() -> nn.Module:
-    return Counted(2, CLASSES)
+def from_one() -> nn.Module:
+    return FromOne(2, CLASSES)
 
 
 def zeros() -> TensorDataset:
@@ -644,7 +644,7 @@ def test_models_that_change_their_input_and_scripts_are_trained(model: Any, algo
 
 
 def test_what_tries_a_mini_batch_several_times_has_it_each_time_as_it_is() -> None:
-    attempt(prepare(problems.job(model=counted, data=zeros, test=None, algorithm=db.Sandblaster()))[0])
+    attempt(prepare(problems.job(model=from_one, data=zeros, test=None, algorithm=db.Sandblaster()))[0])
 
 
 def beside() -> nn.Module:
