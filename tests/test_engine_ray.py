@@ -591,6 +591,23 @@ def test_hidden_processes_are_ended_by_the_logs_that_they_write_once_nobody_is_l
         until_gone(reader)
 
 
+NAMED = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'gr\\xc3'); print(flush=True); time.sleep(300)"
+"""Takes a name that is cut in the middle of a letter, as the kernel does with long ones."""
+
+
+def test_a_process_whose_name_is_no_text_keeps_nobody_from_being_ended(tmp_path: Path) -> None:
+    word = f"DISTBELIEF_RAY={secrets.token_hex(8)}"
+    environment = os.environ | {"DISTBELIEF_RAY": word.partition("=")[2]}
+    with subprocess.Popen([sys.executable, "-c", NAMED], env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            reap(word, tmp_path / "ray")
+            assert process.wait(5) == -signal.SIGKILL
+        finally:
+            process.kill()
+
+
 def reap(word: str, folder: Path) -> None:
     said = f"{word}\n{folder}\n{os.getpid()}\n"
     folder.mkdir(exist_ok=True)

@@ -27,7 +27,7 @@ def found(word: bytes, folder: Path, job: int) -> set[int]:
     ours, children = set(), dict[int, list[int]]()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours to look at
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            parent = int((process / "stat").read_bytes().rpartition(b")")[2].split()[1])  # a name may be no text
             children.setdefault(parent, []).append(int(process.name))
             if int(process.name) != job and (
                 word in (process / "environ").read_bytes()

@@ -91,7 +91,7 @@ class Registry:
                 raise Fenced(f"host {host} was given up; its roles live elsewhere")
             record.heard = time.monotonic()
             record.notes += notes[record.taken - first :]
-            record.taken = first + len(notes)
+            record.taken = max(record.taken, first + len(notes))  # one of a broken connection may come late
             return self._moves
 
     @exported
