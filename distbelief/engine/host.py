@@ -150,7 +150,7 @@ class Host:
         self._lease = Lease.create()
         self._listeners: dict[str, tuple[socket.socket, socket.socket]] = {}
         self._started: dict[str, int] = {}
-        """Role -> the newest incarnation that was started here."""
+        """Role -> the newest incarnation that was started or stopped here."""
         self._main: dict[str, Any] = {}
         self._sizes: list[int] = []
         self._arena: int | None = None
@@ -306,6 +306,8 @@ class Host:
     @exported
     def stop(self, role: str, incarnation: int) -> None:
         """End this incarnation of a role; not a death. Asking again changes nothing."""
+        # What was to start it may still be on its way, over a connection that broke.
+        self._started[role] = max(incarnation, self._started.get(role, -1))
         if self._nursery.alive.get(role) == incarnation:
             self._nursery.stop(role)
 
