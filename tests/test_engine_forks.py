@@ -4,13 +4,18 @@
 import functools
 import os
 import random
+import select
+import selectors
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ from distbelief.engine import zygote
 from distbelief.engine.base import Death, Home
 from distbelief.engine.local import LocalEngine
 from distbelief.engine.pickles import SHARED
+from distbelief.errors import PeerLost
 from tests import problems
 from tests.killer import Killer, settled
 
@@ -221,3 +227,131 @@ def test_where_the_machine_has_no_process_to_spare_a_role_dies_of_that_and_the_o
     assert said == ("ended", "replica/0", 3, 1, zygote.LOST.decode() + problem)
     for each in (ours, theirs, started._selector):
         each.close()
+
+
+@dataclass
+class Owned:
+    """A zygote of this process, its owner's end, and what stands for its forks."""
+
+    ours: socket.socket
+    zygote: zygote.Zygote
+    forks: list[subprocess.Popen[bytes]]
+
+    def order(self, *message: Any) -> None:
+        zygote.send(self.ours, message, (self.zygote._control.fileno(),) if message[0] == "start" else ())
+        self.zygote._obey(*zygote.receive(self.zygote._control))
+
+    def said(self) -> Any:
+        return zygote.receive(self.ours)[0]
+
+
+@pytest.fixture
+def owned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Owned]:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(5.0)
+    owned = Owned(ours, zygote.Zygote(theirs), [])
+
+    def fork() -> int:
+        owned.forks.append(subprocess.Popen(["sleep", "600"]))
+        return owned.forks[-1].pid
+
+    monkeypatch.setattr(os, "fork", fork)
+    monkeypatch.setattr(zygote, "FORK_PAUSES", (0.01, 0.01, 0.01))
+    yield owned
+    for fork_ in owned.forks:
+        fork_.kill()
+        fork_.wait()
+    for descriptor in [each for watch, child in owned.zygote._children.items() for each in (watch, child[3])]:
+        os.close(descriptor)
+    for each in (ours, theirs, owned.zygote._selector):
+        each.close()
+
+
+def test_a_role_that_cannot_be_watched_is_ended_and_tried_again_and_nothing_of_it_is_left(
+    owned: Owned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = os.pidfd_open
+
+    def scarce(pid: int) -> int:
+        if len(owned.forks) < 3:
+            raise OSError(24, "Too many open files")
+        return watch(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", scarce)
+    owned.order("start", "replica/0", 3, b"")
+    pids = [fork.pid for fork in owned.forks]
+    assert [Path(f"/proc/{pid}").exists() for pid in pids] == [False, False, True]
+    assert owned.said() == ("started", "replica/0", 3, pids[2])
+    owned.order("signal", "replica/1", signal.SIGKILL)
+    owned.order("start", "replica/1", 0, b"")
+    owned.order("signal", "replica/1", signal.SIGKILL)
+    assert owned.said() == ("started", "replica/1", 0, owned.forks[3].pid)
+    ended = [key.fd for key, _ in owned.zygote._selector.select(5.0)]
+    assert [owned.zygote._children[fd][0] for fd in ended] == ["replica/1"]
+    owned.order("signal", "replica/0", signal.SIGKILL)
+    for child in list(owned.zygote._children):
+        owned.zygote._bury(child)
+    assert [owned.said() for _ in range(2)] == [("ended", "replica/0", 3, -9, ""), ("ended", "replica/1", 0, -9, "")]
+
+
+def test_a_zygote_never_waits_for_its_owner_and_tries_nothing_again_when_it_is_gone(owned: Owned) -> None:
+    for number in range(5_000):
+        owned.zygote._tell("started", "role", 0, number)
+    assert owned.zygote._outbox
+    for number in range(5_000):
+        while not select.select([owned.ours], [], [], 0.0)[0]:
+            ((_, events),) = owned.zygote._selector.select(5.0)
+            assert events & selectors.EVENT_WRITE
+            owned.zygote._flush()
+        assert owned.said() == ("started", "role", 0, number)
+    assert owned.zygote._selector.select(0.0) == [], "there is nothing left to say"
+    zygote.send(owned.ours, ("start", "replica/0", 3, b""))
+    owned.ours.close()
+    with pytest.raises(EOFError):
+        owned.zygote._obey(*zygote.receive(owned.zygote._control))
+    assert len(owned.forks) == 1
+
+
+def test_messages_arrive_whole_in_whatever_pieces() -> None:
+    ours, theirs = socket.socketpair()
+    whole, (kept, end) = ("loaded", b"x" * 1_000_000, None), socket.socketpair()
+    zygote.send(kept, ("signal", "role", 9))
+    pieces = end.recv(1000)
+
+    def say() -> None:
+        for start in range(len(pieces)):
+            ours.sendall(pieces[start : start + 1])
+            time.sleep(0.0005)
+        zygote.send(ours, whole)
+        ours.sendall(pieces[:-1])
+        ours.close()
+
+    with closing(theirs), closing(kept), closing(end):
+        thread = threading.Thread(target=say)
+        thread.start()
+        assert zygote.receive(theirs)[0] == ("signal", "role", 9)
+        assert zygote.receive(theirs)[0] == whole
+        with pytest.raises(EOFError):
+            zygote.receive(theirs)
+        thread.join()
+
+
+def test_the_last_words_of_a_role_fit_and_are_those_that_say_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(zygote, "open_files_anew", lambda: None)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+
+    def last_words(error: BaseException) -> bytes:
+        def build() -> Callable[[], None]:
+            raise error
+
+        zygote.run_role(build, write_end)
+        return os.read(read_end, 1 << 20)
+
+    assert last_words(ValueError("x" * 1_000_000 + "here")).endswith(b"xxxhere\n")
+    assert last_words(PeerLost("shard/0 is gone" + "x" * 5_000))[:26] == b"\0PeerLost: shard/0 is gone"
+    assert codes == [1, 1]
+    os.close(read_end)
+    os.close(write_end)

@@ -192,6 +192,10 @@ def test_what_is_told_of_an_incarnation_that_was_replaced_changes_nothing(room: 
     room.say("ended", "role/0", 0, -9, "")
     assert (room.nursery.alive, room.nursery.processes["role/0"]) == ({"role/0": 1}, NOBODY + 2)
     assert room.nursery.deaths() == []
+    room.up("role/0", 2, NOBODY + 3)
+    room.say("ended", "role/0", 1, -9, "")
+    assert (room.nursery.alive, room.nursery.processes["role/0"]) == ({"role/0": 2}, NOBODY + 3)
+    assert room.nursery.deaths() == [Death("role/0", 1, "killed by signal 9")]
     room.nursery.stop("role/0")
     assert "role/0" not in room.nursery.processes, "its number may be another process's soon"
 
