@@ -3,6 +3,7 @@
 
 import os
 import select
+import signal
 import socket
 import subprocess
 import threading
@@ -22,8 +23,9 @@ from distbelief.channel.place import Place
 from distbelief.channel.wire import Wire
 from distbelief.engine import nursery as module
 from distbelief.engine import zygote
-from distbelief.engine.base import Death
-from distbelief.engine.host import LEASE_SHARE, Host, Invitation, Prepared
+from distbelief.engine.base import Death, Faults
+from distbelief.engine.host import LEASE_SHARE, Host, HostWiring, Invitation, Prepared, birth
+from distbelief.engine.lease import Lease
 from distbelief.engine.listener import LOOPBACK, listen, listen_over_tcp, name_of
 from distbelief.engine.nursery import STOP_SECONDS, Nursery
 from distbelief.engine.pickles import new_arena
@@ -74,6 +76,8 @@ class Room:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint, self.zygotes, self.changes = endpoint, list[Played](), 0
+        self.ended: list[int] = []
+        """The groups of processes, by their leaders."""
         self.nursery = Nursery(endpoint, self.note)
 
     def note(self) -> None:
@@ -105,6 +109,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Iterator[Room]:
         room = Room(endpoint)
         world = {"Popen": room.begin, "DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
         monkeypatch.setattr(module, "subprocess", SimpleNamespace(**world))
+        monkeypatch.setattr(module, "end_group", room.ended.append)
         yield room
         room.nursery.close()
         for played in room.zygotes:
@@ -203,15 +208,91 @@ def test_what_is_told_of_an_incarnation_that_was_replaced_changes_nothing(room: 
 def test_a_job_that_takes_the_place_of_another_one_leaves_nothing_of_it(room: Room) -> None:
     first = room.load()
     room.say(*LOADED)
+    room.up("role/0", 0, NOBODY + 1)
+    assert first.heard()[0] == "start"
     room.load()
     assert first.is_left()
     assert (first.killed, first.waits) == (True, [0.0, None])
+    assert room.ended == [NOBODY, NOBODY + 1], "what user code started in them ends, too"
     room.nursery.close()
     assert room.zygotes[1].waits[0] == STOP_SECONDS, "it ends in order, and user code with it"
     room.nursery.close()
 
 
-# keepers
+def test_a_zygote_that_was_never_needed_is_ended_too() -> None:
+    control, end = socket.socketpair()
+    with closing(Endpoint(b"the key")) as endpoint, closing(end):
+        played: Any = Played(end, control)
+        Nursery(endpoint, first=played).close()
+        assert played.is_left()
+        assert (played.killed, played.waits) == (True, [STOP_SECONDS, None])
+
+
+# keepers and roles
+
+
+class Called:
+    """As a peer whose role may have moved."""
+
+    times = 0
+
+    def seek_again(self) -> None:
+        self.times += 1
+
+
+class Idle:
+    """A role without an activity; it calls others, and nobody calls it."""
+
+    def __init__(self, home: Any, number: int) -> None:
+        self.home, self.number = home, number
+
+    def run(self) -> None:
+        """Return, what a role does last."""
+
+
+@pytest.mark.parametrize("devices", [None, "2,3"])
+def test_a_role_is_born_with_its_accelerators_its_hosts_address_and_a_lease_that_it_obeys(
+    devices: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY"):
+        monkeypatch.setenv(name, "another's")
+    registry = Place("driver", "", ("127.0.0.1", 1))
+    wiring = HostWiring(
+        host="host0", address="127.0.0.1", faults=Faults(slow={"role/0": 3.0}), devices=devices,
+        invitation=Invitation(key=b"the key", registry=registry, wire=Wire(), lost_seconds=1.5),
+    )  # fmt: skip
+    lease, roles, listener = Lease.create(), list[Idle](), listen("role/0")
+    assert lease.over
+    lease.renew(float("inf"), 3)
+    descriptors = [os.dup(lease.descriptor), os.dup(listener.fileno())]
+    birth("role/0", 4, wiring, lambda *given: roles.append(Idle(*given)) or roles[-1], (7,), descriptors)()
+    home = roles[0].home
+    with closing(home._endpoint), closing(listener):
+        assert (home.name, home.incarnation, home.address, roles[0].number) == ("role/0", 4, "127.0.0.1", 7)
+        assert [each.getsockname() for each in home._endpoint._listeners] == [listener.getsockname()]
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == devices
+        assert (os.environ["NCCL_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_FAMILY"]) == ("=lo", "AF_INET")
+        assert home._slowness == 3.0
+        assert home._endpoint._thread is not None, "nobody would answer while it computes"
+        peer, ends = Called(), list[tuple[int, int]]()
+        home._peers.add(peer)
+        for moved, moves in enumerate((3, 4), 1):
+            lease.renew(float("inf"), moves)
+            home._endpoint.wake()
+            wait_until(lambda times=moved: peer.times == times)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "kill", lambda *sent: ends.append(sent))
+            home._endpoint._permit()
+            lease.renew(time.monotonic() - 0.001, 4)
+            home._endpoint._permit()
+        assert ends == [(os.getpid(), signal.SIGKILL)]
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    limit = time.monotonic() + 5.0
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen"
+        time.sleep(0.005)
 
 
 class Desk:
