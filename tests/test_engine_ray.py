@@ -560,7 +560,8 @@ def test_a_file_of_the_user_that_is_imported_in_place_of_ray_is_named(tmp_path: 
 
 def test_processes_that_hide_where_they_come_from_are_ended_with_those_that_started_them(tmp_path: Path) -> None:
     word = f"DISTBELIEF_RAY={secrets.token_hex(8)}"
-    hiding = ["sh", "-c", "env -i sleep 300 & echo $!; wait; sleep 300"]  # its first child has no environment at all
+    # Its first child has no environment at all, and starts another one.
+    hiding = ["sh", "-c", "env -i sh -c 'sleep 300 & echo $!; wait' & wait; sleep 300"]
     environment = os.environ | {"DISTBELIEF_RAY": word.partition("=")[2]}
     with subprocess.Popen(hiding, env=environment, stdout=subprocess.PIPE, text=True) as shell:
         assert shell.stdout is not None
@@ -575,23 +576,25 @@ def test_processes_that_hide_where_they_come_from_are_ended_with_those_that_star
 def test_hidden_processes_are_ended_by_the_logs_that_they_write_once_nobody_is_left_who_started_them(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "ray").mkdir()
-    with (tmp_path / "ray" / "agent.out").open("w") as log:  # this process has it open too, and lives
+    (tmp_path / "real" / "logs").mkdir(parents=True)
+    (tmp_path / "ray").symlink_to("real")
+    with (tmp_path / "ray" / "logs" / "agent.out").open("w") as log:  # this process has it open too, and lives
         hiding = ["sh", "-c", "env -i sleep 300 >&2 & echo $!"]
         orphan = subprocess.run(hiding, stdout=subprocess.PIPE, stderr=log, text=True, check=True).stdout.strip()
         reading = ["sh", "-c", 'tail -f "$0" > /dev/null & echo $!', log.name]
         reader = Path("/proc", subprocess.run(reading, stdout=subprocess.PIPE, text=True, check=True).stdout.strip())
-        with subprocess.Popen(["sleep", "300"]) as other:
+        with subprocess.Popen(["sleep", "300"], pass_fds=[log.fileno()]) as other:
             reap(f"DISTBELIEF_RAY={secrets.token_hex(8)}", tmp_path / "ray")
             until_gone(Path("/proc", orphan))
             assert other.poll() is None
             other.kill()
         assert reader.exists()
+        assert not (tmp_path / "real").exists()
         os.kill(int(reader.name), signal.SIGKILL)
         until_gone(reader)
 
 
-NAMED = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'gr\\xc3'); print(flush=True); time.sleep(300)"
+NAMED = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'a ) \\xc3'); print(flush=True); time.sleep(300)"
 """Takes a name that is cut in the middle of a letter, as the kernel does with long ones."""
 
 
@@ -611,7 +614,8 @@ def test_a_process_whose_name_is_no_text_keeps_nobody_from_being_ended(tmp_path:
 def reap(word: str, folder: Path) -> None:
     said = f"{word}\n{folder}\n{os.getpid()}\n"
     folder.mkdir(exist_ok=True)
-    subprocess.run([sys.executable, reaper.__file__], input=said, text=True, check=True, timeout=20)
+    own = os.environ | {"DISTBELIEF_RAY": word.partition("=")[2]}  # it was started by one of those
+    subprocess.run([sys.executable, reaper.__file__], input=said, text=True, check=True, timeout=20, env=own)
     assert not folder.exists()
 
 
