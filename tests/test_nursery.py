@@ -408,11 +408,17 @@ def test_a_host_tells_at_once_who_began_and_who_ended_with_the_reason_first(
         house.until(lambda number=incarnation: Note("role/0", number, NOBODY + 1) in house.notes())
         house.say("ended", "role/0", incarnation, *said)
         house.until(lambda number=incarnation: Note("role/0", number, 0) in house.notes())
+    for incarnation in range(2):  # the second takes the place of the first
+        house.start("role/1", incarnation)
+        house.say("started", "role/1", incarnation, NOBODY + 2 + incarnation)
+        house.until(lambda number=incarnation: Note("role/1", number, NOBODY + 2 + number) in house.notes())
     assert house.notes() == [
         Note("role/0", 0, NOBODY + 1), Note("role/0", 0, 0),
         Note("role/0", 1, NOBODY + 1), Note("role/0", 1, 0, "killed by signal 9"), Note("role/0", 1, 0),
         Note("role/0", 2, NOBODY + 1), Note("role/0", 2, 0, "exit code 1", "Traceback"), Note("role/0", 2, 0),
+        Note("role/1", 0, NOBODY + 2), Note("role/1", 0, 0), Note("role/1", 1, NOBODY + 3),
     ]  # fmt: skip
+    assert len(house.desk.beats) <= 1 + len(house.notes()), "what was answered is told no more"
     assert time.monotonic() - started < 8.0, "they waited for a beat"
 
 
@@ -449,6 +455,30 @@ def test_a_host_that_is_not_answered_ends_its_roles_within_the_time_after_which_
     assert house.zygote.is_left()
     assert (house.zygote.killed, house.zygote.waits[0]) == (True, 0.0), "it was waited for"
     assert house.host._lease.over
+
+
+def test_a_host_outlives_its_connection_to_the_coordinator(open_house: Callable[[float], House]) -> None:
+    house = open_house(3.0)
+    house.open()
+    house.load()
+    house.desk.silent = True
+    house.start("role/0", 0)
+    house.say("started", "role/0", 0, NOBODY + 1)
+    house.until(house.notes)
+    for connection in list(house.endpoint._connections):
+        connection.socket.shutdown(socket.SHUT_RDWR)
+    house.desk.silent, before = False, len(house.desk.beats)
+    house.until(lambda: len(house.desk.beats) > before + 1)
+    assert [notes for _, _, notes in house.desk.beats[before:]] == [[Note("role/0", 0, NOBODY + 1)], []]
+
+
+def test_a_host_tells_why_it_cannot_call_another_one(open_house: Callable[[float], House]) -> None:
+    house = open_house(60.0)
+    house.open()
+    nobody = Place("host1", "", ("127.0.0.1", 1))
+    told = house.keeper.call(Host.reach, [house.host._place, nobody]).result()
+    assert told[0] == ""
+    assert "nothing answers at ('127.0.0.1', 1)" in told[1]
 
 
 def test_a_host_that_was_given_up_ends_its_roles(open_house: Callable[[float], House]) -> None:
