@@ -512,13 +512,15 @@ def test_only_newer_incarnations_are_started_and_only_the_one_that_is_meant_is_s
     places = [house.start("role/0", incarnation) for incarnation in (1, 0, 1)]
     for incarnation in (0, 2):
         house.keeper.call(Host.stop, "role/0", incarnation).result()
-    places += [house.start("role/0", incarnation) for incarnation in (2, 3)]
+    places.append(house.start("role/0", 2))
+    assert house.zygote.heard() == ("start", "role/0", 1)
+    assert house.zygote.has_nothing_to_hear()
+    places.append(house.start("role/0", 3))
     assert len(set(places)) == 1, "an address outlives who answers there"
     house.keeper.call(Host.stop, "role/0", 3).result()
     house.keeper.call(Host.stop, "role/0", 3).result()
-    assert [house.zygote.heard() for _ in range(4)] == [
-        ("start", "role/0", 1), ("signal", "role/0", 9), ("start", "role/0", 3), ("signal", "role/0", 9),
-    ]  # fmt: skip
+    orders = [("signal", "role/0", 9), ("start", "role/0", 3), ("signal", "role/0", 9)]
+    assert [house.zygote.heard() for _ in range(3)] == orders
     assert house.zygote.has_nothing_to_hear()
 
 
@@ -530,3 +532,11 @@ def test_a_script_that_a_host_does_not_have_is_told(open_house: Callable[[float]
     house.load(dir="/nowhere", orig_dir=str(tmp_path))
     assert "dir" not in house.host._main
     assert house.host._main["orig_dir"] == str(tmp_path)
+
+
+def test_a_host_sees_a_file_when_it_holds_what_was_written(open_house: Callable[[float], House], tmp_path: Any) -> None:
+    house = open_house(60.0)
+    house.open()
+    (tmp_path / "probe").write_bytes(b"some")
+    asked = [(str(tmp_path / "probe"), b"some"), (str(tmp_path / "probe"), b"other"), ("/nowhere/probe", b"some")]
+    assert [house.keeper.call(Host.sees, *each).result() for each in asked] == [True, False, False]
