@@ -102,6 +102,20 @@ def test_a_role_that_something_in_it_ends_is_a_death_whatever_its_exit_code(
     assert deaths == [Death(NAMES[0], 0, "something in it ended it, with exit code 0", None)]
 
 
+def test_a_job_outlives_the_thread_that_loaded_it(engine: LocalEngine, tmp_path: Path) -> None:
+    (tmp_path / "numbers").write_bytes(bytes(range(20)))
+    thread = threading.Thread(target=engine.load, args=(open_file, str(tmp_path / "numbers")))
+    thread.start()
+    thread.join()
+    time.sleep(0.05)
+    engine.start(NAMES[0], 0, Reader, SHARED)
+    answer = engine.find(NAMES[0], Reader).call(Reader.read, 3, 2)
+    while not answer.done():
+        assert engine.deaths() == []
+        engine.sleep(0.01)
+    assert answer.result() == bytes([3, 4])
+
+
 class Drawn(TensorDataset):
     """Notes who has drawn which random numbers."""
 
