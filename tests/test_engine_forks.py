@@ -308,6 +308,20 @@ def test_a_role_that_cannot_be_watched_is_ended_and_tried_again_and_nothing_of_i
     assert [owned.said() for _ in range(2)] == [("ended", "replica/0", 3, -9, ""), ("ended", "replica/1", 0, -9, "")]
 
 
+def test_a_zygote_does_not_wait_for_a_process_that_a_role_has_left_and_that_holds_its_report(owned: Owned) -> None:
+    read_end, write_end = os.pipe()
+    role, left = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "2"], pass_fds=[write_end])
+    owned.forks += [role, left]
+    os.close(write_end)
+    watch = os.pidfd_open(role.pid)
+    owned.zygote._children[watch] = ("replica/0", 0, role.pid, read_end)
+    owned.zygote._selector.register(watch, selectors.EVENT_READ)
+    owned.zygote._bury(watch)
+    assert left.poll() is None
+    reason = "something in it ended it, with exit code 0"
+    assert owned.said() == ("ended", "replica/0", 0, 0, zygote.LOST.decode() + reason)
+
+
 def test_a_zygote_never_waits_for_its_owner_and_tries_nothing_again_when_it_is_gone(owned: Owned) -> None:
     for number in range(5_000):
         owned.zygote._tell("started", "role", 0, number)

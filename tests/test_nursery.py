@@ -296,11 +296,11 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 class Desk:
-    """The registry, as a host sees it; a call that comes while it is `silent` is not answered."""
+    """The registry, as a host sees it. While it is `silent` no beat is answered, and who joins is not while `shut`."""
 
     def __init__(self) -> None:
         self.endpoint: Endpoint
-        self.silent, self.fenced, self.moves = False, False, 0
+        self.silent, self.shut, self.fenced, self.moves = False, False, False, 0
         self.joins = 0
         self.beats: list[tuple[float, int, list[Note]]] = []
         """(when it was heard, the first note's number, notes)."""
@@ -310,7 +310,7 @@ class Desk:
     def join(self, introduction: Introduction) -> Promise[None]:
         self.joins += 1
         promise: Kept[None] = Kept(self.endpoint)
-        if not self.silent:
+        if not self.shut:
             promise.keep(None)
         return promise
 
@@ -493,14 +493,18 @@ def test_a_host_that_was_given_up_ends_its_roles(open_house: Callable[[float], H
     assert house.zygote.is_left()
 
 
-def test_a_host_joins_again_until_it_is_answered(open_house: Callable[[float], House]) -> None:
+def test_a_host_joins_again_until_it_is_answered_and_has_a_lease_from_then_on(
+    open_house: Callable[[float], House],
+) -> None:
     house = open_house(0.4)
-    house.desk.silent = True
+    house.desk.shut = house.desk.silent = True
     house.thread.start()
     house.until(lambda: house.desk.joins == 2)
-    house.desk.silent = False
-    house.until(lambda: len(house.desk.beats) > 1)
-    assert not house.host._lease.over
+    assert house.host._lease.over
+    house.desk.shut = False
+    house.until(lambda: house.desk.beats)
+    assert 0 < house.host._lease._numbers[0] < time.monotonic() + 0.9 * 0.4
+    house.until(lambda: not house.thread.is_alive())
 
 
 def test_only_newer_incarnations_are_started_and_only_the_one_that_is_meant_is_stopped(
