@@ -34,6 +34,8 @@ from distbelief.errors import Fenced, NotReady, TrainingFailed
 
 NOBODY = 1 << 23
 """No process has this number, nor one above it."""
+PATIENT_SECONDS = 20.0
+"""On a machine that is busy with other tests a host may be silent for a while."""
 LOADED = ("loaded", b"described", None)
 
 
@@ -425,29 +427,30 @@ def test_a_host_tells_at_once_who_began_and_who_ended_with_the_reason_first(
 def test_what_a_host_has_noted_is_told_until_it_was_answered_and_its_lease_counts_from_when_it_asked(
     open_house: Callable[[float], House],
 ) -> None:
-    house = open_house(3.0)
+    house = open_house(PATIENT_SECONDS)
     house.open()
     house.load()
     house.desk.silent = True
-    house.until(lambda: house.desk.unanswered)
-    house.start("role/0", 0)
-    house.say("started", "role/0", 0, NOBODY + 1)
-    house.until(lambda: house.host._living)
-    house.desk.silent, house.desk.moves = False, 5
+    for number in range(2):
+        house.start(f"role/{number}", 0)
+        house.say("started", f"role/{number}", 0, NOBODY + 1 + number)
+        house.until(lambda alive=number + 1: len(house.host._living) == alive and house.desk.unanswered)
     house.endpoint.poll(0.3)
     house.desk.unanswered[0].keep(4)
-    asked = house.desk.beats[-1][0]
-    house.until(lambda: house.host._lease.moves == 4 or len(house.desk.beats) > 2)
-    assert house.host._lease._numbers[0] <= asked + LEASE_SHARE * 3.0 or house.host._lease.moves == 5
-    house.until(lambda: house.host._lease.moves == 5)
-    assert house.notes() == [Note("role/0", 0, NOBODY + 1)]
-    assert house.host._lease._numbers[0] < house.desk.beats[-1][0] + 0.9 * 3.0, "others begin its roles after 3 s"
+    house.until(lambda: len(house.desk.unanswered) == 2)
+    lease, heard = house.host._lease, [when for when, _, _ in house.desk.beats[-2:]]
+    assert (lease.moves, lease._numbers[0] <= heard[0] + LEASE_SHARE * PATIENT_SECONDS) == (4, True)
+    house.desk.unanswered[1].keep(5)
+    house.until(lambda: lease.moves == 5)
+    assert lease._numbers[0] < heard[1] + 0.9 * PATIENT_SECONDS, "others begin its roles then"
+    told = [Note(f"role/{number}", 0, NOBODY + 1 + number) for number in range(2)]
+    assert [(first, notes) for _, first, notes in house.desk.beats[-2:]] == [(0, told[:1]), (1, told[1:])]
 
 
 def test_a_host_that_is_not_answered_ends_its_roles_within_the_time_after_which_it_counts_as_lost(
     open_house: Callable[[float], House],
 ) -> None:
-    house = open_house(0.5)
+    house = open_house(1.5)
     house.open()
     house.load()
     house.desk.silent = True
@@ -458,7 +461,7 @@ def test_a_host_that_is_not_answered_ends_its_roles_within_the_time_after_which_
 
 
 def test_a_host_outlives_its_connection_to_the_coordinator(open_house: Callable[[float], House]) -> None:
-    house = open_house(3.0)
+    house = open_house(PATIENT_SECONDS)
     house.open()
     house.load()
     house.desk.silent = True
@@ -468,8 +471,8 @@ def test_a_host_outlives_its_connection_to_the_coordinator(open_house: Callable[
     for connection in list(house.endpoint._connections):
         connection.socket.shutdown(socket.SHUT_RDWR)
     house.desk.silent, before = False, len(house.desk.beats)
-    house.until(lambda: len(house.desk.beats) > before + 1)
-    assert [notes for _, _, notes in house.desk.beats[before:]] == [[Note("role/0", 0, NOBODY + 1)], []]
+    house.until(lambda: len(house.desk.beats) > before)
+    assert house.desk.beats[before][1:] == (0, [Note("role/0", 0, NOBODY + 1)])
 
 
 def test_a_host_tells_why_it_cannot_call_another_one(open_house: Callable[[float], House]) -> None:
@@ -496,14 +499,14 @@ def test_a_host_that_was_given_up_ends_its_roles(open_house: Callable[[float], H
 def test_a_host_joins_again_until_it_is_answered_and_has_a_lease_from_then_on(
     open_house: Callable[[float], House],
 ) -> None:
-    house = open_house(0.4)
+    house = open_house(0.8)
     house.desk.shut = house.desk.silent = True
     house.thread.start()
     house.until(lambda: house.desk.joins == 2)
     assert house.host._lease.over
     house.desk.shut = False
     house.until(lambda: house.desk.beats)
-    assert 0 < house.host._lease._numbers[0] < time.monotonic() + 0.9 * 0.4
+    assert 0 < house.host._lease._numbers[0] < time.monotonic() + 0.9 * 0.8
     house.until(lambda: not house.thread.is_alive())
 
 
