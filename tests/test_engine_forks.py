@@ -59,6 +59,10 @@ class Reader:
         self.file.seek(start)
         return bytes(self.file.read(count))
 
+    @exported
+    def start_another(self) -> int:
+        return subprocess.Popen(["sleep", "600"]).pid
+
     def run(self) -> None:
         if self.ends:
             os._exit(0)
@@ -100,6 +104,21 @@ def test_a_role_that_something_in_it_ends_is_a_death_whatever_its_exit_code(
         engine.sleep(0.01)
         deaths += engine.deaths()
     assert deaths == [Death(NAMES[0], 0, "something in it ended it, with exit code 0", None)]
+
+
+def test_what_a_role_has_started_ends_with_the_role_and_not_with_the_job_only(
+    engine: LocalEngine, tmp_path: Path
+) -> None:
+    (tmp_path / "numbers").write_bytes(bytes(20))
+    engine.load(open_file, str(tmp_path / "numbers"))
+    engine.start(NAMES[0], 0, Reader, SHARED)
+    started = Path(f"/proc/{engine.find(NAMES[0], Reader).call(Reader.start_another).result()}")
+    assert started.exists()
+    engine.stop(NAMES[0])
+    until = engine.now() + 5.0
+    while started.exists():
+        assert engine.now() < until
+        engine.sleep(0.01)
 
 
 def test_a_job_outlives_the_thread_that_loaded_it(engine: LocalEngine, tmp_path: Path) -> None:
