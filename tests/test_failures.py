@@ -765,8 +765,9 @@ def own_listeners() -> list[str]:
     links = [Path(entry.path) for entry in os.scandir("/proc/self/fd")]
     inodes = {os.readlink(link)[8:-1] for link in links if link.is_symlink() and "socket:" in os.readlink(link)}
     lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
-    named = {line[7]: line[6] for line in lines if len(line) > 7 and line[7].startswith("@distbelief-")}
-    return [name for name, inode in named.items() if inode in inodes]
+    # What a listener has accepted has its name, too, and belongs to the role.
+    named = [line[6:] for line in lines if len(line) > 7 and line[7].startswith("@distbelief-")]
+    return sorted({name for inode, name in named if inode in inodes})
 
 
 @pytest.mark.slow
