@@ -212,6 +212,7 @@ def test_who_begins_with_ended_children_ignored_trains_all_the_same(tmp_path: Pa
 TRIALS = """
 import os, socket, sys, threading, time, warnings
 from distbelief.engine import forks, trial
+from distbelief.errors import TrainingFailed, UserCodeError
 
 forks.heed_no_terminations()
 owner, end = socket.socketpair()
@@ -227,6 +228,17 @@ with warnings.catch_warnings(record=True) as told:
     assert not told
     trial.try_apart(lambda: time.sleep(1.5), owner)
 assert "trying one mini-batch has taken 0.2 s" in str(told[0].message), told
+def raises_what_has_no_encoding() -> None:
+    raise TrainingFailed(lambda: None)
+
+own = os.getpid()
+try:
+    trial.try_apart(raises_what_has_no_encoding, owner)
+except UserCodeError as error:
+    assert "ended with exit code 1, before anything was trained" in str(error), error
+except Exception:
+    os.kill(own, 9)  # the fork has gone on
+
 begun = time.monotonic()
 threading.Timer(0.5, end.shutdown, [socket.SHUT_RDWR]).start()
 try:
@@ -238,7 +250,7 @@ else:
 """
 
 
-def test_the_trial_of_a_mini_batch_waits_for_nobody_but_itself_and_its_owner_and_says_that_it_takes_long() -> None:
+def test_a_trial_waits_for_nobody_else_says_if_it_takes_long_and_is_over_whatever_it_raises() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRIALS], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

@@ -73,10 +73,14 @@ def try_apart(attempt: Callable[[], object], owner: socket.socket) -> None:
             outcome = raised
         except BaseException as raised:
             outcome = UserCodeError("".join(traceback.format_exception(raised)))
-        with os.fdopen(write_end, "wb") as told:
-            told.write(pickle.dumps(outcome))
-        flush()
-        os._exit(0)
+        code = 1
+        try:  # whatever was raised, such as what no encoding has: this fork does not go on as its parent
+            with os.fdopen(write_end, "wb") as told:
+                told.write(pickle.dumps(outcome))
+            flush()
+            code = 0
+        finally:
+            os._exit(code)
     os.close(write_end)
     try:
         text = _last_words(pid, read_end, owner)
