@@ -180,18 +180,24 @@ def test_a_process_is_named_after_its_role(start: Callable[..., Remote[Clerk]], 
 
 
 @pytest.mark.parametrize("cores", [2, 3])
-def test_replicas_and_shards_look_before_they_sleep_where_each_has_a_core_and_nobody_else_does(
+def test_replicas_and_shards_have_cores_of_their_own_where_there_are_enough_and_nobody_else_has(
     cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("distbelief.cluster.available_cores", lambda: cores)
     wanted = problems.job(cluster=db.Cluster(replicas=1, partitions=2, shards=1))
     with closing(engine_of(wanted, None, None)) as engine:
         assert isinstance(engine, LocalEngine)
-        engine.load(prepare, None)
-        engine.start("shard/0", 0, Clerk)
-        assert engine.find("shard/0", Clerk).call(Clerk.looks_first).result() == (cores == 3)
-        assert not engine._endpoint._spin._own_core
         assert engine._wiring.own_cores == ({"shard/0", "replica/0/0", "replica/0/1"} if cores == 3 else set())
+        assert not engine._endpoint._spin._own_core
+
+
+def test_a_role_looks_before_it_sleeps_if_it_has_a_core_of_its_own() -> None:
+    with closing(LocalEngine(["a", "b"], own_cores=["a"])) as engine:
+        engine.load(prepare, None)
+        for name in ("a", "b"):
+            engine.start(name, 0, Clerk)
+        looking = [engine.find(name, Clerk).call(Clerk.looks_first).result() for name in ("a", "b")]
+        assert looking == [True, False]
 
 
 def test_a_role_that_writes_to_its_data_set_changes_its_own_copy(start: Callable[..., Remote[Clerk]]) -> None:

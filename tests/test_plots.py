@@ -123,7 +123,7 @@ def test_three_pictures_are_written_with_their_curves_in_them(tmp_path: Path) ->
 def test_time_is_wall_clock_time_or_that_of_the_simulated_engine() -> None:
     def label(virtual: bool) -> str:
         begun = Observation(0.0, msgspec.structs.replace(started().event, virtual=virtual))
-        axes: str = _over_time(collect([begun, *run()[1:]])).axes[-1].get_xlabel()
+        axes: str = _over_time(collect([begun, *run()[1:], started(1000), *run()[1:]])).axes[-1].get_xlabel()
         return axes
 
     assert [label(virtual) for virtual in (False, True)] == ["wall-clock time (seconds)", "virtual time (seconds)"]
