@@ -133,11 +133,12 @@ class Cluster:
     def own_cores(self) -> bool:
         """Whether each process of a replica, and on one machine each shard, has cores that no other one computes on.
 
-        A Ray that is begun for the job gives as many cores as are asked for, whatever the machine has.
+        There, one is left to the coordinator, which is busy where mini-batches are short. A Ray that is begun for the
+        job gives as many cores as are asked for, whatever the machine has.
         """
         if self.engine == "ray":
             return self.address is not None and self.cpus_per_replica >= self.plan.partitions * self.threads
-        return self._computing * self.threads + self.shards <= available_cores()
+        return self._computing * self.threads + self.shards < available_cores()
 
     @property
     def _computing(self) -> int:

@@ -179,7 +179,7 @@ def test_a_process_is_named_after_its_role(start: Callable[..., Remote[Clerk]], 
     assert names == {role: f"db:{role}"[:15] for role in names}
 
 
-@pytest.mark.parametrize("cores", [2, 3])
+@pytest.mark.parametrize("cores", [3, 4])
 def test_replicas_and_shards_have_cores_of_their_own_where_there_are_enough_and_nobody_else_has(
     cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +187,7 @@ def test_replicas_and_shards_have_cores_of_their_own_where_there_are_enough_and_
     wanted = problems.job(cluster=db.Cluster(replicas=1, partitions=2, shards=1))
     with closing(engine_of(wanted, None, None)) as engine:
         assert isinstance(engine, LocalEngine)
-        assert engine._wiring.own_cores == ({"shard/0", "replica/0/0", "replica/0/1"} if cores == 3 else set())
+        assert engine._wiring.own_cores == ({"shard/0", "replica/0/0", "replica/0/1"} if cores == 4 else set())
         assert not engine._endpoint._spin._own_core
 
 

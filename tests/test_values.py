@@ -455,12 +455,12 @@ def test_threads_are_shared_among_replicas_and_never_none() -> None:
 @pytest.mark.parametrize(
     ("cluster", "own"),
     [
-        (db.Cluster(replicas=4, shards=4), True),  # one thread each
-        (db.Cluster(replicas=4, shards=5), False),
-        (db.Cluster(replicas=2, shards=2), True),  # three threads each
-        (db.Cluster(replicas=2, shards=3), False),
-        (db.Cluster(replicas=1, partitions=7, shards=1), True),
-        (db.Cluster(replicas=2, partitions=4, shards=1), False),
+        (db.Cluster(replicas=4, shards=3), True),  # one thread each
+        (db.Cluster(replicas=4, shards=4), False),
+        (db.Cluster(replicas=2, shards=1), True),  # three threads each
+        (db.Cluster(replicas=2, shards=2), False),
+        (db.Cluster(replicas=1, partitions=6, shards=1), True),
+        (db.Cluster(replicas=1, partitions=7, shards=1), False),
         (db.Cluster(replicas=2, shards=1, threads_per_replica=4), False),
         (db.Cluster(replicas=9, partitions=4, shards=9, engine="ray", address="auto", cpus_per_replica=4), True),
         (db.Cluster(replicas=2, partitions=4, engine="ray", address="auto", cpus_per_replica=3), False),
@@ -478,12 +478,12 @@ def test_who_has_a_core_of_eight_for_himself(
 def test_a_partition_of_a_replica_has_its_core_and_the_evaluators_share_what_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for cores in (2, 3):
+    for cores in (3, 4):
         monkeypatch.setattr("distbelief.cluster.available_cores", lambda: cores)  # noqa: B023 - asked at once
         cluster = db.Cluster(replicas=1, partitions=2, shards=1)
         sites = [site_of(cluster, name, torch.device("cpu"), "::1") for name in ("replica/0", EVALUATOR)]
-        assert [site.own_core for site in sites] == [cores == 3, False]
-        assert [Group(None, 0, 1, site)._spin._own_core for site in sites] == [cores == 3, False]
+        assert [site.own_core for site in sites] == [cores == 4, False]
+        assert [Group(None, 0, 1, site)._spin._own_core for site in sites] == [cores == 4, False]
         assert {(site.address, site.device.type, site.own_device) for site in sites} == {("::1", "cpu", False)}
 
 
