@@ -252,8 +252,8 @@ class Town:
     def staged(self) -> list[torch.Tensor]:
         """The staging buffers of the endpoint that was made first."""
         staging = self.endpoints[0].desk._staging
-        given = [tensor for call in staging._held.values() for tensor in call.values()]
-        return [*given, *(tensor for *_, tensor in staging._idle)]
+        given = [buffer for call in staging._held.values() for buffer in call.values()]
+        return [buffer.tensor for buffer in (*given, *(idle for *_, idle in staging._idle))]
 
     def close(self) -> None:
         """Close every endpoint."""

@@ -649,12 +649,13 @@ def test_an_answer_that_comes_while_its_caller_is_about_to_wait_is_not_waited_fo
             time.sleep(0.1)
             future.settle(7)  # type: ignore[attr-defined]
 
-    def sleep_on(seconds: float) -> None:
-        raise AssertionError("it waits though the answer is there")
+    def poll(seconds: float) -> None:
+        assert threading.current_thread() is not threading.main_thread(), "it waits though the answer is there"
 
     try:
         future = Peer[Clerk](caller, at(town.serve(clerk))).call(Clerk.note, 1)
-        monkeypatch.setattr(caller._answered, "wait", sleep_on)
+        assert caller._background is not None
+        monkeypatch.setattr(caller._background, "_poll", poll)
         answering = threading.Thread(target=answer)
         answering.start()
         held.wait()

@@ -213,13 +213,15 @@ def test_a_tensor_larger_than_the_limit_is_refused_before_memory_is_taken(
         with pytest.raises(ProtocolError):
             buffers.take(connection, 0, TensorReference("float32", length))
     assert taken == []
-    assert buffers.take(connection, 0, TensorReference("float32", BODY_LIMIT // 4)).nbytes == BODY_LIMIT
+    assert buffers.take(connection, 0, TensorReference("float32", BODY_LIMIT // 4)).tensor.nbytes == BODY_LIMIT
     assert taken == [BODY_LIMIT]
 
 
 def test_a_tensor_of_unknown_dtype_is_refused(wires: Callable[[], Wire]) -> None:
+    connection, buffers = wires().connection, Staging(BODY_LIMIT, lambda _: True)
+    buffers.begin(connection, 0)
     with pytest.raises(ProtocolError):
-        Staging(BODY_LIMIT, lambda _: True).take(wires().connection, 0, TensorReference("object", 1))
+        buffers.take(connection, 0, TensorReference("object", 1))
 
 
 def test_a_tensor_that_no_memory_can_hold_ends_the_connection_only() -> None:

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.spin import SHORT_WAITS, SPIN_SECONDS, Spin
 
 LOOK_SECONDS = SPIN_SECONDS / 30
@@ -96,11 +95,3 @@ def test_who_does_not_come_is_given_up_in_time_and_who_may_not_wait_looks_once(v
     assert not visitor.expect(spin, 1.0, patience)
     assert visitor.looks == [0.0] * 4 + [patience]
     assert visitor.now - started < 8 * LOOK_SECONDS
-
-
-def test_a_thread_beside_a_role_that_computes_sleeps_at_once() -> None:
-    endpoint = Endpoint(b"k" * 32, own_core=True)
-    assert endpoint._spin._own_core
-    endpoint.background()
-    assert not endpoint._spin._own_core
-    endpoint.close()

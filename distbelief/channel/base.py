@@ -93,10 +93,9 @@ class Signature:
     parameters: tuple[str, ...]
     tensor_modes: tuple[bool | None, ...]
     """Per parameter: None for a field, False for a tensor the callee reads, True for one it writes."""
-    outputs: tuple[bool, ...]
-    """Per tensor argument, in order: whether the callee writes it."""
-    places: tuple[int, ...]
-    """Per tensor argument: how many of its kind, read or written, come before it."""
+    kinds: tuple[tuple[int, bool], ...]
+    """Per tensor argument, in order: how many of its kind, read or written, come before it, and whether it is written
+    by the callee."""
     rounded: bool
     """Whether its float32 tensors may travel as bfloat16."""
     fields_encoder: msgspec.msgpack.Encoder
@@ -107,14 +106,16 @@ class Signature:
         """Encode the fields and collect the tensors of one call."""
         if kwargs or len(args) != len(self.parameters):
             args = self._in_order(args, kwargs)
-        fields = [value for value, mode in zip(args, self.tensor_modes, strict=True) if mode is None]
-        tensors = [value for value, mode in zip(args, self.tensor_modes, strict=True) if mode is not None]
+        fields: list[Any] = []
+        tensors: list[torch.Tensor] = []
+        for value, mode in zip(args, self.tensor_modes, strict=True):
+            (fields if mode is None else tensors).append(value)
         return self.fields_encoder.encode(fields), tensors
 
     def expect(self, tensors: int) -> None:
         """Raise ProtocolError unless a call has so many tensors."""
-        if tensors != len(self.outputs):
-            raise ProtocolError(f"{self.name} takes {len(self.outputs)} tensors, {tensors} came")
+        if tensors != len(self.kinds):
+            raise ProtocolError(f"{self.name} takes {len(self.kinds)} tensors, {tensors} came")
 
     def join(self, fields: bytes, tensors: list[torch.Tensor]) -> list[Any]:
         """The callee's argument list. Raises ProtocolError when the fields are not of the declared types."""
@@ -155,8 +156,7 @@ def signature_of(method: Callable[..., Any]) -> Signature:
         name=method.__name__,
         parameters=names,
         tensor_modes=tuple(modes),
-        outputs=outputs,
-        places=tuple(outputs[:position].count(written) for position, written in enumerate(outputs)),
+        kinds=tuple((outputs[:position].count(written), written) for position, written in enumerate(outputs)),
         rounded=getattr(method, "__rounded__", False),
         fields_encoder=msgspec.msgpack.Encoder(),
         fields_decoder=msgspec.msgpack.Decoder(fields),

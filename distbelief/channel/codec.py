@@ -88,12 +88,14 @@ def cut(part: Part, start: int, stop: int) -> Part:
 def advance(parts: deque[Part], count: int) -> None:
     """So many bytes of the first parts have travelled; those that are whole end."""
     while count:
-        first, length = parts[0], len(parts[0])
-        here = min(count, length)
+        first = parts[0]
+        length = len(first)
+        if count < length and isinstance(first, memoryview):
+            parts[0] = first[count:]
+            return
         if not isinstance(first, memoryview):
-            first.advance(here)
-        elif here < length:
-            parts[0] = first[here:]
-        if here == length:
-            parts.popleft()
-        count -= here
+            first.advance(min(count, length))
+        if count < length:
+            return
+        parts.popleft()
+        count -= length

@@ -10,7 +10,6 @@ import array
 import itertools
 import os
 import select
-import selectors
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -55,7 +54,7 @@ class Connection:
         self.connecting = False
         """Whether the socket is still connecting: nothing is sent before it has."""
         self.watched = 0
-        """What the endpoint's selector watches the socket for."""
+        """What the endpoint's epoll watches the socket for."""
         self.identity = b""
         """By what both ends know this connection, once the peer is proved."""
         self.second: SecondStream | None = None
@@ -122,7 +121,7 @@ class Connection:
     @property
     def sending(self) -> bool:
         """Whether something waits for room in the socket."""
-        return not self.connecting and (bool(self._proofs) or bool(self._outbox and self._side is None))
+        return bool(self._proofs or (self._outbox and self._side is None)) and not self.connecting
 
     @property
     def reading(self) -> bool:
@@ -131,8 +130,9 @@ class Connection:
 
     @property
     def awaited(self) -> int:
-        """What the endpoint's selector is to watch the socket for."""
-        return (0 if self._pauses else selectors.EVENT_READ) | (selectors.EVENT_WRITE if self.sending else 0)
+        """What the endpoint's epoll is to watch the socket for."""
+        reads = self._header is None or not self._pauses
+        return (select.EPOLLIN if reads else 0) | (select.EPOLLOUT if self.sending else 0)
 
     def flush(self) -> None:
         """Send what fits; frames only to a peer that is proved. Raises PeerLost."""
@@ -226,7 +226,7 @@ class Connection:
 
     def _take(self) -> None:
         for count in itertools.count(1):
-            if self._pauses:
+            if self._header is not None and self._pauses:
                 return
             emptied = False
             try:
@@ -245,7 +245,7 @@ class Connection:
             if self.closed:
                 return
             if isinstance(self.socket, SecureLink) and self.socket.pending:
-                continue  # no selector would tell of it
+                continue  # no epoll would tell of it
             if count >= _ROUNDS or (emptied and not self._body):
                 return
 
@@ -298,7 +298,7 @@ class Connection:
         prefix_bytes = frames.PREFIX.size
         if len(self._inbox) < prefix_bytes:
             return False
-        kind, header_bytes, body_bytes = frames.decode_prefix(self._inbox[:prefix_bytes], self._body_limit)
+        kind, header_bytes, body_bytes = frames.decode_prefix(self._inbox, self._body_limit)
         if len(self._inbox) < prefix_bytes + header_bytes:
             return False
         header = frames.decode_header(kind, self._inbox[prefix_bytes : prefix_bytes + header_bytes])

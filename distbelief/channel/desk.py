@@ -14,8 +14,8 @@ from distbelief.channel.codec import Part
 from distbelief.channel.connection import Connection
 from distbelief.channel.frames import Answer, Call, Failure
 from distbelief.channel.futures import BackgroundWork, Kept
-from distbelief.channel.loan import Lending, Loan
-from distbelief.channel.staging import Staging
+from distbelief.channel.loan import Lending
+from distbelief.channel.staging import Buffer, Staging
 from distbelief.errors import ProtocolError
 
 FAILURE_CHARACTERS = 1 << 20
@@ -36,7 +36,7 @@ class Desk:
     def __init__(self, role: object, send: Send, body_limit: int) -> None:
         self._send = send
         self._staging = Staging(body_limit, self._is_answering)
-        self._deferred: list[tuple[Connection, Call, list[torch.Tensor], Future[Any]]] = []
+        self._deferred: list[tuple[Connection, Call, list[Buffer], Future[Any]]] = []
         self.held_up: list[Connection] = []
         """Those that are to ask again where their body belongs, the first one first."""
         self.answering = False
@@ -46,7 +46,8 @@ class Desk:
 
     def seat(self, role: Any) -> None:
         """Let the exported methods of `role` answer from now on."""
-        self._role, self._methods = role, exported_methods(type(role))
+        self._role = role
+        self._methods = {name: (method, signature_of(method)) for name, method in exported_methods(type(role)).items()}
 
     def destinations(self, connection: Connection, call: Call, body_bytes: int) -> list[Part] | None:
         """Where the body of a call belongs; None where it is to wait for other bodies: then it is `held_up`.
@@ -60,35 +61,36 @@ class Desk:
                 self.held_up.append(connection)
             return None
         self._staging.begin(connection, body_bytes)
-        method = self._methods.get(call.method)
-        signature = signature_of(method) if method else None
-        kinds = zip(signature.places, signature.outputs, strict=True) if signature else ()
-        carried = [
-            (place, reference)
-            for reference, (place, written) in zip(call.tensors, kinds, strict=False)
-            if not reference.block and not written
-        ]
-        frames.check_body(body_bytes, sum(frames.body_bytes(reference) for _, reference in carried))
-        return [
-            codec.incoming(self._staging.take(connection, place, reference), reference) for place, reference in carried
-        ]
+        kinds = self._methods[call.method][1].kinds if call.method in self._methods else ()
+        carried, carried_bytes = [], 0
+        for reference, (place, written) in zip(call.tensors, kinds, strict=False):
+            if not (written or reference.block):
+                carried.append((place, reference))
+                carried_bytes += frames.body_bytes(reference)
+        frames.check_body(body_bytes, carried_bytes)
+        parts: list[Part] = []
+        for place, reference in carried:
+            buffer = self._staging.take(connection, place, reference)
+            parts.append(codec.incoming(buffer.tensor, reference) if reference.wire else buffer.memory)
+        return parts
 
     def answer(self, connection: Connection, call: Call) -> None:
         """Answer one call, now or later."""
         try:
-            method = self._methods.get(call.method)
-            if method is None:
+            if call.method not in self._methods:
                 raise ProtocolError(f"{type(self._role).__name__} exports no method {call.method!r}")
-            signature = signature_of(method)
+            method, signature = self._methods[call.method]
             signature.expect(len(call.tensors))
-            tensors = [
-                connection.view(reference) if reference.block else self._staging.take(connection, place, reference)
-                for reference, place in zip(call.tensors, signature.places, strict=True)
+            given = [
+                Buffer(connection.view(reference))
+                if reference.block
+                else self._staging.take(connection, place, reference)
+                for reference, (place, _) in zip(call.tensors, signature.kinds, strict=True)
             ]
-            arguments = signature.join(call.fields, tensors)
-            if any(reference.block for reference in call.tensors) and connection.hung_up():
+            arguments = signature.join(call.fields, [buffer.tensor for buffer in given])
+            if connection.shares_memory and any(reference.block for reference in call.tensors) and connection.hung_up():
                 return  # the caller has given up, so the memory it shared is its own again
-            self.lending.allow(self._sent_back(call, tensors) if call.wide else ())
+            self.lending.allow(self._sent_back(call, given) if call.wide else ())
             self.answering = True
             try:
                 value = method(self._role, *arguments)
@@ -97,9 +99,9 @@ class Desk:
                 self.lending.close()
             if isinstance(value, _LATER):
                 self.lending.fill()
-                self._deferred.append((connection, call, tensors, value))
+                self._deferred.append((connection, call, given, value))
             else:
-                self._say(connection, call, value, tensors, at_once=True)
+                self._say(connection, call, value, given, at_once=True)
         except Exception as error:
             self.lending.allow(())  # what was lent for an answer that is not given
             self._fail(connection, call, error)
@@ -109,12 +111,12 @@ class Desk:
         if not self._deferred:
             return
         waiting, self._deferred = self._deferred, []
-        for connection, call, tensors, work in waiting:
+        for connection, call, given, work in waiting:
             if not work.done():
-                self._deferred.append((connection, call, tensors, work))
+                self._deferred.append((connection, call, given, work))
                 continue
             try:
-                self._say(connection, call, work.result(), tensors)
+                self._say(connection, call, work.result(), given)
             except Exception as error:
                 self._fail(connection, call, error)
 
@@ -128,32 +130,38 @@ class Desk:
         """Whether a call of this connection is worked on, or its answer being sent."""
         return connection.reading or any(waiting is connection for waiting, *_ in self._deferred)
 
-    def _sent_back(self, call: Call, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _sent_back(self, call: Call, given: list[Buffer]) -> list[torch.Tensor]:
         """Of the tensors of a call those that its answer carries as they are."""
-        outputs = signature_of(self._methods[call.method]).outputs
+        kinds = self._methods[call.method][1].kinds
         return [
-            tensor
-            for tensor, reference, written in zip(tensors, call.tensors, outputs, strict=True)
+            buffer.tensor
+            for buffer, reference, (_, written) in zip(given, call.tensors, kinds, strict=True)
             if written and not (reference.block or reference.wire)
         ]
 
     def _say(
-        self, connection: Connection, call: Call, value: Any, tensors: list[torch.Tensor], *, at_once: bool = False
+        self, connection: Connection, call: Call, value: Any, given: list[Buffer], *, at_once: bool = False
     ) -> None:  # fmt: skip
-        answer = Answer(call.number, _encode_value(value), call.wide)
-        if all(reference.block for reference in call.tensors):
-            self._send(connection, frames.encode(answer), (), call.wide)
-            return
-        outputs = signature_of(self._methods[call.method]).outputs
-        body = [
-            self.lending.instead_of(tensor) or codec.outgoing(tensor, reference)
-            for tensor, reference, written in zip(tensors, call.tensors, outputs, strict=True)
-            if written and not reference.block
-        ]
-        frame = frames.encode(answer, sum(map(len, body)))
-        self.lending.grant(connection)
-        if at_once and all(isinstance(part, Loan) for part in body):
-            self._staging.release(connection)
+        body: list[Part] = []
+        body_bytes, travels, borrowed = 0, False, True
+        for buffer, reference, (_, written) in zip(
+            given, call.tensors, self._methods[call.method][1].kinds, strict=True
+        ):
+            if reference.block:
+                continue
+            travels = True
+            if written:
+                part: Part | None = self.lending.instead_of(buffer.tensor)
+                if part is None:
+                    borrowed = False
+                    part = codec.outgoing(buffer.tensor, reference) if reference.wire else buffer.memory
+                body.append(part)
+                body_bytes += len(part)
+        frame = frames.encode(Answer(call.number, _encode_value(value), call.wide), body_bytes)
+        if travels:
+            self.lending.grant(connection)
+            if at_once and borrowed:
+                self._staging.release(connection)
         self._send(connection, frame, body, call.wide)
 
     def _fail(self, connection: Connection, call: Call, error: Exception) -> None:

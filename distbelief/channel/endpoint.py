@@ -8,7 +8,8 @@ and must go on computing while a slow link carries its tensors asks for `backgro
 
 import contextlib
 import functools
-import selectors
+import math
+import select
 import socket
 import threading
 import time
@@ -16,10 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, final
 
-import torch
-
 from distbelief.channel import codec, frames, links
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
+from distbelief.channel.background import Background
 from distbelief.channel.codec import Part
 from distbelief.channel.connection import Connection
 from distbelief.channel.desk import Desk
@@ -58,16 +58,16 @@ class Endpoint:
         self._key, self._body_limit, self._wire = key, body_limit, wire or Wire()
         self._permit = permit
         self.desk = Desk(role, self._speak, body_limit)
-        self._selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._watching: dict[int, Connection | Callable[[], object]] = {}
+        """By descriptor: who is told that it is ready."""
         self._spin = Spin(own_core)
         self._connections: set[Connection] = set()
         self._pending: dict[tuple[Connection, int], PendingCall] = {}
         self._number = 0
         self.lock = threading.RLock()
         """Held by whoever uses the connections: the role's thread, and the one that polls."""
-        self._answered = threading.Condition(self.lock)
-        self._thread: threading.Thread | None = None
-        self._closed = False
+        self._background: Background | None = None
         self._waker, self._wakee = socket.socketpair()
         self._waker.setblocking(False)
         self.watch(self._wakee, self._hear_news)
@@ -97,17 +97,19 @@ class Endpoint:
 
     def background(self) -> None:
         """Poll in a thread from now on; there the role answers, if it exports anything."""
-        self._spin = Spin(own_core=False)  # what the role computes needs the interpreter
-        self._thread = threading.Thread(target=self._poll_until_closed, name="distbelief-channel", daemon=True)
-        self._thread.start()
+        self._background = Background(self._epoll, self.poll, self._patience, self.lock)
 
     def watch(self, source: Any, callback: Callable[[], object]) -> None:
         """Call `callback` from `poll` whenever `source` (a socket or descriptor) is readable."""
-        self._selector.register(source, selectors.EVENT_READ, callback)
+        descriptor = source if isinstance(source, int) else source.fileno()
+        self._watching[descriptor] = callback
+        self._epoll.register(descriptor, select.EPOLLIN)
 
     def unwatch(self, source: Any) -> None:
         """Stop watching."""
-        self._selector.unregister(source)
+        descriptor = source if isinstance(source, int) else source.fileno()
+        self._epoll.unregister(descriptor)
+        del self._watching[descriptor]
 
     def wake(self) -> None:
         """Make a waiting `poll` return; may be called from any thread."""
@@ -120,36 +122,43 @@ class Endpoint:
             if seconds > 0:
                 raise RuntimeError("an exported method must not wait for a future; let the activity wait")
             return  # a method that asks whether a future is done runs alone all the same
-        if self._thread is None or threading.current_thread() is self._thread:
+        if self._background is None or self._background.is_here:
             self.poll(seconds)
         elif seconds > 0:
-            with self._answered:
-                if not there():  # it may have come while this thread waited for the lock
-                    self._answered.wait(min(seconds, 0.05))
+            self._background.wait(seconds, there)
 
     def poll(self, seconds: float) -> bool:
         """One round: wait for sockets, receive, answer, send; whether there was anything."""
-        time_may_end_some = bool(self._distant or self._door.has_strangers)
-        if time_may_end_some or self.desk.held_up:
-            seconds = min(seconds, HELD_UP_SECONDS if self.desk.held_up else LOOK_SECONDS)
-        ready = self._spin.wait(self._selector.select, seconds)
+        ready = self._spin.wait(self._look, min(seconds, self._patience()))
         with self.lock:
-            for key, events in ready:
-                if isinstance(key.data, Connection):
-                    self._serve(key.data, events)
-                else:
-                    key.data()
+            for whom, events in ready:
+                if isinstance(whom, Connection):
+                    self._serve(whom, events)
+                elif whom is not None:
+                    whom()
             self.desk.answer_deferred()
             if self.desk.held_up:
                 held_up, self.desk.held_up = self.desk.held_up, []
                 self._go_on(held_up)
-            if time_may_end_some:
+            if self._time_may_end_some:
                 self._look_after()
             if self._errands:
                 self._run_errands()
-            if self._thread is not None:
-                self._answered.notify_all()
         return bool(ready)
+
+    def _look(self, seconds: float) -> list[tuple[Connection | Callable[[], object] | None, int]]:
+        # Whose they are is looked up at once: what is served first may close a descriptor, and another take its number.
+        return [(self._watching.get(descriptor), events) for descriptor, events in self._epoll.poll(seconds)]
+
+    @property
+    def _time_may_end_some(self) -> bool:
+        return bool(self._distant) or self._door.has_strangers
+
+    def _patience(self) -> float:
+        """For how many seconds a round may be put off."""
+        if self.desk.held_up:
+            return HELD_UP_SECONDS
+        return LOOK_SECONDS if self._time_may_end_some else math.inf
 
     def attend(self, errand: Callable[[], bool]) -> None:
         """Call `errand` after each round from now on, until it says that it is over."""
@@ -160,11 +169,6 @@ class Endpoint:
         errands, self._errands = self._errands, []
         unfinished = [errand for errand in errands if not errand()]
         self._errands += unfinished
-
-    def _poll_until_closed(self) -> None:
-        torch.set_num_threads(1)
-        while not self._closed:
-            self.poll(0.2)
 
     # calling
 
@@ -178,7 +182,7 @@ class Endpoint:
             connection.connecting = True
             self._connecting[connection] = address, time.monotonic() + self._wire.connect_seconds
             self._widening.may_widen(connection, address)
-            self._watch_for(connection, selectors.EVENT_WRITE)
+            self._watch_for(connection, select.EPOLLOUT)
         return connection
 
     def start(self, connection: Connection, pending: PendingCall, fields: bytes) -> None:
@@ -187,15 +191,17 @@ class Endpoint:
         with self.lock:
             self._number += 1
             narrow = signature.rounded and self._wire.dtype == "bfloat16"
-            references, body, travelling_bytes = [], [], 0
-            for tensor, written in zip(tensors, signature.outputs, strict=True):
+            references, body, awaited, body_bytes, travelling_bytes = [], [], [], 0, 0
+            for tensor, (_, written) in zip(tensors, signature.kinds, strict=True):
                 reference = connection.reference(tensor, narrow)
                 references.append(reference)
                 if not reference.block:
-                    travelling_bytes += frames.body_bytes(reference)
+                    length = tensor.nbytes // 2 if reference.wire else tensor.nbytes
+                    travelling_bytes += length
                     if written:
-                        pending.expected.append((tensor, reference))
+                        awaited.append((tensor, reference))
                     else:
+                        body_bytes += length
                         body.append(codec.outgoing(tensor, reference))
             pending.connection = connection
             self._pending[connection, self._number] = pending
@@ -203,8 +209,10 @@ class Endpoint:
             if wide and connection.second is None:
                 wide = False
                 self._widen(connection)
-            frame = frames.encode(Call(self._number, signature.name, fields, references, wide), sum(map(len, body)))
+            frame = frames.encode(Call(self._number, signature.name, fields, references, wide), body_bytes)
             self._speak(connection, frame, body, wide)
+            # While the other side works, so that its answer need not wait for this.
+            pending.parts = [codec.incoming(tensor, reference) for tensor, reference in awaited]
 
     def give_up(self, pending: PendingCall, reason: str) -> None:
         """End a call whose deadline has passed. Its connection is closed: a late answer must not write our memory."""
@@ -247,18 +255,21 @@ class Endpoint:
             self._connections.add(connection)
             if not connection.shares_memory:
                 self._distant.add(connection)
-            self._watch_for(connection, selectors.EVENT_READ)
+            self._watch_for(connection, select.EPOLLIN)
         return connection
 
     def _watch_for(self, connection: Connection, wanted: int) -> None:
         if wanted == connection.watched:
             return
+        descriptor = connection.socket.fileno()
         if not connection.watched:
-            self._selector.register(connection.socket, wanted, connection)
+            self._watching[descriptor] = connection
+            self._epoll.register(descriptor, wanted)
         elif wanted:
-            self._selector.modify(connection.socket, wanted, connection)
+            self._epoll.modify(descriptor, wanted)
         else:
-            self._selector.unregister(connection.socket)
+            self._epoll.unregister(descriptor)
+            del self._watching[descriptor]
         connection.watched = wanted
 
     def _serve(self, connection: Connection, events: int) -> None:
@@ -267,9 +278,9 @@ class Endpoint:
         if connection.connecting:
             self._guarded(connection, self._go_on_connecting, connection)
             return
-        if events & selectors.EVENT_WRITE:
+        if events & ~select.EPOLLIN:
             self._guarded(connection, connection.flush)
-        if events & selectors.EVENT_READ and connection in self._connections:
+        if events & ~select.EPOLLOUT and connection in self._connections:
             self._guarded(connection, connection.receive)
 
     def _go_on_connecting(self, connection: Connection) -> None:
@@ -281,7 +292,7 @@ class Endpoint:
                 raise links.unreachable(address, reason)
             if self._wire.certificate is not None:
                 connection.socket = link = SecureLink(link, self._wire.certificate, accepting=False)
-            self._watch_for(connection, selectors.EVENT_READ)
+            self._watch_for(connection, select.EPOLLIN)
         if isinstance(link, SecureLink) and not link.shake():
             return
         connection.connecting = False
@@ -370,7 +381,7 @@ class Endpoint:
             return self.desk.destinations(connection, header, body_bytes)
         parts: Sequence[Part] = []
         if isinstance(header, Answer) and (pending := self._pending.get((connection, header.number))):
-            parts = [codec.incoming(tensor, reference) for tensor, reference in pending.expected]
+            parts = pending.parts
         frames.check_body(body_bytes, sum(map(len, parts)))
         return parts
 
@@ -387,14 +398,12 @@ class Endpoint:
 
     def close(self) -> None:
         """Close every socket; pending calls fail with PeerLost."""
-        self._closed = True
-        if self._thread is not None:
-            self.wake()
-            self._thread.join()
+        if self._background is not None:
+            self._background.end(self.wake)
         with self.lock:
             for connection in list(self._connections):
                 self._drop(connection, PeerLost("this side closed the connection"))
-            self._selector.close()
+            self._epoll.close()
             self._widening.close()
             for own in (self._waker, self._wakee, *self._listeners):
                 own.close()

@@ -103,9 +103,9 @@ def encode(header: Header, body_bytes: int = 0) -> bytes:
     return PREFIX.pack(MAGIC, _kinds[type(header)], len(text), body_bytes) + text
 
 
-def decode_prefix(prefix: bytes | bytearray | memoryview, body_limit: int) -> tuple[Kind, int, int]:
-    """(kind, header length, body length). Raises ProtocolError on anything out of bounds."""
-    magic, kind, header_bytes, body_bytes = PREFIX.unpack(prefix)
+def decode_prefix(begun: bytes | bytearray | memoryview, body_limit: int) -> tuple[Kind, int, int]:
+    """(kind, header length, body length) of a frame that begins so. Raises ProtocolError on anything out of bounds."""
+    magic, kind, header_bytes, body_bytes = PREFIX.unpack_from(begun)
     if magic != MAGIC:
         raise ProtocolError(f"a peer sent {bytes(magic)!r} where a frame should begin")
     if kind not in _numbered:

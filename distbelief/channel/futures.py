@@ -3,7 +3,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
 
@@ -11,8 +11,9 @@ import msgspec
 import torch
 
 from distbelief.channel.base import RAISED_AS_IS, Signature
+from distbelief.channel.codec import Part
 from distbelief.channel.connection import Connection
-from distbelief.channel.frames import Answer, Failure, TensorReference
+from distbelief.channel.frames import Answer, Failure
 from distbelief.errors import ProtocolError, RemoteError
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class PendingCall:
         self.signature = signature
         self.tensors = tensors
         """The call's tensors, kept alive and untouched until it is done."""
-        self.expected: list[tuple[torch.Tensor, TensorReference]] = []
-        """Those of them that travel in the body of the answer."""
+        self.parts: Sequence[Part] = ()
+        """The memory of those of them that travel in the body of the answer."""
         self.connection: Connection | None = None
         self._endpoint = endpoint
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
@@ -55,7 +56,7 @@ class PendingCall:
         if self.settled:
             return
         self._value, self._error, self.settled = value, error, True
-        self.tensors, self.expected = [], []
+        self.tensors, self.parts = [], ()
 
     def done(self) -> bool:
         """Whether the answer is here, taking in what has arrived."""

@@ -9,6 +9,7 @@ back after it. Large bodies are received one after another, as long as they come
 import mmap
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -27,8 +28,18 @@ LARGE_BYTES = 1 << 20
 """Larger buffers are mapped by themselves. They begin with a page, into which the kernel copies up to twice as fast,
 and they are given back to it, not to an allocator that would keep them."""
 
-Key = tuple[int, int, torch.dtype]
-"""Place (as in `Signature.places`), length, dtype."""
+Key = tuple[int, int, str]
+"""Place (as in `Signature.kinds`), length, dtype."""
+_NOTHING = memoryview(b"")
+
+
+@final
+@dataclass(frozen=True, eq=False, slots=True)
+class Buffer:
+    """A tensor of a call, of shape (n,), and its memory, as far as that travels."""
+
+    tensor: torch.Tensor
+    memory: memoryview = _NOTHING
 
 
 @final
@@ -41,9 +52,9 @@ class Staging:
 
     def __init__(self, body_limit: int, answering: Callable[[Connection], bool]) -> None:
         self._body_limit, self._answering = body_limit, answering
-        self._held: dict[Connection, dict[Key, torch.Tensor]] = {}
+        self._held: dict[Connection, dict[Key, Buffer]] = {}
         """What the latest call of a connection was given."""
-        self._idle: list[tuple[float, Key, torch.Tensor]] = []
+        self._idle: list[tuple[float, Key, Buffer]] = []
         """(Since when, place and kind, buffer), the one used last is the last."""
         self._large: dict[Connection, float] = {}
         """Whose large body is being received, and until when others wait for it."""
@@ -72,33 +83,33 @@ class Staging:
             del self._idle[0]
         self._held[connection] = {}  # what an earlier call of it still uses ends with that
 
-    def take(self, connection: Connection, place: int, reference: TensorReference) -> torch.Tensor:
+    def take(self, connection: Connection, place: int, reference: TensorReference) -> Buffer:
         """Memory for a tensor of the call that began last, the same for one read and one written at the same place.
 
         Raises ProtocolError when it is too large.
         """
-        if frames.size_bytes(reference) > self._body_limit:
-            raise ProtocolError(f"a peer announced a tensor out of bounds: {reference}")
-        given = self._held[connection]
-        key = place, reference.length, frames.DTYPES[reference.dtype]
-        if key not in given:
-            given[key] = self._free(key, reference)
-        return given[key]
+        given, key = self._held[connection], (place, reference.length, reference.dtype)
+        if (buffer := given.get(key)) is None:
+            if frames.size_bytes(reference) > self._body_limit:
+                raise ProtocolError(f"a peer announced a tensor out of bounds: {reference}")
+            buffer = given[key] = self._free(key, reference)
+        return buffer
 
-    def _free(self, key: Key, reference: TensorReference) -> torch.Tensor:
+    def _free(self, key: Key, reference: TensorReference) -> Buffer:
         for index in reversed(range(len(self._idle))):
             if self._idle[index][1] == key:
                 return self._idle.pop(index)[-1]
         try:
-            return _buffer(frames.size_bytes(reference)).view(key[-1])
+            tensor = _buffer(frames.size_bytes(reference)).view(frames.DTYPES[reference.dtype])
         except (OSError, RuntimeError) as error:
             raise ProtocolError(f"no memory for a tensor that a peer announced: {reference}") from error
+        return Buffer(tensor, frames.bytes_of(tensor))
 
     def release(self, connection: Connection) -> None:
         """What the latest call of a connection was given is not used any more, though it may still be answered."""
         now = time.monotonic()
         self._idle += [(now, *given) for given in self._held.pop(connection, {}).items()]
-        while sum(tensor.nbytes for *_, tensor in self._idle) > self._body_limit:
+        while sum(len(buffer.memory) for *_, buffer in self._idle) > self._body_limit:
             del self._idle[0]
 
     def forget(self, connection: Connection) -> None:

@@ -121,7 +121,7 @@ class _SimulatedRemote(Remote[R]):
         engine = self._engine
         answer = Answer(engine, engine.clock + self._deadline_seconds, signature.name)
         call = _Call(signature, fields, tensors, answer)
-        size = sum(t.nbytes for t, out in zip(tensors, signature.outputs, strict=True) if not out)
+        size = sum(t.nbytes for t, (_, out) in zip(tensors, signature.kinds, strict=True) if not out)
         # Calls of one caller to one role arrive in the order they were made.
         earliest = math.nextafter(self._arrives, math.inf)
         self._arrives = max(earliest, engine.clock + engine.transfer_seconds(size))
@@ -267,7 +267,7 @@ class SimulatedEngine(SimulatedHome):
             self._reply(call, *self._guarded(partial(self._encoded, call.signature, promise.result)))
 
     def _reply(self, call: _Call, value: Any, error: Exception | None) -> None:
-        size = sum(t.nbytes for t, out in zip(call.tensors, call.signature.outputs, strict=True) if out)
+        size = sum(t.nbytes for t, (_, out) in zip(call.tensors, call.signature.kinds, strict=True) if out)
         self.at(self.clock + self.transfer_seconds(size), lambda: call.answer.settle(value, error))
 
     def _run(self, home: SimulatedHome, call: _Call) -> tuple[Any, Exception | None]:
