@@ -228,7 +228,7 @@ class Connection:
         for count in itertools.count(1):
             if self._header is not None and self._pauses:
                 return
-            emptied = False
+            emptied = True  # after the end of a body whatever follows is left to the next call
             try:
                 if self._body:
                     arrived = links.receive_some(self.socket, self._body)
