@@ -190,6 +190,15 @@ def nothing_is_left_at_the_end() -> Iterator[None]:
         pytest.fail("left behind by the whole session: " + ", ".join(left), pytrace=False)
 
 
+WIDE_BYTES = 4 << 20
+
+
+@pytest.fixture
+def smaller_wide_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies of WIDE_BYTES use a second stream already, so that tests need less memory."""
+    monkeypatch.setattr("distbelief.channel.endpoint.WIDE_BYTES", WIDE_BYTES)
+
+
 class Town:
     """Endpoints of this process that call each other; the test itself lets each of them work, so nothing is a race."""
 

@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 import torch
-from conftest import Town
+from conftest import WIDE_BYTES, Town
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,6 @@ from distbelief.channel.frames import bytes_of
 from distbelief.channel.futures import BackgroundWork, Kept
 from distbelief.channel.loan import Loan
 from distbelief.channel.peer import Peer
-from distbelief.channel.second_stream import WIDE_BYTES
 from distbelief.channel.secure import new_certificate
 from distbelief.channel.wire import Wire
 from distbelief.engine.home import ProcessHome
@@ -30,6 +29,7 @@ from distbelief.parameter_server import ParameterServerShard, Stamp
 from distbelief.parameters import Layout, Piece, Span
 from distbelief.update_rule import sgd
 
+pytestmark = pytest.mark.usefixtures("smaller_wide_bodies")
 LENGTH = 5 * WIDE_BYTES // 4
 """Numbers; far more than sockets hold."""
 

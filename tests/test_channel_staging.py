@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Town
+from conftest import WIDE_BYTES, Town
 
 from distbelief.channel import staging
 from distbelief.channel.base import Future, Out, Promise, exported
 from distbelief.channel.futures import Kept
 from distbelief.channel.peer import Peer
-from distbelief.channel.second_stream import WIDE_BYTES
 
-pytestmark = pytest.mark.parametrize("town", ["tcp"], indirect=True)
+pytestmark = [
+    pytest.mark.parametrize("town", ["tcp"], indirect=True),
+    pytest.mark.usefixtures("smaller_wide_bodies"),
+]
 
 
 class Clerk:

@@ -20,7 +20,7 @@ from distbelief.channel import links
 from distbelief.channel.codec import Part, cut
 from distbelief.channel.secure import SecureLink
 
-WIDE_BYTES = 4 << 20
+WIDE_BYTES = 16 << 20
 """A call whose bodies, there and back, are so long or longer uses a second stream."""
 PIECE_BYTES = 1 << 20
 """Pieces of a body go by the first stream and by the second in turn; a multiple of what any number takes."""
