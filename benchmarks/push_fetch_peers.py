@@ -252,9 +252,16 @@ class RayShard:
 
 
 @contextmanager
-def bare_socket() -> Iterator[Measure]:
-    """No optimizer: n floats over TCP loopback to a process that has them all before it sends n floats back."""
-    with socket.create_server((LOOPBACK, 0)) as server, forked(_bare_shard, server) as shard:
+def bare_socket(anywhere: bool = False) -> Iterator[Measure]:
+    """No optimizer: n floats over TCP loopback to a process that has them all before it sends n floats back.
+
+    Either end keeps to a core of its own, as processes do that work at the same time. `anywhere` leaves it to the
+    kernel, which sometimes lets the two share a core: they never work at the same time, and small messages then stay in
+    one cache.
+    """
+    own_core, other_core = (None, None) if anywhere else _two_cores()
+    with socket.create_server((LOOPBACK, 0)) as server, forked(_bare_shard, server, other_core) as shard:
+        _keep_to(own_core)
         server.settimeout(TIMEOUT_SECONDS)
         line, _ = server.accept()
         with line:
@@ -277,7 +284,18 @@ def bare_socket() -> Iterator[Measure]:
             yield measure
 
 
-def _bare_shard(server: socket.socket, orders: Any) -> None:
+def _two_cores() -> tuple[int, int]:
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[0], cores[-1]
+
+
+def _keep_to(core: int | None) -> None:
+    if core is not None:
+        os.sched_setaffinity(0, [core])
+
+
+def _bare_shard(server: socket.socket, core: int | None, orders: Any) -> None:
+    _keep_to(core)
     with socket.create_connection(server.getsockname()) as line:
         server.close()
         prepare(line)

@@ -131,8 +131,8 @@ class Connection:
     @property
     def awaited(self) -> int:
         """What the endpoint's epoll is to watch the socket for."""
-        reads = self._header is None or not self._pauses
-        return (select.EPOLLIN if reads else 0) | (select.EPOLLOUT if self.sending else 0)
+        wanted: int = 0 if self._pauses else select.EPOLLIN
+        return wanted | select.EPOLLOUT if self.sending else wanted
 
     def flush(self) -> None:
         """Send what fits; frames only to a peer that is proved. Raises PeerLost."""
@@ -217,7 +217,9 @@ class Connection:
     @property
     def _pauses(self) -> bool:
         """Whether nothing is to be read now."""
-        return self._header is not None and (self._announced_bytes is not None or self._body_is_beside)
+        if self._header is None:
+            return False
+        return self._announced_bytes is not None or self._body_is_beside
 
     @property
     def _body_is_beside(self) -> bool:
@@ -226,7 +228,7 @@ class Connection:
 
     def _take(self) -> None:
         for count in itertools.count(1):
-            if self._header is not None and self._pauses:
+            if self._pauses:
                 return
             emptied = True  # after the end of a body whatever follows is left to the next call
             try:

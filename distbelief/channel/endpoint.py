@@ -259,8 +259,6 @@ class Endpoint:
         return connection
 
     def _watch_for(self, connection: Connection, wanted: int) -> None:
-        if wanted == connection.watched:
-            return
         descriptor = connection.socket.fileno()
         if not connection.watched:
             self._watching[descriptor] = connection
@@ -328,7 +326,9 @@ class Endpoint:
             self._drop(connection, error)
             return
         if connection in self._connections and not connection.connecting:
-            self._watch_for(connection, connection.awaited)
+            wanted = connection.awaited
+            if wanted != connection.watched:
+                self._watch_for(connection, wanted)
 
     def _speak(self, connection: Connection, frame: bytes, body: Sequence[Part], wide: bool = False) -> None:
         self._guarded(connection, connection.send, frame, body, wide=wide)
@@ -349,7 +349,8 @@ class Endpoint:
             self._drop(second, PeerLost("the connection whose second stream this was to be has ended"))
         self._door.forget(connection)
         self.desk.forget(connection)
-        self._watch_for(connection, 0)
+        if connection.watched:
+            self._watch_for(connection, 0)
 
     def _widen(self, connection: Connection) -> None:
         if asked := self._widening.ask(connection, self.connect):
