@@ -223,6 +223,11 @@ def descendants(pid: int) -> dict[int, str | None]:
     return {child: _started(child) for child in found}
 
 
+def keep_to_core(index: int) -> None:
+    """Let this process run on one of its cores only."""
+    os.sched_setaffinity(0, [sorted(os.sched_getaffinity(0))[index]])
+
+
 def timed(call: Callable[[], object], calls: int) -> float:
     """Seconds per call over `calls` calls, after one that does not count: the first finds cold caches."""
     call()

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.processes import forked, timed
+from benchmarks.processes import forked, keep_to_core, timed
 
 Measure = Callable[[int, int], float]
 
@@ -259,9 +259,9 @@ def bare_socket(anywhere: bool = False) -> Iterator[Measure]:
     kernel, which sometimes lets the two share a core: they never work at the same time, and small messages then stay in
     one cache.
     """
-    own_core, other_core = (None, None) if anywhere else _two_cores()
-    with socket.create_server((LOOPBACK, 0)) as server, forked(_bare_shard, server, other_core) as shard:
-        _keep_to(own_core)
+    with socket.create_server((LOOPBACK, 0)) as server, forked(_bare_shard, server, anywhere) as shard:
+        if not anywhere:
+            keep_to_core(0)
         server.settimeout(TIMEOUT_SECONDS)
         line, _ = server.accept()
         with line:
@@ -284,18 +284,9 @@ def bare_socket(anywhere: bool = False) -> Iterator[Measure]:
             yield measure
 
 
-def _two_cores() -> tuple[int, int]:
-    cores = sorted(os.sched_getaffinity(0))
-    return cores[0], cores[-1]
-
-
-def _keep_to(core: int | None) -> None:
-    if core is not None:
-        os.sched_setaffinity(0, [core])
-
-
-def _bare_shard(server: socket.socket, core: int | None, orders: Any) -> None:
-    _keep_to(core)
+def _bare_shard(server: socket.socket, anywhere: bool, orders: Any) -> None:
+    if not anywhere:
+        keep_to_core(-1)
     with socket.create_connection(server.getsockname()) as line:
         server.close()
         prepare(line)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from benchmarks.processes import timed
+from benchmarks.processes import keep_to_core, timed
 from distbelief import adagrad
 from distbelief.channel.base import Out, Promise, exported
 from distbelief.cluster import TransportName, available_cores
@@ -75,6 +75,7 @@ class Echo:
 
     def __init__(self, home: Home) -> None:
         torch.set_num_threads(1)
+        keep_to_core(-1)
 
     @exported
     def exchange(self, values: torch.Tensor, back: Out) -> None:
@@ -108,6 +109,7 @@ class Pushes:
 
 
 def _echoes(home: Home, parameters: int) -> Call:
+    keep_to_core(0)
     role = home.find(ECHO, Echo)
     there, back = (home.allocate(parameters, torch.float32) for _ in range(2))
     return lambda: role.call(Echo.exchange, there, back).result()
@@ -124,7 +126,10 @@ def product(parameters: int, transport: TransportName) -> Iterator[Measure]:
 
 @contextmanager
 def echo(parameters: int, transport: TransportName) -> Iterator[Measure]:
-    """Each call moves one tensor there and one back, as a push and the fetch behind it do, without an optimizer."""
+    """Each call moves one tensor there and one back, as a push and the fetch behind it do, without an optimizer.
+
+    Either side keeps to a core of its own, as the ends of the bare socket do.
+    """
     with _engine(ECHO, transport) as engine:
         engine.start(ECHO, 0, Echo)
         yield _caller(engine, _echoes, parameters)

@@ -348,10 +348,10 @@ def test_every_kind_of_refusal_is_counted(town: Town, clerk: Clerk, monkeypatch:
     assert endpoint.refused == {door.NO_KEY: 1}
     with socket.create_connection(address) as half:
         half.sendall(b"half")
-        town.until(lambda: endpoint._door.has_strangers)
+        town.until(lambda: endpoint._door.strangers)
     town.until(lambda: endpoint.refused[door.TRUNCATED])
     with socket.create_connection(address):
-        town.until(lambda: endpoint._door.has_strangers)
+        town.until(lambda: endpoint._door.strangers)
         monkeypatch.setattr(door, "STRANGER_SECONDS", 0.0)
         town.until(lambda: endpoint.refused[door.TOO_SLOW])
     monkeypatch.undo()

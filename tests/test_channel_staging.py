@@ -231,7 +231,7 @@ def test_a_body_that_is_held_up_goes_on_in_time_though_nothing_else_happens(
         peers = [town.peer(address) for _ in range(2)]
         for peer in peers:
             town.answer(peer.call(Clerk.ping))
-        town.until(lambda: not town.endpoints[0]._door.has_strangers)
+        town.until(lambda: not town.endpoints[0]._door.strangers)
         for number, peer in enumerate(peers):
             began(town, peer, float(number))
         assert len(town.endpoints[0].desk.held_up) == 1

@@ -126,7 +126,7 @@ class Connection:
     @property
     def reading(self) -> bool:
         """Whether memory of this process is still being sent."""
-        return self.sending or (self.second is not None and self.second.sending)
+        return bool(self._outbox and self.sending) or (self.second is not None and self.second.sending)
 
     @property
     def awaited(self) -> int:

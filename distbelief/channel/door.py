@@ -42,8 +42,9 @@ class Door:
         self, admit: Callable[[socket.socket], Connection], end: Callable[[Connection, ChannelError], None]
     ) -> None:
         self._admit, self._end = admit, end
-        self._strangers: deque[tuple[float, Connection]] = deque()
-        """(time of arrival, connection), oldest first; those that proved themselves meanwhile are let be."""
+        self.strangers: deque[tuple[float, Connection]] = deque()
+        """(time of arrival, connection), oldest first, whom `sweep` may have to end; those that proved themselves
+        meanwhile are let be."""
         self.refused: Counter[str] = Counter()
         """How many connections were refused, by reason."""
 
@@ -55,27 +56,22 @@ class Door:
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
                     raise
-                if self._strangers:
+                if self.strangers:
                     self._end_oldest(TOO_MANY)
                 else:
                     time.sleep(PAUSE_SECONDS)  # the listener is ready again at once
                 return
-            self._strangers.append((time.monotonic(), self._admit(link)))
-            if len(self._strangers) > STRANGERS:
+            self.strangers.append((time.monotonic(), self._admit(link)))
+            if len(self.strangers) > STRANGERS:
                 self._end_oldest(TOO_MANY)
-
-    @property
-    def has_strangers(self) -> bool:
-        """Whether somebody may have to be ended by `sweep`."""
-        return bool(self._strangers)
 
     def sweep(self, now: float) -> None:
         """End strangers whose time is over."""
-        while self._strangers and (self._strangers[0][1].proved or now - self._strangers[0][0] > STRANGER_SECONDS):
+        while self.strangers and (self.strangers[0][1].proved or now - self.strangers[0][0] > STRANGER_SECONDS):
             self._end_oldest(TOO_SLOW)
 
     def _end_oldest(self, reason: str) -> None:
-        _, connection = self._strangers.popleft()
+        _, connection = self.strangers.popleft()
         if not connection.proved and not connection.closed:
             self.refused[reason] += 1
             self._end(connection, AuthenticationError(f"the caller was one of those who {reason}"))
@@ -91,4 +87,4 @@ class Door:
 
     def forget(self, connection: Connection) -> None:
         """A connection has ended."""
-        self._strangers = deque(item for item in self._strangers if item[1] is not connection)
+        self.strangers = deque(item for item in self.strangers if item[1] is not connection)

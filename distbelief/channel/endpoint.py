@@ -129,7 +129,8 @@ class Endpoint:
 
     def poll(self, seconds: float) -> bool:
         """One round: wait for sockets, receive, answer, send; whether there was anything."""
-        ready = self._spin.wait(self._look, min(seconds, self._patience()))
+        patience = self._patience()
+        ready = self._spin.wait(self._look, min(seconds, patience))
         with self.lock:
             for whom, events in ready:
                 if isinstance(whom, Connection):
@@ -140,7 +141,7 @@ class Endpoint:
             if self.desk.held_up:
                 held_up, self.desk.held_up = self.desk.held_up, []
                 self._go_on(held_up)
-            if self._time_may_end_some:
+            if patience <= LOOK_SECONDS:
                 self._look_after()
             if self._errands:
                 self._run_errands()
@@ -150,15 +151,11 @@ class Endpoint:
         # Whose they are is looked up at once: what is served first may close a descriptor, and another take its number.
         return [(self._watching.get(descriptor), events) for descriptor, events in self._epoll.poll(seconds)]
 
-    @property
-    def _time_may_end_some(self) -> bool:
-        return bool(self._distant) or self._door.has_strangers
-
     def _patience(self) -> float:
         """For how many seconds a round may be put off."""
         if self.desk.held_up:
             return HELD_UP_SECONDS
-        return LOOK_SECONDS if self._time_may_end_some else math.inf
+        return LOOK_SECONDS if self._distant or self._door.strangers else math.inf
 
     def attend(self, errand: Callable[[], bool]) -> None:
         """Call `errand` after each round from now on, until it says that it is over."""
