@@ -16,6 +16,8 @@ _ROUND_SECONDS = 0.2
 """How often the thread looks whether it is to end."""
 _OTHERS_SECONDS = 0.05
 """How often who waits looks himself while another thread of the owner polls."""
+_END_SECONDS = 1.0
+"""How long the end waits at most for another thread of the owner that polls."""
 
 
 @final
@@ -47,7 +49,7 @@ class Background:
     def wait(self, seconds: float, there: Callable[[], bool]) -> None:
         """The owner waits up to `seconds` for something to happen; not at all where what he awaits is `there`."""
         with self._lock:
-            if there():  # it may have come while this thread waited for the lock
+            if self._ended or there():  # it may have come while this thread waited for the lock
                 return
             if self._owner_polls:
                 self._polled.wait(min(seconds, _OTHERS_SECONDS))
@@ -72,8 +74,10 @@ class Background:
                     self._polled.notify_all()
 
     def end(self, wake: Callable[[], None]) -> None:
-        """End the thread, which `wake` makes look."""
-        self._ended = True
-        wake()
+        """End the thread, and the poll of another one that waits; `wake` makes either look."""
+        with self._lock:
+            self._ended = True
+            wake()
+            self._polled.wait_for(lambda: not self._owner_polls, _END_SECONDS)
         self._thread.join()
         self._epoll.close()

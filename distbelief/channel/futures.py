@@ -124,7 +124,7 @@ class Kept(Generic[T]):
         """Wait until it is kept, at most so long."""
         until = time.monotonic() + seconds
         while not self._values and (left := until - time.monotonic()) > 0:
-            self._endpoint.take_in(left)
+            self._endpoint.take_in(left, lambda: bool(self._values))
         return bool(self._values)
 
     def result(self) -> T:
