@@ -203,7 +203,7 @@ def test_an_endpoint_is_not_closed_under_one_who_polls_it(owner: Owner, clerk: C
         if not thread.is_here:
             polling.set()
             time.sleep(0.1)
-            closed.append(owner.endpoint._epoll.closed)
+            closed.append(owner.endpoint._watch.closed)
         return poll(seconds)
 
     thread._poll = slow
@@ -219,3 +219,10 @@ def test_an_endpoint_is_not_closed_under_one_who_polls_it(owner: Owner, clerk: C
         future.result()
     closing.join()
     assert closed == [False]
+
+
+def test_who_waits_for_something_else_after_the_endpoint_is_closed_does_not_spin(owner: Owner) -> None:
+    owner.endpoint.close()
+    began = time.thread_time()
+    assert not Kept[int](owner.endpoint).wait(0.5)
+    assert time.thread_time() - began < 0.1

@@ -25,6 +25,7 @@ from conftest import Town
 from distbelief.channel import frames, memory
 from distbelief.channel.authenticate import AcceptingSide, CallingSide
 from distbelief.channel.base import Future, Out, exported, signature_of
+from distbelief.channel.connection import Connection
 from distbelief.channel.door import STRANGERS
 from distbelief.channel.endpoint import Endpoint
 from distbelief.channel.frames import Answer, Call
@@ -664,6 +665,22 @@ def test_an_answer_that_comes_while_its_caller_is_about_to_wait_is_not_waited_fo
         assert future.result() == 7
     finally:
         caller.close()
+
+
+def test_a_call_that_fails_at_once_keeps_nothing_of_its_callers_memory(
+    town: Town, peer: Peer[Clerk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    town.answer(peer.call(Clerk.note, 1))
+
+    def send(*_: object, **__: object) -> None:
+        raise PeerLost("the peer is gone")
+
+    monkeypatch.setattr(Connection, "send", send)
+    future = peer.call(Clerk.fill, 3.0, torch.zeros(3))
+    assert isinstance(future, PendingCall)
+    assert future.settled
+    assert not future.tensors
+    assert not future.parts
 
 
 def test_who_asks_whether_an_answer_is_there_does_not_wait_for_what_is_being_received(town: Town, clerk: Clerk) -> None:

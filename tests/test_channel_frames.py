@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of frames: what is sent arrives, and what is no frame is refused before it can cost anything."""
 
+import select
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -128,7 +129,8 @@ class Wire:
 
     def feed(self, data: bytes) -> None:
         self.peer.sendall(data)
-        self.connection.receive()
+        while select.select([self.connection.socket], [], [], 0.0)[0]:
+            self.connection.receive()
 
     def close(self) -> None:
         self.connection.close()

@@ -5,6 +5,7 @@ import contextlib
 import json
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -277,6 +278,22 @@ def test_a_stranger_who_verifies_nobody_is_refused_without_a_certificate_and_wit
     coming.join()
     assert not b"".join(heard)
     assert town.endpoints[0].refused == {door.NO_KEY: 1}
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["open", "tls"])
+def test_a_stranger_who_has_hung_up_before_he_is_let_in_ends_nobody_but_himself(
+    town: Town, certificate: Certificate, secure: bool
+) -> None:
+    wire = Wire(certificate=certificate) if secure else Wire()
+    address = town.serve(Clerk(), wire=wire)
+    assert isinstance(address, tuple)
+    for _ in range(3):
+        stranger = socket.create_connection(address)
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        stranger.close()  # with a reset, which is there before anybody has looked
+    town.work(10)
+    assert not town.endpoints[0]._connections
+    assert town.answer(town.peer(address, wire=wire).call(Clerk.thirds, torch.ones(1))) is None
 
 
 def test_the_jobs_key_is_asked_for_under_tls_as_well(town: Town, certificate: Certificate) -> None:

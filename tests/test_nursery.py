@@ -275,7 +275,7 @@ def test_a_role_is_born_with_its_accelerators_its_hosts_address_and_a_lease_that
         assert os.environ.get("CUDA_VISIBLE_DEVICES") == devices
         assert (os.environ["NCCL_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_FAMILY"]) == ("=lo", "AF_INET")
         assert home._slowness == 3.0
-        assert home._endpoint._thread is not None, "nobody would answer while it computes"
+        assert home._endpoint._background is not None, "nobody would answer while it computes"
         peer, ends = Called(), list[tuple[int, int]]()
         home._peers.add(peer)
         for moved, moves in enumerate((3, 4), 1):

@@ -16,6 +16,8 @@ wire          what a job can choose of all this
 second_stream half of each large body, by a thread of its own
 connection    one socket: frames in, frames out, tensors without copies
 spin          looking for a moment before sleeping
+watch         which sockets are ready
+background    a thread that polls while its owner computes
 door          who comes in, and who is refused
 widening      how connections come to a second stream
 endpoint      all connections of one process

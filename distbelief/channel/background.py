@@ -2,18 +2,23 @@
 """A thread that polls an endpoint while its owner computes.
 
 Who waits polls himself meanwhile: what arrives would otherwise pass from one thread to another, which takes longer than
-a small call. The thread is not even woken then, since it sleeps on an epoll of its own that watches the endpoint's.
+a small call. While somebody waits the thread is not even woken: it sleeps on an epoll of its own, which then does not
+watch the endpoint's.
 """
 
 import select
 import threading
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import torch
 
+from distbelief.channel.watch import Watch
+
 _ROUND_SECONDS = 0.2
 """How often the thread looks whether it is to end."""
+_OWNER_SECONDS = 0.5
+"""The longest round of who waits: other threads of the owner may have begun something meanwhile that takes time."""
 _OTHERS_SECONDS = 0.05
 """How often who waits looks himself while another thread of the owner polls."""
 _END_SECONDS = 1.0
@@ -24,12 +29,12 @@ _END_SECONDS = 1.0
 class Background:
     """The thread of one endpoint.
 
-    `sockets` is the endpoint's epoll, `poll` its round, which waits for them at most so many seconds, and `patience`
-    says how long it may be put off. `lock` is held by whoever uses the connections.
+    `sockets` is readable when one of the endpoint's is ready, `poll` is its round, which waits for that at most so many
+    seconds, and `patience` says how long it may be put off. `lock` is held by whoever uses the connections.
     """
 
     def __init__(
-        self, sockets: select.epoll, poll: Callable[[float], object], patience: Callable[[], float],
+        self, sockets: Watch[Any], poll: Callable[[float], object], patience: Callable[[], float],
         lock: threading.RLock,
     ) -> None:  # fmt: skip
         self._sockets, self._poll, self._patience, self._lock = sockets, poll, patience, lock
@@ -49,15 +54,15 @@ class Background:
     def wait(self, seconds: float, there: Callable[[], bool]) -> None:
         """The owner waits up to `seconds` for something to happen; not at all where what he awaits is `there`."""
         with self._lock:
-            if self._ended or there():  # it may have come while this thread waited for the lock
+            if there():  # it may have come while this thread waited for the lock
                 return
-            if self._owner_polls:
+            if self._owner_polls or self._ended:
                 self._polled.wait(min(seconds, _OTHERS_SECONDS))
                 return
             self._owner_polls = True
             self._epoll.unregister(self._sockets)
         try:
-            self._poll(seconds)
+            self._poll(min(seconds, _OWNER_SECONDS))
         finally:
             with self._lock:
                 self._epoll.register(self._sockets, select.EPOLLIN)

@@ -25,6 +25,7 @@ from distbelief.channel.memory import Block
 from distbelief.channel.memory import find as find_block
 from distbelief.channel.second_stream import SecondStream, deal
 from distbelief.channel.secure import SecureLink
+from distbelief.channel.watch import READABLE, WRITABLE
 from distbelief.errors import PeerLost, ProtocolError
 
 _CHUNK = 1 << 13
@@ -53,8 +54,10 @@ class Connection:
         """Whether the peer is on this host and can map our memory."""
         self.connecting = False
         """Whether the socket is still connecting: nothing is sent before it has."""
+        self.descriptor = link.fileno()
+        """The socket's, also under TLS, and when it is closed."""
         self.watched = 0
-        """What the endpoint's epoll watches the socket for."""
+        """What the endpoint watches the socket for."""
         self.identity = b""
         """By what both ends know this connection, once the peer is proved."""
         self.second: SecondStream | None = None
@@ -130,9 +133,9 @@ class Connection:
 
     @property
     def awaited(self) -> int:
-        """What the endpoint's epoll is to watch the socket for."""
-        wanted: int = 0 if self._pauses else select.EPOLLIN
-        return wanted | select.EPOLLOUT if self.sending else wanted
+        """What the endpoint is to watch the socket for."""
+        wanted = 0 if self._pauses else READABLE
+        return wanted | WRITABLE if self.sending else wanted
 
     def flush(self) -> None:
         """Send what fits; frames only to a peer that is proved. Raises PeerLost."""
@@ -192,7 +195,10 @@ class Connection:
     # receiving
 
     def receive(self) -> None:
-        """Take what has arrived and deliver whole frames. Raises PeerLost, ProtocolError, AuthenticationError."""
+        """Take what has arrived, up to the end of a body at most, and deliver whole frames.
+
+        Raises PeerLost, ProtocolError, AuthenticationError.
+        """
         self._take()
         wakes = bool(self._body) or self._low_water_bytes > 1
         if wakes and not (self.shares_memory or self.closed) and isinstance(self.socket, socket.socket):
@@ -230,13 +236,13 @@ class Connection:
         for count in itertools.count(1):
             if self._pauses:
                 return
-            emptied = True  # after the end of a body whatever follows is left to the next call
+            more = False  # after the end of a body whatever follows is left to the next call
             try:
                 if self._body:
                     arrived = links.receive_some(self.socket, self._body)
                 else:
                     arrived = self._receive_chunk()
-                    emptied = arrived < _CHUNK
+                    more = arrived == _CHUNK
             except BlockingIOError:
                 return
             except OSError as error:
@@ -248,7 +254,7 @@ class Connection:
                 return
             if isinstance(self.socket, SecureLink) and self.socket.pending:
                 continue  # no epoll would tell of it
-            if count >= _ROUNDS or (emptied and not self._body):
+            if count >= _ROUNDS or not (more or self._body):
                 return
 
     def _receive_chunk(self) -> int:

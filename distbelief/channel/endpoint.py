@@ -9,7 +9,6 @@ and must go on computing while a slow link carries its tensors asks for `backgro
 import contextlib
 import functools
 import math
-import select
 import socket
 import threading
 import time
@@ -30,6 +29,7 @@ from distbelief.channel.place import Address
 from distbelief.channel.second_stream import WIDE_BYTES
 from distbelief.channel.secure import SecureLink
 from distbelief.channel.spin import Spin
+from distbelief.channel.watch import READABLE, WRITABLE, Watch
 from distbelief.channel.widening import Widening
 from distbelief.channel.wire import Wire
 from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost, ProtocolError
@@ -58,9 +58,7 @@ class Endpoint:
         self._key, self._body_limit, self._wire = key, body_limit, wire or Wire()
         self._permit = permit
         self.desk = Desk(role, self._speak, body_limit)
-        self._epoll = select.epoll()
-        self._watching: dict[int, Connection | Callable[[], object]] = {}
-        """By descriptor: who is told that it is ready."""
+        self._watch: Watch[Connection | Callable[[], object]] = Watch()
         self._spin = Spin(own_core)
         self._connections: set[Connection] = set()
         self._pending: dict[tuple[Connection, int], PendingCall] = {}
@@ -96,20 +94,16 @@ class Endpoint:
         self.desk.seat(role)
 
     def background(self) -> None:
-        """Poll in a thread from now on; there the role answers, if it exports anything."""
-        self._background = Background(self._epoll, self.poll, self._patience, self.lock)
+        """Poll in a thread from now on, while nobody waits. Whoever polls lets the role answer, if there is one."""
+        self._background = Background(self._watch, self.poll, self._patience, self.lock)
 
-    def watch(self, source: Any, callback: Callable[[], object]) -> None:
-        """Call `callback` from `poll` whenever `source` (a socket or descriptor) is readable."""
-        descriptor = source if isinstance(source, int) else source.fileno()
-        self._watching[descriptor] = callback
-        self._epoll.register(descriptor, select.EPOLLIN)
+    def watch(self, source: socket.socket, callback: Callable[[], object]) -> None:
+        """Call `callback` from `poll` whenever `source` is readable."""
+        self._watch.over(source.fileno(), READABLE, callback)
 
-    def unwatch(self, source: Any) -> None:
-        """Stop watching."""
-        descriptor = source if isinstance(source, int) else source.fileno()
-        self._epoll.unregister(descriptor)
-        del self._watching[descriptor]
+    def unwatch(self, source: socket.socket) -> None:
+        """Stop watching, before it is closed."""
+        self._watch.end(source.fileno())
 
     def wake(self) -> None:
         """Make a waiting `poll` return; may be called from any thread."""
@@ -130,7 +124,7 @@ class Endpoint:
     def poll(self, seconds: float) -> bool:
         """One round: wait for sockets, receive, answer, send; whether there was anything."""
         patience = self._patience()
-        ready = self._spin.wait(self._look, min(seconds, patience))
+        ready = self._spin.wait(self._watch.ready, min(seconds, patience))
         with self.lock:
             for whom, events in ready:
                 if isinstance(whom, Connection):
@@ -147,10 +141,6 @@ class Endpoint:
                 self._run_errands()
         return bool(ready)
 
-    def _look(self, seconds: float) -> list[tuple[Connection | Callable[[], object] | None, int]]:
-        # Whose they are is looked up at once: what is served first may close a descriptor, and another take its number.
-        return [(self._watching.get(descriptor), events) for descriptor, events in self._epoll.poll(seconds)]
-
     def _patience(self) -> float:
         """For how many seconds a round may be put off."""
         if self.desk.held_up:
@@ -158,7 +148,7 @@ class Endpoint:
         return LOOK_SECONDS if self._distant or self._door.strangers else math.inf
 
     def attend(self, errand: Callable[[], bool]) -> None:
-        """Call `errand` after each round from now on, until it says that it is over."""
+        """Call `errand`, which must not wait, after each round from now on, until it says that it is over."""
         self._errands.append(errand)
 
     def _run_errands(self) -> None:
@@ -179,7 +169,7 @@ class Endpoint:
             connection.connecting = True
             self._connecting[connection] = address, time.monotonic() + self._wire.connect_seconds
             self._widening.may_widen(connection, address)
-            self._watch_for(connection, select.EPOLLOUT)
+            self._watch_for(connection, WRITABLE)
         return connection
 
     def start(self, connection: Connection, pending: PendingCall, fields: bytes) -> None:
@@ -209,7 +199,8 @@ class Endpoint:
             frame = frames.encode(Call(self._number, signature.name, fields, references, wide), body_bytes)
             self._speak(connection, frame, body, wide)
             # While the other side works, so that its answer need not wait for this.
-            pending.parts = [codec.incoming(tensor, reference) for tensor, reference in awaited]
+            if not pending.settled:
+                pending.parts = [codec.incoming(tensor, reference) for tensor, reference in awaited]
 
     def give_up(self, pending: PendingCall, reason: str) -> None:
         """End a call whose deadline has passed. Its connection is closed: a late answer must not write our memory."""
@@ -252,19 +243,16 @@ class Endpoint:
             self._connections.add(connection)
             if not connection.shares_memory:
                 self._distant.add(connection)
-            self._watch_for(connection, select.EPOLLIN)
+            self._watch_for(connection, READABLE)
         return connection
 
     def _watch_for(self, connection: Connection, wanted: int) -> None:
-        descriptor = connection.socket.fileno()
-        if not connection.watched:
-            self._watching[descriptor] = connection
-            self._epoll.register(descriptor, wanted)
-        elif wanted:
-            self._epoll.modify(descriptor, wanted)
+        if wanted == connection.watched:
+            return
+        if wanted:
+            self._watch.over(connection.descriptor, wanted, connection)
         else:
-            self._epoll.unregister(descriptor)
-            del self._watching[descriptor]
+            self._watch.end(connection.descriptor)
         connection.watched = wanted
 
     def _serve(self, connection: Connection, events: int) -> None:
@@ -273,9 +261,9 @@ class Endpoint:
         if connection.connecting:
             self._guarded(connection, self._go_on_connecting, connection)
             return
-        if events & ~select.EPOLLIN:
+        if events & ~READABLE:
             self._guarded(connection, connection.flush)
-        if events & ~select.EPOLLOUT and connection in self._connections:
+        if events & ~WRITABLE and connection in self._connections:
             self._guarded(connection, connection.receive)
 
     def _go_on_connecting(self, connection: Connection) -> None:
@@ -287,7 +275,7 @@ class Endpoint:
                 raise links.unreachable(address, reason)
             if self._wire.certificate is not None:
                 connection.socket = link = SecureLink(link, self._wire.certificate, accepting=False)
-            self._watch_for(connection, select.EPOLLIN)
+            self._watch_for(connection, READABLE)
         if isinstance(link, SecureLink) and not link.shake():
             return
         connection.connecting = False
@@ -323,9 +311,7 @@ class Endpoint:
             self._drop(connection, error)
             return
         if connection in self._connections and not connection.connecting:
-            wanted = connection.awaited
-            if wanted != connection.watched:
-                self._watch_for(connection, wanted)
+            self._watch_for(connection, connection.awaited)
 
     def _speak(self, connection: Connection, frame: bytes, body: Sequence[Part], wide: bool = False) -> None:
         self._guarded(connection, connection.send, frame, body, wide=wide)
@@ -346,8 +332,7 @@ class Endpoint:
             self._drop(second, PeerLost("the connection whose second stream this was to be has ended"))
         self._door.forget(connection)
         self.desk.forget(connection)
-        if connection.watched:
-            self._watch_for(connection, 0)
+        self._watch_for(connection, 0)
 
     def _widen(self, connection: Connection) -> None:
         if asked := self._widening.ask(connection, self.connect):
@@ -401,7 +386,7 @@ class Endpoint:
         with self.lock:
             for connection in list(self._connections):
                 self._drop(connection, PeerLost("this side closed the connection"))
-            self._epoll.close()
+            self._watch.close()
             self._widening.close()
             for own in (self._waker, self._wakee, *self._listeners):
                 own.close()

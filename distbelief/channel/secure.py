@@ -89,6 +89,7 @@ class SecureLink:
     def __init__(self, link: socket.socket, certificate: Certificate, *, accepting: bool) -> None:
         context = _context(certificate, accepting)
         try:
+            link.getpeername()  # of a socket that is connected no more, ssl would keep the descriptor for a while
             self._link = context.wrap_socket(link, server_side=accepting, do_handshake_on_connect=False)
         except OSError as error:
             raise PeerLost(f"the peer is gone: {error}") from error
