@@ -23,6 +23,8 @@ SECONDS_TARGETS = {1_000: 250e-6}
 TCP_RATIO_TARGET = 1.3
 
 FLOOR, PRODUCT, PRODUCT_TCP = "floor", "distbelief", "distbelief tcp"
+PRODUCT_ASLEEP = "distbelief, cores shared"
+"""As in jobs of more processes than cores, where nobody looks before he sleeps."""
 BARE_SOCKET, ECHO_TCP = "bare socket, a core each", "distbelief tcp, no optimizer"
 BARE_ANYWHERE = "bare socket, anywhere"
 RPC, RAY, GLOO = "torch rpc", "ray", "gloo"
@@ -137,6 +139,9 @@ def compare(parameters: int, peers: Mapping[str, Peer], quick: bool) -> Comparis
 
         beside = {
             PRODUCT: Beside(_opened(opened, lambda: product(parameters, "shared_memory"), calls), floor),
+            PRODUCT_ASLEEP: Beside(
+                _opened(opened, lambda: product(parameters, "shared_memory", own_cores=False), calls), floor
+            ),
             PRODUCT_TCP: Beside(_opened(opened, lambda: product(parameters, "tcp"), calls), floor),
             ECHO_TCP: Beside(_opened(opened, lambda: echo(parameters, "tcp"), calls), bare_socket),
         }
@@ -170,7 +175,7 @@ def _raise(error: Exception) -> float:
 
 
 def _tables(comparisons: list[Comparison]) -> str:
-    names = [FLOOR, PRODUCT, PRODUCT_TCP, RPC, RAY, GLOO]
+    names = [FLOOR, PRODUCT, PRODUCT_ASLEEP, PRODUCT_TCP, RPC, RAY, GLOO]
     header = ["parameters", *names, "distbelief / floor", "target", "reached"]
     lines = [
         [f"{one.parameters:,}", *(_time(one.measured[name]) for name in names), *one.verdict(PRODUCT).cells()]

@@ -116,10 +116,13 @@ def _echoes(home: Home, parameters: int) -> Call:
 
 
 @contextmanager
-def product(parameters: int, transport: TransportName) -> Iterator[Measure]:
-    """Each call is one push and one fetch of all parameters, answered by the shard."""
+def product(parameters: int, transport: TransportName, own_cores: bool = True) -> Iterator[Measure]:
+    """Each call is one push and one fetch of all parameters, answered by the shard.
+
+    `own_cores` as in jobs that leave a core to each process; without, both sleep at once when they wait.
+    """
     span, layout = whole(parameters)
-    with _engine(shard_name(0), transport) as engine:
+    with _engine(shard_name(0), transport, own_cores) as engine:
         engine.start(shard_name(0), 0, ParameterServerShard, span, layout, adagrad(0.01))
         yield _caller(engine, Pushes, parameters)
 
@@ -136,9 +139,9 @@ def echo(parameters: int, transport: TransportName) -> Iterator[Measure]:
 
 
 @contextmanager
-def _engine(answering: str, transport: TransportName) -> Iterator[LocalEngine]:
-    own_cores = [answering, CALLER] if available_cores() > 1 else []
-    engine = LocalEngine([answering], transport=transport, own_cores=own_cores)
+def _engine(answering: str, transport: TransportName, own_cores: bool = True) -> Iterator[LocalEngine]:
+    owners = [answering, CALLER] if own_cores and available_cores() > 1 else []
+    engine = LocalEngine([answering], transport=transport, own_cores=owners)
     try:
         engine.load(_nothing)
         yield engine

@@ -3,6 +3,8 @@
 
 import dataclasses
 import functools
+import os
+import threading
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -491,6 +493,56 @@ def slow_accuracy(output: torch.Tensor, target: torch.Tensor) -> float:
     return problems.accuracy(output, target)
 
 
+def noting_where(folder: Path, model: nn.Module, batch: Any) -> torch.Tensor:
+    """A step that notes, for each process, where it computes and with how many threads."""
+    with (folder / str(os.getpid())).open("a") as notes:
+        print(threading.current_thread() is threading.main_thread(), torch.get_num_threads(), file=notes)
+    output: torch.Tensor = model(batch[0])
+    return nn.functional.cross_entropy(output, batch[1])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_replicas_compute_in_their_main_thread_with_as_many_threads_as_the_cluster_says(
+    threads: int, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    cluster = db.Cluster(replicas=2, shards=1, threads_per_replica=threads)
+    step = functools.partial(noting_where, notes)
+    trained(problems.job(cluster=cluster, loss=None, step=step, test=None, epochs=4), tmp_path)
+    lines = [path.read_text().splitlines() for path in notes.iterdir()]
+    replicas = [noted for noted in lines if len(noted) > 10]  # the others have only tried a mini-batch
+    assert replicas
+    assert {line for noted in replicas for line in noted} == {f"True {threads}"}
+
+
+class Dropping(nn.Module):
+    """Drops a third of what its first layer gives, in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.drop, self.above = nn.Linear(problems.FEATURES, 64), nn.Dropout(1 / 3), nn.Linear(64, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.drop(torch.relu(self.below(inputs)) + 1.0)
+        if self.training == bool((hidden != 0.0).all()):
+            raise AssertionError("dropped in a test, or not in training")
+        output: torch.Tensor = self.above(hidden)
+        return output
+
+
+@pytest.mark.parametrize("engine", ["simulated", "local"])
+def test_a_model_with_dropout_drops_in_training_and_in_no_test(engine: str, tmp_path: Path) -> None:
+    job = problems.job(model=Dropping, cluster=db.Cluster(replicas=2, shards=2, engine=engine), epochs=4)
+    result = trained(job, tmp_path)
+    assert result.summary.examples.seen == 4 * 640
+    assert result.test["accuracy"] > 0.8
+    result.model.eval()
+    inputs, targets = problems.points(200, 1).tensors
+    with torch.no_grad():
+        assert result.test["accuracy"] == pytest.approx(float(problems.accuracy(result.model(inputs), targets)))
+
+
 @pytest.mark.slow
 def test_what_is_measured_last_is_the_result_though_an_earlier_evaluation_was_still_under_way(tmp_path: Path) -> None:
     measured: list[int] = []
@@ -506,5 +558,5 @@ def test_what_is_measured_last_is_the_result_though_an_earlier_evaluation_was_st
     with torch.no_grad():
         expected = problems.accuracy(result.model(inputs), targets)
     assert measured[-1] == result.summary.examples.seen == 25_600
-    assert len(measured) > 1
+    assert 1 < len(measured) < 40, "training waits for no evaluation: of the 80 due, each of 0.3 s, most are left out"
     assert result.test["accuracy"] == pytest.approx(expected)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """examples/shakespeare.py: the decoder sees no later byte, and the windows are the text."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import distbelief as db
+from distbelief.cluster import EngineName
 from distbelief.errors import ConfigurationError
 from tests import problems
 
@@ -98,6 +101,21 @@ def test_a_plain_loop_learns_a_text_that_repeats_itself(shakespeare: ModuleType,
     test_inputs, test_targets = job.test()[:]
     with torch.no_grad():
         assert bits(model(test_inputs), test_targets) < 1
+
+
+@pytest.mark.parametrize("engine", ["simulated", "local"])
+def test_two_replicas_learn_a_text_that_repeats_itself(
+    shakespeare: ModuleType, engine: EngineName, tmp_path: Path
+) -> None:
+    path = tmp_path / "repeats.txt"
+    path.write_bytes(b"so it goes; " * 300)
+    job = dataclasses.replace(
+        shakespeare.job(text=str(path), length=24, width=32, layers=1), epochs=24, run=tmp_path / "run",
+        cluster=db.Cluster(replicas=2, shards=2, engine=engine),
+    )  # fmt: skip
+    result = db.train(job, view=False)
+    assert result.test["bits_per_byte"] < 2
+    assert (result.summary.examples.missing, result.summary.examples.repeated) == (0, 0)
 
 
 @pytest.mark.parametrize("missing", [None, "no/such/file.txt"])

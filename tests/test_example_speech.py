@@ -166,6 +166,11 @@ def test_the_network_is_the_papers_with_the_given_width(speech: ModuleType, fold
     shapes = [tuple(layer.weight.shape) for layer in model if isinstance(layer, nn.Linear)]
     assert shapes == [(24, 440), (24, 24), (24, 24), (24, 24), (10, 24)]
     assert sum(isinstance(layer, nn.Sigmoid) for layer in model) == 4
+    usual = speech.job(data=str(folder)).model()
+    assert [layer.out_features for layer in usual if isinstance(layer, nn.Linear)] == [512, 512, 512, 512, 10]
+    with torch.device("meta"):
+        papers = speech.job(data=str(folder), width=2560).model()
+    assert [layer.out_features for layer in papers if isinstance(layer, nn.Linear)] == [2560, 2560, 2560, 2560, 10]
 
 
 @pytest.mark.slow

@@ -413,7 +413,7 @@ def test_an_example_is_applied_or_counted_as_refused_whoever_dies_right_after(se
 def test_too_many_refused_pushes_stop_the_job_naming_replica_and_step(tmp_path: Path) -> None:
     job = simulated(model=Poisoned, algorithm=db.Downpour(refusals=3))
     with pytest.raises(
-        db.TrainingFailed, match=r"4 pushes were refused, the limit is 3; the last by replica \d at its"
+        db.TrainingFailed, match=r"4 pushes were refused, the limit is 3; the last by replica \d at its step \d+: "
     ):
         trained(job, tmp_path)
 

@@ -237,6 +237,20 @@ def test_any_number_of_shards_equals_the_rule_by_hand_bit_for_bit(rule: str, sha
     assert not torch.equal(hand.values, START)
 
 
+def test_shards_may_apply_the_same_pushes_in_different_orders_each_by_the_rule() -> None:
+    pushes, orders = [gradient(0), gradient(1)], [(0, 1), (1, 0)]
+    servers, by_hand = Servers(RULES["adam"], 2), [ByHand(RULES["adam"]) for _ in orders]
+    for shard, span, order, hand in zip(servers.shards, servers.spans, orders, by_hand, strict=True):
+        for replica in order:
+            stamp = Stamp(replica, 0, 1, 0, 32, ((replica, 32),))
+            shard.push(stamp, pushes[replica][span.start : span.stop])
+            hand.push(replica, 1, [0], pushes[replica])
+    _, found = servers.read()
+    for span, hand in zip(servers.spans, by_hand, strict=True):
+        assert torch.equal(found[span.start : span.stop], hand.values[span.start : span.stop])
+    assert not torch.equal(by_hand[0].values, by_hand[1].values)
+
+
 def test_staleness_is_the_pushes_applied_since_the_base_version_was_fetched() -> None:
     servers, draw = Servers(rules.sgd(0.1), 1), random.Random(0)
     base: dict[int, list[int]] = {}

@@ -401,6 +401,7 @@ def test_the_live_view_shows_the_state_within_the_width(width: int) -> None:
         "running for 4.4 s",
         "epoch 1 of 1",
         "100 %",
+        "2  of 2 alive; Downpour, 1 shard, 1,000 parameters",
         "100  applied, 1 refused",
         "1  median, 95 % of pushes at most 2",
         "0.25  training, per example",
@@ -412,7 +413,7 @@ def test_the_live_view_shows_the_state_within_the_width(width: int) -> None:
     assert any("1,000  of 1,000 " in f"{line} " for line in lines), "and not what was done in the last moment"
     assert max(map(len, lines)) <= width
     halfway = live(eventful_run()[:12], width)
-    for words in ("500  of 1,000, 500 per second", "10.0 per second, 1 refused"):
+    for words in ("500  of 1,000, 500 per second", "10.0 per second, 1 refused", "50 %  1.0 s left"):
         assert sum(words in line for line in halfway) == 1, words
 
 

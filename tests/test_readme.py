@@ -164,4 +164,5 @@ def test_the_first_command_trains_the_digits_to_96_percent(tmp_path: Path) -> No
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["replicas"], summary["shards"]) == (4, 2)
     assert summary["test"]["accuracy"] >= 0.96
+    assert summary["wall_seconds"] < 60
     assert summary["examples"]["missing"] == summary["examples"]["repeated"] == 0

@@ -27,6 +27,7 @@ import distbelief as db
 from distbelief import checkpoint, cli, run_folder
 from distbelief.events import (
     CheckpointRejected,
+    CheckpointWritten,
     EpochFinished,
     Evaluated,
     JobFinished,
@@ -70,6 +71,39 @@ def test_a_resumed_run_continues_as_if_it_had_never_stopped_on_any_number_of_sha
     resumed = db.train(dataclasses.replace(job, cluster=cluster), resume=tmp_path / "halves", view=False)
     assert problems.same_parameters(resumed.model, whole)
     assert resumed.summary.examples.seen == 4 * 640
+
+
+class BrokenOff(Exception):
+    """Ends a job at once, as if it were killed: no last checkpoint is written."""
+
+
+@pytest.mark.parametrize(("shards", "then"), [(1, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    "rule", [db.adagrad(0.1), db.adam(0.01), db.sgd(0.1, momentum=0.9, schedule=db.linear_decay(3000, end=0.1))]
+)
+def test_a_run_that_was_broken_off_within_an_epoch_ends_as_if_it_had_not_been(
+    rule: db.UpdateRule, shards: int, then: int, tmp_path: Path
+) -> None:
+    job = alone(
+        cluster=db.Cluster(replicas=1, shards=shards, engine="simulated"), epochs=4, checkpoint_seconds=0.5,
+        algorithm=db.Downpour(fetch="awaited", update_rule=rule),
+    )  # fmt: skip
+    costs, written = db.Costs(example_seconds=2e-3), list[int]()
+    whole = trained(job, tmp_path / "whole", costs=costs)
+
+    def break_off(observation: Observation) -> None:
+        if isinstance(observation.event, CheckpointWritten):
+            written.append(observation.event.examples)
+            if len(written) == 4:
+                raise BrokenOff
+
+    with pytest.raises(BrokenOff):
+        trained(job, tmp_path / "broken", costs=costs, listeners=[break_off])
+    assert written[-1] % 640, "the test is of the middle of an epoch"
+    cluster = dataclasses.replace(job.cluster, shards=then)
+    resumed = db.train(dataclasses.replace(job, cluster=cluster), resume=tmp_path / "broken", view=False, costs=costs)
+    assert (resumed.summary.examples.seen, resumed.summary.examples.repeated) == (4 * 640, 0)
+    assert problems.same_parameters(resumed.model, whole.model)
 
 
 @pytest.mark.parametrize(

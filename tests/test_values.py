@@ -446,10 +446,14 @@ def test_warmstart_and_cooldown_are_derived_from_the_examples_and_the_replicas()
     assert Release.planned(1000, 16, 4, 7, 0) == Release(7, 0)
 
 
-def test_threads_are_shared_among_replicas_and_never_none() -> None:
+def test_threads_are_shared_among_replicas_and_never_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distbelief.cluster.available_cores", lambda: 8)
     assert db.Cluster(threads_per_replica=3).threads == 3
-    assert db.Cluster(replicas=10_000).threads == 1
-    assert db.Cluster(replicas=1).threads >= 1
+    assert [db.Cluster(replicas=replicas).threads for replicas in (1, 2, 4, 7, 10_000)] == [7, 3, 1, 1, 1]
+
+
+def test_by_default_parameters_are_fetched_and_gradients_pushed_with_each_mini_batch() -> None:
+    assert (db.Downpour().n_fetch, db.Downpour().n_push) == (1, 1)
 
 
 @pytest.mark.parametrize(
