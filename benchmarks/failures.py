@@ -18,7 +18,7 @@ from benchmarks.table import Cell, Measured, Row, interleave, spread, table_text
 from benchmarks.throughput_peers import FRAMES
 
 ROUNDS, EPOCHS, MOMENT_SECONDS, STILL_SECONDS = 5, 2, 4.0, 3.0
-QUICK_FRAMES, QUICK_MOMENT_SECONDS, QUICK_STILL_SECONDS = 24_000, 1.2, 0.5
+QUICK_FRAMES, QUICK_MOMENT_SECONDS, QUICK_STILL_SECONDS = 8_000, 0.4, 0.5
 UNDISTURBED = "nothing"
 COORDINATOR = "the coordinator is killed, and the run resumed"
 ROLES = [f"{kind}/{index}" for kind, count in (("replica", REPLICAS), ("shard", SHARDS)) for index in range(count)]
