@@ -501,6 +501,7 @@ def noting_where(folder: Path, model: nn.Module, batch: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(output, batch[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_replicas_compute_in_their_main_thread_with_as_many_threads_as_the_cluster_says(
     threads: int, tmp_path: Path
@@ -531,7 +532,7 @@ class Dropping(nn.Module):
         return output
 
 
-@pytest.mark.parametrize("engine", ["simulated", "local"])
+@pytest.mark.parametrize("engine", ["simulated", pytest.param("local", marks=pytest.mark.slow)])
 def test_a_model_with_dropout_drops_in_training_and_in_no_test(engine: str, tmp_path: Path) -> None:
     job = problems.job(model=Dropping, cluster=db.Cluster(replicas=2, shards=2, engine=engine), epochs=4)
     result = trained(job, tmp_path)

@@ -186,6 +186,7 @@ class Pooled(TensorDataset):
         return super().__getitem__(index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", ["nobody", "replica/0", "zygote"])
 def test_processes_that_user_code_starts_in_a_role_end_with_it(
     killed: str, tmp_path: Path, leaks: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
@@ -250,6 +251,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_a_trial_waits_for_nobody_else_says_if_it_takes_long_and_is_over_whatever_it_raises() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRIALS], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -103,7 +103,7 @@ def test_a_plain_loop_learns_a_text_that_repeats_itself(shakespeare: ModuleType,
         assert bits(model(test_inputs), test_targets) < 1
 
 
-@pytest.mark.parametrize("engine", ["simulated", "local"])
+@pytest.mark.parametrize("engine", ["simulated", pytest.param("local", marks=pytest.mark.slow)])
 def test_two_replicas_learn_a_text_that_repeats_itself(
     shakespeare: ModuleType, engine: EngineName, tmp_path: Path
 ) -> None:

@@ -184,6 +184,7 @@ def test_a_run_in_a_store_is_resumed_cut_anew_and_exported_from_there(store: str
     assert (again.summary.examples.seen, again.summary.examples.missing) == (4 * 640, 0)
 
 
+@pytest.mark.slow
 def test_sandblaster_keeps_its_history_in_a_store_too(store: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fields: dict[str, Any] = {"test": None, "checkpoint_seconds": 60.0}

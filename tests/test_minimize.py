@@ -306,6 +306,7 @@ def test_what_a_run_offers_is_the_call_that_goes_on_and_one_that_is_not_kept_off
         db.minimize(squares, start, data=data, run=run, resume=run)
 
 
+@pytest.mark.slow
 def test_interrupted_before_anything_is_known_it_returns_where_it_began(tmp_path: Path) -> None:
     run = tmp_path / "run"
     start = torch.ones(8, dtype=torch.float64)
