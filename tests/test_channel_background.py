@@ -203,7 +203,7 @@ def test_an_endpoint_is_not_closed_under_one_who_polls_it(owner: Owner, clerk: C
         if not thread.is_here:
             polling.set()
             time.sleep(0.1)
-            closed.append(owner.endpoint._watch.closed)
+            closed.append(owner.endpoint._watch._epoll.closed)
         return poll(seconds)
 
     thread._poll = slow

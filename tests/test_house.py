@@ -68,6 +68,16 @@ def test_every_source_begins_with_its_licence_and_introduces_itself() -> None:
         assert ast.get_docstring(ast.parse(text)), path
 
 
+def test_the_readmes_push_and_fetch_is_what_was_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "push_fetch.json").read_text())["rows"]
+    measured = {row["parameters"]: row["ratio"] for row in rows if row["method"] == "distbelief"}
+    told = re.findall(r"^\| ([\d.]+e\d) \| [\d.]+ [um]s \| [\d.]+ [um]s \| ([\d.]+) \|", DOCUMENTS[0].read_text(), re.M)
+    assert len(told) == 4
+    for parameters, ratio in told:
+        digits = len(ratio.partition(".")[2])
+        assert round(measured[int(float(parameters))], digits) == float(ratio)
+
+
 def test_every_package_says_what_each_of_its_modules_is_for() -> None:
     for package in [
         path for path in SOURCES if path.name == "__init__.py" and path.parent.name not in SURVEYED_ELSEWHERE

@@ -128,9 +128,7 @@ class Desk:
 
     def _is_answering(self, connection: Connection) -> bool:
         """Whether a call of this connection is worked on, or its answer being sent."""
-        return connection.reading or bool(
-            self._deferred and any(waiting is connection for waiting, *_ in self._deferred)
-        )
+        return connection.reading or any(waiting is connection for waiting, *_ in self._deferred)
 
     def _sent_back(self, call: Call, given: list[Buffer]) -> list[torch.Tensor]:
         """Of the tensors of a call those that its answer carries as they are."""

@@ -41,11 +41,6 @@ class Watch(Generic[T]):
         """Readable when something is ready."""
         return self._epoll.fileno()
 
-    @property
-    def closed(self) -> bool:
-        """Whether it has ended."""
-        return self._epoll.closed
-
     def close(self) -> None:
         """End all; the descriptors are their owners'."""
         self._epoll.close()
