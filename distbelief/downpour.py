@@ -259,8 +259,8 @@ class DownpourReplica:
         if self.model.accrued == 0:
             self.base_versions = self.versions
         started = self.home.now()
-        loss = self.model.compute(batch)
-        self.home.spend(examples, started)
+        with self.home.computing(examples):
+            loss = self.model.compute(batch)
         self.examples += examples
         self.portions[lease.identifier] = position
         self.report.count(loss, examples, self.home.now() - started)

@@ -7,7 +7,7 @@
     adopt            parameters <-> spare, once a fetch has filled it
 
 On a CPU the model computes on the host buffers themselves. On an accelerator the model's flat vector and gradient live
-there, and two host buffers, pinned, stage them.
+there, and two host buffers, page-locked for CUDA, stage them.
 """
 
 import math
@@ -131,11 +131,24 @@ def check_device(name: str | None) -> None:
         raise ConfigurationError(
             f"Cluster(device={name!r}) is no device: {error}", hint='use "cpu", "cuda", or None'
         ) from error
+    if device.type not in ("cpu", "cuda") and not _is_here(device):
+        raise ConfigurationError(
+            f"Cluster(device={name!r}): this machine has none, or this torch cannot compute there",
+            hint="use Cluster(device=None) to take what there is",
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigurationError(
             f"Cluster(device={name!r}): this machine has {torch.cuda.device_count()} CUDA devices",
             hint="use Cluster(device=None) to take what there is",
         )
+
+
+def _is_here(device: torch.device) -> bool:
+    """Whether a device that is neither the CPU nor CUDA's can be computed on."""
+    try:
+        return bool(torch.get_device_module(device).is_available())
+    except RuntimeError:  # torch has no module for it
+        return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +184,7 @@ class ModelReplica:
             return Vector(flat, [view.view(parameter.shape) for view, parameter in pairs])
 
         host = [vector(allocate(layout.length, layout.dtype)) for _ in range(3 if on_cpu else 2)]
-        if not on_cpu:
+        if device.type == "cuda":
             for each in host:
                 _pin(each.flat)
         self._fetched, self._spare = host[:2]

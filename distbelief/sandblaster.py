@@ -275,13 +275,12 @@ class SandblasterReplica:
         """
         bundle = task.bundle
         assert bundle is not None
-        begun = started = self.home.now()
+        begun = self.home.now()
         losses: list[tuple[torch.Tensor, int]] = []
         try:
             for _, examples, batch in self.data.mini_batches(Lease(bundle.index, 0, bundle.start, bundle.stop)):
-                losses.append((self.model.compute(batch, weight=float(examples)), examples))
-                self.home.spend(examples, started)
-                started = self.home.now()
+                with self.home.computing(examples):
+                    losses.append((self.model.compute(batch, weight=float(examples)), examples))
                 if self.superseded(task):
                     self.model.discard()
                     return None

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of replicas on an accelerator: what they compute is what the CPU does, and what dies comes back."""
+"""Laws of CUDA alone, of nccl and page-locked memory; those of any accelerator are in test_accelerator.py."""
 
 import functools
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import distbelief as db
-from distbelief.events import Evaluated, Observation, RoleLost, RoleStarted
+from distbelief.events import Observation, RoleLost, RoleStarted
 from distbelief.model_replica import ModelReplica, whole
 from distbelief.parameters import lay_out
 from distbelief.partition import group
@@ -21,93 +20,12 @@ from distbelief.partition.group import Group, Site
 from distbelief.plan import Plan
 from tests import problems
 from tests.killer import Killer, settled
+from tests.test_accelerator import CPU, Accelerator, no_gpu, trained
 from tests.test_partitioned_downpour import distance, double_classifier, in_double
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [pytest.mark.slow, no_gpu]
 
-
-def trained(tmp_path: Path, device: str, listeners: Sequence[Any] = (), **fields: Any) -> db.Result:
-    given: dict[str, Any] = {"replicas": 1, "shards": 2, "threads_per_replica": 1, "device": device}
-    cluster = db.Cluster(**(given | fields.pop("cluster", {})))
-    job = problems.job(**(
-        {
-            "model": double_classifier, "data": functools.partial(in_double, 320), "epochs": 2, "cluster": cluster,
-            "algorithm": db.Downpour(update_rule=db.adagrad(0.1), fetch="awaited"),
-            "test": functools.partial(in_double, 100, 1), "run": tmp_path / f"run{len(list(tmp_path.iterdir()))}",
-        }
-        | fields
-    ))  # fmt: skip
-    return db.train(job, view=False, listeners=listeners)
-
-
-@pytest.mark.parametrize("partitions", [1, 2, Plan.stages(2, microbatches=1)])
-def test_a_replica_on_the_accelerator_takes_the_steps_of_one_on_the_cpu(partitions: int | Plan, tmp_path: Path) -> None:
-    on_cpu = trained(tmp_path, "cpu")
-    cut = {"partitions": partitions}
-    on_accelerator = trained(tmp_path, "cuda", cluster=cut)
-    assert distance(on_accelerator.model, on_cpu.model) < 1e-9
-    assert on_accelerator.summary.examples.seen == 640
-
-
-class Flattening(nn.Module):
-    """A recurrent network that asks for its weights in one piece, as many do for the sake of DataParallel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.recurrent, self.last = nn.LSTM(1, 8, batch_first=True).double(), nn.Linear(8, 3).double()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self.recurrent.flatten_parameters()
-        last: Tensor = self.last(self.recurrent(inputs.unsqueeze(-1))[0][:, -1])
-        return last
-
-
-def test_a_recurrent_network_that_flattens_its_weights_takes_the_steps_of_one_on_the_cpu(tmp_path: Path) -> None:
-    one, other = (trained(tmp_path, device, model=Flattening) for device in ("cpu", "cuda"))
-    assert distance(one.model, other.model) < 1e-7
-
-
-@pytest.mark.parametrize(
-    "algorithm",
-    [db.Downpour(n_push=3, n_fetch=2, clip_norm=1.0, momentum=0.5), db.Downpour(n_push=2, n_fetch=2, local_rate=0.01)],
-)
-def test_two_replicas_of_one_accelerator_learn(algorithm: db.Downpour, tmp_path: Path) -> None:
-    result = trained(tmp_path, "cuda", algorithm=algorithm, cluster={"replicas": 2}, epochs=6)
-    assert (result.summary.examples.seen, result.summary.examples.missing) == (1920, 0)
-    assert (result.test["accuracy"] or 0) > 0.85
-
-
-@pytest.mark.parametrize("rule", [db.adam(0.01), db.adamw(0.01), db.optimizer(torch.optim.RMSprop, lr=0.01)])
-def test_rules_that_ask_whether_cuda_records_a_graph_run_beside_an_accelerator(rule: Any, tmp_path: Path) -> None:
-    algorithm = db.Downpour(update_rule=rule, fetch="awaited")
-    on_both = [trained(tmp_path, device, algorithm=algorithm) for device in ("cuda", "cpu")]
-    assert distance(*(result.model for result in on_both)) < 1e-6  # small gradients make steps of full size
-
-
-def test_sandblaster_takes_the_steps_of_the_cpu_on_the_accelerator(tmp_path: Path) -> None:
-    algorithm = db.Sandblaster(max_iterations=15, l2=1e-3, deterministic=True)
-    fields: dict[str, Any] = {"model": functools.partial(problems.classifier), "algorithm": algorithm, "test": None}
-    fields["data"] = functools.partial(problems.points, 320)
-    fields["cluster"] = {"replicas": 2}
-    one, other = (trained(tmp_path, device, **fields) for device in ("cpu", "cuda"))
-    assert distance(one.model, other.model) < 1e-3  # float32
-    assert one.summary.loss == pytest.approx(other.summary.loss, rel=1e-4)
-
-
-def test_a_killed_replica_of_the_accelerator_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    heard: list[Observation] = []
-    killer = Killer(monkeypatch, "replica/1", settled(2_000))
-    result = trained(
-        tmp_path, "cuda", listeners=[heard.append, killer], cluster={"replicas": 2}, epochs=60,
-    )  # fmt: skip
-    assert killer.killed
-    assert result.summary.examples.missing == 0
-    lost = next(one.seconds for one in heard if isinstance(one.event, RoleLost))
-    back = next(
-        one.seconds for one in heard
-        if isinstance(one.event, RoleStarted) and (one.event.role, one.event.incarnation) == ("replica/1", 1)
-    )  # fmt: skip
-    assert back - lost < 10
+CUDA = Accelerator("cuda")
 
 
 def double_stages() -> nn.Module:
@@ -134,9 +52,9 @@ def in_double_by_nccl(examples: int, seed: int = 0) -> TensorDataset:
 @pytest.mark.parametrize("plan", [Plan(2), Plan(3), *(Plan.stages(2, microbatches=count) for count in (1, 2))])
 def test_partitions_with_an_accelerator_each_take_the_steps_of_the_cpu(plan: Plan, tmp_path: Path) -> None:
     model = double_stages if plan.microbatches == 2 else double_classifier
-    on_cpu = trained(tmp_path, "cpu", model=model)
+    on_cpu = trained(tmp_path, CPU, model=model)
     data = functools.partial(in_double_by_nccl, 320)
-    by_nccl = trained(tmp_path, "cuda", model=model, cluster={"partitions": plan}, data=data, test=None)
+    by_nccl = trained(tmp_path, CUDA, model=model, cluster={"partitions": plan}, data=data, test=None)
     assert distance(by_nccl.model, on_cpu.model) < 1e-9
     assert by_nccl.summary.examples.seen == 640
     assert not by_nccl.summary.faults
@@ -149,7 +67,7 @@ def test_a_replica_with_an_accelerator_per_partition_forms_again_after_a_kill(
     killer = Killer(monkeypatch, "replica/1/1", settled(2_000))
     cluster = {"replicas": 2, "partitions": 2}
     result = trained(
-        tmp_path, "cuda", data=functools.partial(in_double_by_nccl, 320), cluster=cluster, test=None, epochs=60,
+        tmp_path, CUDA, data=functools.partial(in_double_by_nccl, 320), cluster=cluster, test=None, epochs=60,
         listeners=[heard.append, killer],
     )  # fmt: skip
     assert killer.killed
@@ -165,12 +83,6 @@ def test_a_replica_with_an_accelerator_per_partition_forms_again_after_a_kill(
     assert not [one for one in heard if isinstance(one.event, RoleLost) and one.event.role.startswith("replica/0")]
 
 
-def test_evaluation_stays_on_the_cpu_beside_replicas_on_the_accelerator(tmp_path: Path) -> None:
-    heard: list[Observation] = []
-    trained(tmp_path, "cuda", listeners=[heard.append], evaluate_every=640, epochs=60)
-    assert len([one for one in heard if isinstance(one.event, Evaluated)]) >= 2
-
-
 def asking(examples: int) -> TensorDataset:
     assert torch.cuda.is_available()
     assert torch.cuda.device_count() >= 1
@@ -179,7 +91,7 @@ def asking(examples: int) -> TensorDataset:
 
 def test_a_script_may_ask_whether_there_is_an_accelerator(tmp_path: Path) -> None:
     model = functools.partial(problems.classifier)
-    result = trained(tmp_path, "cuda", model=model, data=functools.partial(asking, 320), test=None)
+    result = trained(tmp_path, CUDA, model=model, data=functools.partial(asking, 320), test=None)
     assert (result.summary.examples.seen, result.summary.faults) == (640, ())
 
 
@@ -189,7 +101,7 @@ def on_the_accelerator(examples: int) -> TensorDataset:
 
 def test_data_that_is_built_on_the_accelerator_is_refused_before_any_role_starts(tmp_path: Path) -> None:
     with pytest.raises(db.ConfigurationError, match=r"(?s)has used CUDA before the job began.*build them on the CPU"):
-        trained(tmp_path, "cuda", data=functools.partial(on_the_accelerator, 320))
+        trained(tmp_path, CUDA, data=functools.partial(on_the_accelerator, 320))
 
 
 def differentiate(module: nn.Module, batch: Tensor) -> Tensor:
@@ -216,5 +128,5 @@ def test_what_replicas_push_lies_in_page_locked_memory() -> None:
 def test_random_numbers_of_the_accelerator_go_on_after_a_job_as_they_would_have(tmp_path: Path) -> None:
     torch.rand((), device="cuda")
     before = torch.cuda.get_rng_state()
-    trained(tmp_path, "cuda")
+    trained(tmp_path, CUDA)
     assert torch.equal(torch.cuda.get_rng_state(), before)

@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 
 import distbelief as db
 from distbelief.channel.base import Out, Remote, exported
-from distbelief.engine.base import Death, Home
+from distbelief.engine.base import Death, Faults, Home
 from distbelief.engine.local import LocalEngine
 from distbelief.engine.pickles import SHARED, Pickler, Unpickler
 from distbelief.engines import engine_of
@@ -452,6 +452,36 @@ def test_an_attempt_that_ends_its_process_is_said(attempt: Callable[[Any], None]
 
 
 # processes
+
+
+class Waiting:
+    """A role that waits while it computes, as for a core that others hold, and reports how long all of it took."""
+
+    def __init__(self, home: Home) -> None:
+        self.home, self.seconds = home, 0.0
+
+    def run(self) -> None:
+        begun = self.home.now()
+        with self.home.computing(32):
+            time.sleep(0.1)
+        self.seconds = self.home.now() - begun
+        self.home.sleep(3600.0)
+
+    @exported
+    def waited(self) -> float:
+        return self.seconds
+
+
+@pytest.mark.slow
+def test_a_role_slowed_by_script_is_so_by_its_processor_time_and_not_while_others_have_its_core() -> None:
+    with closing(LocalEngine(NAMES, faults=Faults(slow={NAMES[0]: 50.0}))) as engine:
+        engine.load(prepare, 7)
+        engine.start(NAMES[0], 0, Waiting)
+        waiting = engine.find(NAMES[0], Waiting)
+        limit = time.monotonic() + 30.0
+        while not (seconds := waiting.call(Waiting.waited).result()) and time.monotonic() < limit:
+            engine.sleep(0.05)
+        assert 0.1 <= seconds < 2.5, "50 times 0.1 were five seconds"
 
 
 def test_a_role_holds_nothing_of_the_other_roles(start: Callable[..., Remote[Clerk]]) -> None:

@@ -67,9 +67,8 @@ class Worker:
         for _ in range(self.steps):
             try:
                 store.call(Store.read, vector).result()
-                started = self.home.now()
-                gradient = torch.sin(vector) + torch.randn(1000, generator=self.generator)
-                self.home.spend(32, started)
+                with self.home.computing(32):
+                    gradient = torch.sin(vector) + torch.randn(1000, generator=self.generator)
                 store.call(Store.change, self.index, gradient).result()
             except (PeerLost, DeadlineExceeded):
                 self.home.sleep(0.1)
@@ -228,7 +227,8 @@ def test_roles_start_and_die_and_compute_in_their_modelled_time(engines: Callabl
 
         def run(self) -> None:
             moments.append(self.home.now())
-            self.home.spend(32, self.home.now())
+            with self.home.computing(32):
+                pass
             moments.append(self.home.now())
             self.home.sleep(1000.0)
 
@@ -262,7 +262,8 @@ def test_a_hanging_role_computes_after_its_hang_and_then_as_long_as_ever(
 
         def run(self) -> None:
             for _ in range(3):
-                self.home.spend(50, self.home.now())
+                with self.home.computing(50):
+                    pass
                 moments.append(self.home.now())
             self.home.sleep(1000.0)
 

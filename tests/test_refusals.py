@@ -794,3 +794,20 @@ def test_sandblaster_takes_sparse_gradients_like_dense_ones(tmp_path: Path) -> N
         for sparse in (False, True)
     ]  # fmt: skip
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# devices
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("gpu", 'is no device: .*\nhint: use "cpu", "cuda", or None'),
+        ("cuda:99", r": this machine has \d+ CUDA devices\nhint: use Cluster\(device=None\)"),
+        ("meta", r": this machine has none, or .*\nhint: use Cluster\(device=None\)"),
+        ("mps", r": this machine has none, or .*\nhint: use Cluster\(device=None\)"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused(device: str, said: str, tmp_path: Path) -> None:
+    message = refused(tmp_path, cluster=db.Cluster(replicas=2, device=device))
+    assert re.search(rf"(?s)Cluster\(device='{device}'\).*{said}", message)

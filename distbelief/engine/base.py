@@ -7,6 +7,7 @@ if it has one, is its own activity and the role ends when it returns. An activit
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -51,10 +52,10 @@ class Home(Protocol):
     def find(self, role: str, kind: type[R], deadline_seconds: float = 60.0) -> Remote[R]:
         """A reference to another role of the job by name; the name is resolved at each connection."""
 
-    def spend(self, examples: int, started: float) -> None:
-        """Say that a mini-batch of so many examples was computed since `started` (a value of `now`).
+    def computing(self, examples: int) -> AbstractContextManager[None]:
+        """Within it the role computes a mini-batch of so many examples.
 
-        The simulated engine charges modelled time for it; a role slowed by script waits here.
+        The simulated engine charges modelled time for it; a role slowed by script waits at its end.
         """
 
     def background(self, work: Callable[[], T]) -> Future[T]:
@@ -92,7 +93,8 @@ class Faults:
     """Trouble by script, for tests, benchmarks and scale studies; every engine follows it."""
 
     slow: Mapping[str, float] = field(default_factory=dict)
-    """Role -> how many times longer its computing takes."""
+    """Role -> how many times longer its computing takes: of processor time, as on a slower machine. That others hold
+    its core meanwhile is slowed no further."""
     kill: tuple[tuple[float, str], ...] = ()
     """(seconds after the start, role): end it as kill -9 would."""
     hang: tuple[tuple[float, float, str], ...] = ()

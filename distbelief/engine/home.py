@@ -3,8 +3,9 @@
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -80,10 +81,13 @@ class ProcessHome:
         self._peers.add(peer)
         return peer
 
-    def spend(self, examples: int, started: float) -> None:
-        """Real computing has taken its time already; a role slowed by script waits."""
+    @contextmanager
+    def computing(self, examples: int) -> Iterator[None]:
+        """Real computing takes its time; a role slowed by script waits after it."""
+        begun = time.thread_time()
+        yield
         if self._slowness > 1.0:
-            self.sleep((self._slowness - 1.0) * (time.monotonic() - started))
+            self.sleep((self._slowness - 1.0) * (time.thread_time() - begun))
 
     def background(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` in the role's second thread: one work after another, in the order given."""

@@ -15,7 +15,8 @@ import math
 import random
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, final
@@ -79,8 +80,10 @@ class SimulatedHome:
         """A reference to another role."""
         return _SimulatedRemote(role, deadline_seconds, self._engine)
 
-    def spend(self, examples: int, started: float) -> None:
+    @contextmanager
+    def computing(self, examples: int) -> Iterator[None]:
         """Charge the modelled time of a mini-batch."""
+        yield
         engine = self._engine
         hanging = engine.hangs_until(self.name) - engine.clock
         slowness = engine.faults.slow.get(self.name, 1.0)

@@ -20,7 +20,7 @@ from distbelief.channel.mailbox import Mailbox
 from distbelief.channel.spin import Spin
 from distbelief.engine.listener import LOOPBACK
 from distbelief.errors import ChannelError, DeadlineExceeded, PeerLost
-from distbelief.partition.staging import StagingGroup
+from distbelief.partition.staging import StagingGroup, host_memory
 
 DEFAULT_BACKEND, STAGING_BACKEND = "gloo_at_address", "staged_gloo"
 """What torch calls gloo of ours: its own listens where the name of the host leads, or an environment variable."""
@@ -95,10 +95,8 @@ class Group:
             return Swap(self, [], [])
         if self.device.type == "cpu" or self._direct:
             return Swap(self, self._start(parcels, arrivals), [])
-        # gloo moves host memory: several partitions of one accelerator meet in pinned memory.
-        landings = {
-            sender: torch.empty_like(tensor, device="cpu", pin_memory=True) for sender, tensor in arrivals.items()
-        }
+        # gloo moves host memory: several partitions of one accelerator meet in the host's.
+        landings = {sender: host_memory(tensor) for sender, tensor in arrivals.items()}
         staged = {to: parcel.to("cpu") for to, parcel in parcels.items()}
         return Swap(self, self._start(staged, landings), [(arrivals[sender], landings[sender]) for sender in arrivals])
 
@@ -229,10 +227,9 @@ def form_default_group(store: Any, index: int, size: int, deadline_seconds: floa
     def staged(*given: Any) -> StagingGroup:
         return StagingGroup(form(*given), index, size)
 
-    if DEFAULT_BACKEND not in dist.Backend.backend_list:
-        dist.Backend.register_backend(DEFAULT_BACKEND, form, devices=["cpu"])
-        dist.Backend.register_backend(STAGING_BACKEND, staged, devices=["cuda"])
-    backend = DEFAULT_BACKEND if site.device.type == "cpu" else STAGING_BACKEND
+    backend, make = (DEFAULT_BACKEND, form) if site.device.type == "cpu" else (STAGING_BACKEND, staged)
+    if backend not in dist.Backend.backend_list:
+        dist.Backend.register_backend(backend, make, devices=[site.device.type])
     dist.init_process_group(backend, store=store, rank=index, world_size=size, timeout=limit)
 
 

@@ -23,13 +23,13 @@ class StagingGroup(dist.ProcessGroup):
     def send(self, tensors: Sequence[torch.Tensor], to: int, tag: int) -> Any:
         """Start sending one tensor; it may be changed as soon as this returns."""
         (tensor,) = tensors
-        staged = _pinned(tensor).copy_(tensor.detach())  # awaited
+        staged = host_memory(tensor).copy_(tensor.detach())  # awaited
         return _Staged(self._gloo.send([staged], to, tag), staged)
 
     def recv(self, tensors: Sequence[torch.Tensor], sender: int, tag: int) -> Any:
         """Start receiving one tensor; it is filled when the work has been waited for."""
         (tensor,) = tensors
-        landing = _pinned(tensor)
+        landing = host_memory(tensor)
         return _Staged(self._gloo.recv([landing], sender, tag), landing, tensor.detach())
 
     def shutdown(self) -> None:
@@ -54,6 +54,6 @@ class _Staged(dist.Work):
         return True
 
 
-def _pinned(like: torch.Tensor) -> torch.Tensor:
-    """Host memory for a tensor, page-locked where there is an accelerator."""
+def host_memory(like: torch.Tensor) -> torch.Tensor:
+    """Host memory for a tensor, page-locked where that is CUDA's."""
     return torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
