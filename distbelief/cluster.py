@@ -36,8 +36,8 @@ class Cluster:
     threads_per_replica: int | None = None
     """Torch threads of each process of a replica; None shares the cores equally, but for one, left to the shards."""
     device: str | None = None
-    """Where replicas compute: "cpu", "cuda" (the devices in turn), "cuda:1", or another device of torch's, to and from
-    which copies are not page-locked; None takes CUDA when there is one."""
+    """Where replicas compute: "cpu", "cuda" (the devices in turn), "cuda:1", or another device of torch's (host memory
+    is page-locked for CUDA only); None takes CUDA when there is one."""
     memory_bytes: int | None = None
     """What one partition may hold of parameters, gradients and states; a plan that needs more is refused. The states of
     a model that is not cut are not known before it runs, and count nothing."""

@@ -26,7 +26,7 @@ def draws_kept() -> Iterator[None]:
     """Whatever is drawn meanwhile, they go on as they would have. Other threads draw the same ones twice."""
     of_numpy, of_python = numpy.random.get_state(), random.getstate()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices, device_type="cuda"):
         try:
             yield
         finally:

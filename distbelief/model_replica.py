@@ -131,24 +131,20 @@ def check_device(name: str | None) -> None:
         raise ConfigurationError(
             f"Cluster(device={name!r}) is no device: {error}", hint='use "cpu", "cuda", or None'
         ) from error
-    if device.type not in ("cpu", "cuda") and not _is_here(device):
+    if device.type != "cpu" and (device.index or 0) >= (count := _devices_here(device.type)):
         raise ConfigurationError(
-            f"Cluster(device={name!r}): this machine has none, or this torch cannot compute there",
-            hint="use Cluster(device=None) to take what there is",
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigurationError(
-            f"Cluster(device={name!r}): this machine has {torch.cuda.device_count()} CUDA devices",
+            f"Cluster(device={name!r}): this machine has {count} {device.type} devices that torch can use",
             hint="use Cluster(device=None) to take what there is",
         )
 
 
-def _is_here(device: torch.device) -> bool:
-    """Whether a device that is neither the CPU nor CUDA's can be computed on."""
+def _devices_here(kind: str) -> int:
+    """How many accelerators of this type torch can use."""
     try:
-        return bool(torch.get_device_module(device).is_available())
-    except RuntimeError:  # torch has no module for it
-        return False
+        module = torch.get_device_module(kind)
+    except RuntimeError:  # torch has none for it
+        return 0
+    return int(module.device_count()) if module.is_available() else 0
 
 
 @dataclass(frozen=True, eq=False)

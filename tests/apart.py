@@ -16,16 +16,18 @@ import torch
 T = TypeVar("T")
 
 
-def compile_apart(folder: Path) -> Path | None:
-    """Build its library there; None on a machine without a C++ compiler."""
-    if (compiler := shutil.which("c++")) is None:
-        return None
+COMPILER = shutil.which("c++")
+
+
+def compile_apart(folder: Path) -> Path:
+    """Build its library there."""
+    assert COMPILER is not None
     home, library = Path(torch.__file__).parent, folder / "apart.so"
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     where = [f"-I{home / 'include'}", f"-L{home / 'lib'}"]
     source = str(Path(__file__).with_suffix(".cpp"))
     options = ["-O1", "-std=c++20", "-fPIC", "-shared", abi, *where]
-    subprocess.run([compiler, *options, source, "-o", str(library), "-ltorch_cpu", "-lc10"], check=True)
+    subprocess.run([COMPILER, *options, source, "-o", str(library), "-ltorch_cpu", "-lc10"], check=True)
     return library
 
 
@@ -37,9 +39,17 @@ def open_apart(library: Path) -> None:
     torch.utils.rename_privateuse1_backend("apart")
     module: Any = types.ModuleType("torch.apart")
     module.is_available, module.device_count, module.current_device = lambda: True, lambda: 1, lambda: 0
-    module._is_in_bad_fork, module.manual_seed_all = lambda: False, lambda seed: None  # its draws are the CPU's
+    # Draws are the CPU's. torch's pipelining keeps the device's all the same.
+    module._is_in_bad_fork, module.manual_seed_all = lambda: False, lambda seed: None
     module.get_rng_state, module.set_rng_state = lambda device: torch.empty(0), lambda state, device: None
+    module.library = library
     torch._register_device_module("apart", module)  # type: ignore[no-untyped-call]
+
+
+def library() -> Path:
+    """That of the device which this process knows."""
+    found: Path = torch.apart.library  # type: ignore[attr-defined]
+    return found
 
 
 def on_apart(library: Path, function: Callable[..., T], *given: Any) -> T:

@@ -20,12 +20,19 @@ from distbelief.partition.group import Group, Site
 from distbelief.plan import Plan
 from tests import problems
 from tests.killer import Killer, settled
-from tests.test_accelerator import CPU, Accelerator, no_gpu, trained
+from tests.test_accelerator import CPU, Accelerator, needs_gpu, trained
 from tests.test_partitioned_downpour import distance, double_classifier, in_double
 
-pytestmark = [pytest.mark.slow, no_gpu]
+pytestmark = [pytest.mark.slow, needs_gpu]
 
 CUDA = Accelerator("cuda")
+
+
+@pytest.mark.parametrize("rule", [db.adam(0.01), db.adamw(0.01), db.optimizer(torch.optim.RMSprop, lr=0.01)])
+def test_rules_that_ask_whether_cuda_records_a_graph_run_beside_an_accelerator(rule: Any, tmp_path: Path) -> None:
+    algorithm = db.Downpour(update_rule=rule, fetch="awaited")
+    on_both = [trained(tmp_path, on, algorithm=algorithm) for on in (CPU, CUDA)]
+    assert distance(*(result.model for result in on_both)) < 1e-6  # small gradients make steps of full size
 
 
 def double_stages() -> nn.Module:

@@ -803,9 +803,10 @@ def test_sandblaster_takes_sparse_gradients_like_dense_ones(tmp_path: Path) -> N
     ("device", "said"),
     [
         ("gpu", 'is no device: .*\nhint: use "cpu", "cuda", or None'),
-        ("cuda:99", r": this machine has \d+ CUDA devices\nhint: use Cluster\(device=None\)"),
-        ("meta", r": this machine has none, or .*\nhint: use Cluster\(device=None\)"),
-        ("mps", r": this machine has none, or .*\nhint: use Cluster\(device=None\)"),
+        ("cuda:99", r": this machine has \d+ cuda devices that torch can use\nhint: use Cluster\(device=None\)"),
+        ("xpu:99", r": this machine has \d+ xpu devices that torch can use\nhint: use Cluster\(device=None\)"),
+        ("mps", r": this machine has 0 mps devices that torch can use\nhint: use Cluster\(device=None\)"),
+        ("meta", r": this machine has 0 meta devices that torch can use\nhint: use Cluster\(device=None\)"),
     ],
 )
 def test_a_device_that_is_not_here_is_refused(device: str, said: str, tmp_path: Path) -> None:

@@ -93,8 +93,8 @@ class Faults:
     """Trouble by script, for tests, benchmarks and scale studies; every engine follows it."""
 
     slow: Mapping[str, float] = field(default_factory=dict)
-    """Role -> how many times longer its computing takes: of processor time, as on a slower machine. That others hold
-    its core meanwhile is slowed no further."""
+    """Role -> how many times longer its computing takes: the processor time of the thread that computes. That others
+    hold its core meanwhile is slowed no further, and neither is what an accelerator takes."""
     kill: tuple[tuple[float, str], ...] = ()
     """(seconds after the start, role): end it as kill -9 would."""
     hang: tuple[tuple[float, float, str], ...] = ()

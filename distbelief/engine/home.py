@@ -84,7 +84,7 @@ class ProcessHome:
     @contextmanager
     def computing(self, examples: int) -> Iterator[None]:
         """Real computing takes its time; a role slowed by script waits after it."""
-        begun = time.thread_time()
+        begun = time.thread_time()  # not the process's: its second thread reads data
         yield
         if self._slowness > 1.0:
             self.sleep((self._slowness - 1.0) * (time.thread_time() - begun))

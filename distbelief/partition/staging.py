@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 @final
 class StagingGroup(dist.ProcessGroup):
-    """What torch's pipelining asks of a group, for tensors of any device, over a gloo group and pinned memory."""
+    """What torch's pipelining asks of a group, for tensors of any device, over a gloo group and host memory."""
 
     def __init__(self, gloo: Any, index: int, size: int) -> None:
         super().__init__(index, size)  # type: ignore[call-arg]
@@ -55,5 +55,5 @@ class _Staged(dist.Work):
 
 
 def host_memory(like: torch.Tensor) -> torch.Tensor:
-    """Host memory for a tensor, page-locked where that is CUDA's."""
+    """Host memory for a tensor, page-locked for one of CUDA's."""
     return torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
