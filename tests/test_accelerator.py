@@ -56,7 +56,7 @@ def test_these_laws_hold_on_a_device_apart(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-5000:]
-    assert int(run.stdout.split(" passed")[0].split()[-1]) >= 12
+    assert int(run.stdout.split(" passed")[0].split()[-1]) >= 8
 
 
 CPU = Accelerator("cpu")
@@ -99,27 +99,26 @@ def test_replicas_compute_on_the_accelerator_and_evaluation_beside_them_on_the_c
     accelerator: Accelerator, tmp_path: Path
 ) -> None:
     heard: list[Observation] = []
-    result = trained(tmp_path, accelerator, listeners=[heard.append], model=Telling, evaluate_every=640, epochs=60)
-    assert len([one for one in heard if isinstance(one.event, Evaluated)]) >= 2
+    result = trained(tmp_path, accelerator, listeners=[heard.append], model=Telling, evaluate_every=320, epochs=10)
+    assert [one for one in heard if isinstance(one.event, Evaluated)]
     assert isinstance(result.model, Telling)
-    assert int(result.model.away) == 60 * 320 / 16
+    assert int(result.model.away) == 10 * 320 / 16
 
 
-@pytest.mark.parametrize("partitions", [1, 2, Plan.stages(2, microbatches=1)])
 def test_a_replica_on_the_accelerator_takes_the_steps_of_one_on_the_cpu(
-    partitions: int | Plan, accelerator: Accelerator, tmp_path: Path
+    accelerator: Accelerator, tmp_path: Path
 ) -> None:
     on_cpu = trained(tmp_path, CPU)
-    on_accelerator = trained(tmp_path, accelerator, cluster={"partitions": partitions})
-    assert distance(on_accelerator.model, on_cpu.model) < 1e-9
-    assert on_accelerator.summary.examples.seen == 640
+    for partitions in (1, 2, Plan.stages(2, microbatches=1)):
+        on_accelerator = trained(tmp_path, accelerator, cluster={"partitions": partitions})
+        assert distance(on_accelerator.model, on_cpu.model) < 1e-9, partitions
+        assert on_accelerator.summary.examples.seen == 640
 
 
 @pytest.mark.parametrize(
     "algorithm",
     [
-        db.Downpour(n_push=3, n_fetch=2, fetch="awaited", clip_norm=0.1),
-        db.Downpour(n_push=2, n_fetch=2, fetch="awaited", momentum=0.9),
+        db.Downpour(n_push=3, n_fetch=2, fetch="awaited", clip_norm=0.1, momentum=0.9),
         db.Downpour(n_push=2, n_fetch=2, fetch="awaited", local_rate=0.01),
     ],
 )
@@ -156,13 +155,8 @@ def test_a_recurrent_network_that_flattens_its_weights_takes_the_steps_of_one_on
     assert distance(one.model, other.model) < 1e-7
 
 
-@pytest.mark.parametrize(
-    "algorithm",
-    [db.Downpour(n_push=3, n_fetch=2, clip_norm=1.0, momentum=0.5), db.Downpour(n_push=2, n_fetch=2, local_rate=0.01)],
-)
-def test_two_replicas_of_one_accelerator_learn(
-    algorithm: db.Downpour, accelerator: Accelerator, tmp_path: Path
-) -> None:
+def test_two_replicas_of_one_accelerator_learn(accelerator: Accelerator, tmp_path: Path) -> None:
+    algorithm = db.Downpour(n_push=3, n_fetch=2, clip_norm=1.0, momentum=0.5)
     result = trained(tmp_path, accelerator, algorithm=algorithm, cluster={"replicas": 2}, epochs=6)
     assert (result.summary.examples.seen, result.summary.examples.missing) == (1920, 0)
     assert (result.test["accuracy"] or 0) > 0.85
