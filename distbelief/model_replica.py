@@ -141,10 +141,9 @@ def check_device(name: str | None) -> None:
 def _devices_here(kind: str) -> int:
     """How many accelerators of this type torch can use."""
     try:
-        module = torch.get_device_module(kind)
-    except RuntimeError:  # torch has none for it
+        return int(torch.get_device_module(kind).device_count())
+    except RuntimeError:  # torch has no module for it
         return 0
-    return int(module.device_count()) if module.is_available() else 0
 
 
 @dataclass(frozen=True, eq=False)
