@@ -63,7 +63,7 @@ CPU = Accelerator("cpu")
 
 
 def trained(tmp_path: Path, on: Accelerator, listeners: Sequence[Any] = (), **fields: Any) -> db.Result:
-    given: dict[str, Any] = {"replicas": 1, "shards": 2, "threads_per_replica": 1, "device": on.device}
+    given: dict[str, Any] = {"engine": "simulated", "replicas": 1, "shards": 2, "device": on.device}
     cluster = db.Cluster(**(given | fields.pop("cluster", {})))
     model = on.model(fields.pop("model", double_classifier))
     job = problems.job(**(
@@ -110,7 +110,7 @@ def test_a_replica_on_the_accelerator_takes_the_steps_of_one_on_the_cpu(
 ) -> None:
     on_cpu = trained(tmp_path, CPU)
     for partitions in (1, 2, Plan.stages(2, microbatches=1)):
-        on_accelerator = trained(tmp_path, accelerator, cluster={"partitions": partitions})
+        on_accelerator = trained(tmp_path, accelerator, cluster={"engine": "local", "partitions": partitions})
         assert distance(on_accelerator.model, on_cpu.model) < 1e-9, partitions
         assert on_accelerator.summary.examples.seen == 640
 
@@ -178,7 +178,7 @@ def test_a_killed_replica_of_the_accelerator_is_replaced(
     heard: list[Observation] = []
     killer = Killer(monkeypatch, "replica/1", settled(2_000))
     result = trained(
-        tmp_path, accelerator, listeners=[heard.append, killer], cluster={"replicas": 2}, epochs=60,
+        tmp_path, accelerator, listeners=[heard.append, killer], cluster={"engine": "local", "replicas": 2}, epochs=60,
     )  # fmt: skip
     assert killer.killed
     assert result.summary.examples.missing == 0

@@ -20,12 +20,19 @@ from distbelief.partition.group import Group, Site
 from distbelief.plan import Plan
 from tests import problems
 from tests.killer import Killer, settled
-from tests.test_accelerator import CPU, Accelerator, needs_gpu, trained
+from tests.test_accelerator import CPU, Accelerator, needs_gpu
+from tests.test_accelerator import trained as trained_on_either_engine
 from tests.test_partitioned_downpour import distance, double_classifier, in_double
 
 pytestmark = [pytest.mark.slow, needs_gpu]
 
 CUDA = Accelerator("cuda")
+
+
+def trained(tmp_path: Path, on: Accelerator, **fields: Any) -> db.Result:
+    """In processes."""
+    cluster = {"engine": "local", "threads_per_replica": 1} | fields.pop("cluster", {})
+    return trained_on_either_engine(tmp_path, on, cluster=cluster, **fields)
 
 
 @pytest.mark.parametrize("rule", [db.adam(0.01), db.adamw(0.01), db.optimizer(torch.optim.RMSprop, lr=0.01)])

@@ -774,7 +774,7 @@ def test_a_role_is_silent_for_as_long_as_the_script_says_and_then_goes_on(own_st
 @pytest.mark.slow
 def test_many_roles_are_started_at_once(own_stage: Callable[..., Stage]) -> None:
     stage = own_stage()
-    names = [stage.start(Clerk, SHARED) for _ in ROLES]
+    names = [stage.start(Clerk, SHARED) for _ in ROLES[:40]]
     futures = [stage.find(name).call(Clerk.number) for name in names]
     assert [future.result() for future in futures] == [21] * len(names)
     for name in itertools.islice(names, 0, None, 2):
