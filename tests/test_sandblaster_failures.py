@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 import distbelief as db
 from distbelief.channel.base import Future, Remote, Signature
-from distbelief.checkpoint import complete
+from distbelief.checkpoint import complete, read_manifest
 from distbelief.checkpoint_writer import CheckpointWriter
 from distbelief.engine.virtual import Answer
 from distbelief.errors import PeerLost
@@ -349,6 +349,33 @@ def test_each_step_writes_down_the_one_pair_that_is_new(tmp_path: Path, monkeypa
     trained(job(tmp_path / "run", algorithm={"max_iterations": 9, "history": 4}))
     # Before the first step, at it, which has no pair, and at each one after it; at the end all.
     assert written == [[], [], *([slot % 4] for slot in range(9)), [0, 1, 2, 3]]
+
+
+def test_checkpoints_that_are_behind_and_pairs_that_were_replaced_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, lie, files = tmp_path / "run", list[int](), list[int]()
+
+    def finish(self: SandblasterCoordinator, inner: Any = SandblasterCoordinator._finish_writing) -> None:
+        inner(self)
+        lie.append(len(complete(run)))
+        files.append(
+            len({file.name for file in read_manifest(complete(run)[0]).shards if file.partial}) if lie[-1] else 0
+        )
+
+    monkeypatch.setattr(SandblasterCoordinator, "_finish_writing", finish)
+    trained(job(run, algorithm={"max_iterations": 12, "history": 4}))
+    assert max(lie) == 2, "the first, which outlives the machine, and the newest"
+    assert max(files) == 4 * 2, "of two shards"
+
+
+def test_the_examples_that_are_told_never_exceed_those_whose_gradients_are_added_up(tmp_path: Path) -> None:
+    slow = {f"replica/{replica}": 200.0 for replica in range(3)}
+    _, heard = trained(job(tmp_path / "run", algorithm={"max_iterations": 4}), faults=db.Faults(slow=slow))
+    told = [event.examples for event in of_kind(heard, BatchProgress)]
+    assert len(told) > 5
+    assert told == sorted(told)
+    assert told[-1] == of_kind(heard, JobFinished)[0].seen
 
 
 def test_an_evaluation_that_is_lost_is_no_rate_below_zero(tmp_path: Path) -> None:
