@@ -244,7 +244,7 @@ class Stubborn:
 
 
 class Computing:
-    """A role that computes 400 examples in a twentieth of a second of processor time and reports how long it took."""
+    """A role that computes 400 examples in a twentieth of a second of processor time and reports what comes on top."""
 
     def __init__(self, home: Home) -> None:
         self.home = home
@@ -252,12 +252,12 @@ class Computing:
     def run(self) -> None:
         seconds = []
         for _ in range(4):
-            started = self.home.now()
             with self.home.computing(400):
                 begun = time.thread_time()
                 while time.thread_time() - begun < 0.05:
                     pass
-            seconds.append(self.home.now() - started)
+                computed = self.home.now()  # a busy machine lets it take longer, which is slowed no further
+            seconds.append(self.home.now() - computed)
         self.home.find(COORDINATOR, Center).call(Center.report, self.home.name, seconds).result()
 
 
@@ -739,8 +739,8 @@ def test_a_slow_role_computes_as_many_times_longer_as_the_script_says(quick_kind
     names = [stage.start(Computing, name=SLOW_ROLE), stage.start(Computing)]
     stage.until(lambda: len(stage.center.reports) == 2)
     slow, usual = (sum(stage.center.reports[name]) for name in names)
-    assert 0.75 < slow < 3.0, "four mini-batches of a twentieth of a second, four times as long"
-    assert usual < slow
+    # Four mini-batches of a twentieth of a second, each three times as long again.
+    assert 0.5 < slow - usual < 0.9
 
 
 @pytest.mark.slow
@@ -774,7 +774,7 @@ def test_a_role_is_silent_for_as_long_as_the_script_says_and_then_goes_on(own_st
 @pytest.mark.slow
 def test_many_roles_are_started_at_once(own_stage: Callable[..., Stage]) -> None:
     stage = own_stage()
-    names = [stage.start(Clerk, SHARED) for _ in ROLES[:40]]
+    names = [stage.start(Clerk, SHARED) for _ in ROLES]
     futures = [stage.find(name).call(Clerk.number) for name in names]
     assert [future.result() for future in futures] == [21] * len(names)
     for name in itertools.islice(names, 0, None, 2):

@@ -390,9 +390,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["-c", "folder.zip", "-i"])
+@pytest.mark.parametrize("program", ["-", "-c", "folder", "folder.zip", "-i"])
 def test_a_program_that_other_processes_cannot_import_trains_all_the_same(program: str, tmp_path: Path) -> None:
-    """Given as an argument, in a `__main__.py` of an archive, or typed in behind a script."""
+    """Read from the standard input, given as an argument, in a `__main__.py`, or typed in behind a script."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "__main__.py").write_text(UNREACHABLE)
     shutil.make_archive(str(tmp_path / "folder"), "zip", tmp_path / "folder")
@@ -400,7 +400,7 @@ def test_a_program_that_other_processes_cannot_import_trains_all_the_same(progra
     typed = UNREACHABLE.replace("    return nn.Linear(3, 2)\n", "    return nn.Linear(3, 2)\n\n") + "\n"
     given = {"-c": ["-c", UNREACHABLE], "-i": ["-i", "script.py"]}.get(program, [program])
     told = subprocess.run(
-        [sys.executable, *given], input=typed if program == "-i" else "", cwd=tmp_path,
+        [sys.executable, *given], input=typed if program in ("-", "-i") else "", cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert told.stdout.startswith("9 seen, resume with distbelief.train("), told.stdout + told.stderr

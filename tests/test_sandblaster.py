@@ -64,7 +64,7 @@ def gradient_in_one_process(flat: torch.Tensor) -> torch.Tensor:
     return torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters()])
 
 
-SCHEDULES = 100
+SCHEDULES = 150
 GROUP = 50
 
 

@@ -62,7 +62,7 @@ def together(program: "subprocess.Popen[str]", tmp_path: Path) -> Together:
 
 
 @in_processes
-@pytest.mark.parametrize("partitions", [1, 3, 4])
+@pytest.mark.parametrize("partitions", [1, 2, 3, 4])
 def test_a_replica_in_stages_computes_what_the_uncut_model_does(partitions: int, together: Together) -> None:
     together("trains", partitions)
 
